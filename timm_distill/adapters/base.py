@@ -1,0 +1,57 @@
+"""The contract of an adapter: channels in, channels out, affine at inference."""
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+import torch.nn as nn
+
+from ..linalg import AffineMap
+from ..registry import Registry
+
+ADAPTERS = Registry('adapter', '--kd', __package__)
+
+
+def register_adapter(name: str) -> Callable[[type], type]:
+    """Return a class decorator that registers an adapter under `name`."""
+    return ADAPTERS.register(name)
+
+
+@dataclass
+class AdapterOutput:
+    """What an adapter returns for one batch.
+
+    Attributes:
+        output: Feature that replaces the adapter's input on the student's path, [B, Cs, H, W].
+        expanded: Feature that a method matches with the teacher's, [B, N * Ct, H, W]: N segments of Ct channels,
+            one after the other.
+        segments: The number N.
+    """
+    output: torch.Tensor
+    expanded: torch.Tensor
+    segments: int
+
+
+class Adapter(nn.Module):
+    """Base of all adapters.
+
+    An adapter maps the channels of every position alone, [B, Cs, H, W] -> [B, Cs, H, W] (tokens come as [B, Cs, L, 1],
+    vectors as [B, Cs, 1, 1]), in training mode with statistics of the batch if it likes. In eval mode it must be
+    affine, so that it folds into the next linear layer.
+
+    Args:
+        student_channels: Cs.
+        teacher_channels: Ct.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int):
+        super().__init__()
+        self.student_channels = student_channels
+        self.teacher_channels = teacher_channels
+
+    def forward(self, x: torch.Tensor) -> AdapterOutput:
+        """Transform a feature, [B, Cs, H, W]."""
+        raise NotImplementedError
+
+    def affine(self) -> AffineMap:
+        """Return the exact map of the eval mode in float64: weight [Cs, Cs], bias [Cs]."""
+        raise NotImplementedError

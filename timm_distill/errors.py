@@ -1,0 +1,22 @@
+"""Exceptions that a user can cause, apart from those that are bugs.
+
+The scripts print a `UsageError` as one line and exit with code 2; anything else keeps its traceback.
+"""
+from typing import Any, Dict
+
+
+class UsageError(ValueError):
+    """A wrong name, value, file or combination: names the value, what is allowed and the flag to change."""
+
+
+class MergeError(RuntimeError):
+    """The merged student does not reproduce the student as trained.
+
+    Attributes:
+        raw_state: The unmerged tensors, `{'state_dict': student, 'task_state': adapter and methods}`, so that the
+            caller can write them to disk before giving up.
+    """
+
+    def __init__(self, message: str, raw_state: Dict[str, Any]):
+        super().__init__(message)
+        self.raw_state = raw_state

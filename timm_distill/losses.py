@@ -1,0 +1,76 @@
+"""Losses that two or more methods share: pure functions of tensors.
+
+Every function computes in float32 or better, whatever the precision of its inputs.
+"""
+from typing import Tuple
+
+import torch
+import torch.nn.functional as F
+
+
+def to_full_precision(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` in float32, or as it is when it is float32 or float64."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def kl_divergence(
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        temperature: float = 1.,
+        reduction: str = 'batchmean',
+) -> torch.Tensor:
+    """Kullback-Leibler divergence from the teacher's softened distribution, times temperature squared.
+
+    Distilling the Knowledge in a Neural Network (Hinton et al., 2015), https://arxiv.org/abs/1503.02531.
+
+    Args:
+        student_logits: [B, K].
+        teacher_logits: [B, K], treated as constant.
+        temperature: Divides both logits; the factor temperature squared keeps the gradient's scale.
+        reduction: 'batchmean' (sum over classes, mean over samples) or 'mean' (mean over classes too).
+
+    Returns:
+        Scalar.
+    """
+    log_student = F.log_softmax(to_full_precision(student_logits) / temperature, dim=-1)
+    log_teacher = F.log_softmax(to_full_precision(teacher_logits.detach()) / temperature, dim=-1)
+    loss = F.kl_div(log_student, log_teacher, reduction=reduction, log_target=True)
+    return loss * temperature ** 2
+
+
+def standardize_logits(logits: torch.Tensor, scale: float, eps: float = 1e-7) -> torch.Tensor:
+    """Layer norm of each sample's logits without affine parameters, times `scale`: [B, K] -> [B, K]."""
+    logits = to_full_precision(logits)
+    return scale * F.layer_norm(logits, logits.shape[-1:], eps=eps)
+
+
+def match_grids(
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        pool: str = 'avg',
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Pool the larger of two feature maps to the grid of the smaller, per dimension.
+
+    Args:
+        student: [B, Cs, Hs, Ws].
+        teacher: [B, Ct, Ht, Wt].
+        pool: 'avg' for adaptive average pooling; 'max' for max pooling, as the official NORM code does with windows
+            of floor(larger / smaller), adaptive windows where these do not give the smaller grid.
+
+    Returns:
+        Both maps on the grid [min(Hs, Ht), min(Ws, Wt)].
+    """
+    grid = (min(student.shape[-2], teacher.shape[-2]), min(student.shape[-1], teacher.shape[-1]))
+    return pool_to_grid(student, grid, pool), pool_to_grid(teacher, grid, pool)
+
+
+def pool_to_grid(x: torch.Tensor, grid: Tuple[int, int], pool: str = 'avg') -> torch.Tensor:
+    """Pool a feature map to a smaller grid, [B, C, H, W] -> [B, C, *grid]."""
+    if x.shape[-2:] == grid:
+        return x
+    if pool == 'avg':
+        return F.adaptive_avg_pool2d(x, grid)
+    kernel = (x.shape[-2] // grid[0], x.shape[-1] // grid[1])
+    if (x.shape[-2] // kernel[0], x.shape[-1] // kernel[1]) == grid:
+        return F.max_pool2d(x, kernel)
+    return F.adaptive_max_pool2d(x, grid)

@@ -1,0 +1,123 @@
+"""Registries of adapters and methods: frozen entries by name, found by discovery.
+
+Knows nothing of what it registers, apart from a class with a docstring and keyword options.
+"""
+import difflib
+import importlib
+import inspect
+import pkgutil
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Mapping
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a registry knows of one name.
+
+    Attributes:
+        name: Name that the user writes.
+        cls: Registered class.
+        description: First line of the class docstring.
+    """
+    name: str
+    cls: Any
+    description: str
+
+    @property
+    def defaults(self) -> Dict[str, Any]:
+        """Options that the user can set, with their defaults."""
+        parameters = inspect.signature(self.cls).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+class Registry:
+    """Classes by name.
+
+    Args:
+        kind: What the entries are, for messages ('method', 'adapter').
+        flag: Command line flag that selects an entry, for messages.
+        package: Package whose modules register entries when they are imported.
+    """
+
+    def __init__(self, kind: str, flag: str, package: str):
+        self.kind = kind
+        self.flag = flag
+        self.package = package
+        self._entries: Dict[str, Entry] = {}
+        self._discovered = False
+
+    def register(self, name: str) -> Callable[[type], type]:
+        """Return a class decorator that adds the class under `name`.
+
+        Raises:
+            ValueError: If the name is taken by another class, or the class has no docstring.
+        """
+        def _register(cls: type) -> type:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} '{name}' is registered already, by {self._entries[name].cls!r}.")
+            if not cls.__doc__:
+                raise ValueError(f"{self.kind} '{name}' needs a docstring: its first line is the description.")
+            self._entries[name] = Entry(name, cls, cls.__doc__.strip().splitlines()[0])
+            return cls
+        return _register
+
+    def names(self) -> List[str]:
+        """Return the registered names, sorted."""
+        self._discover()
+        return sorted(self._entries)
+
+    def get(self, name: str) -> Entry:
+        """Return the entry of `name`.
+
+        Raises:
+            UsageError: If the name is unknown; lists the known ones.
+        """
+        self._discover()
+        if name not in self._entries:
+            raise UsageError(f"Unknown {self.kind} '{name}'{_closest(name, self._entries)}. "
+                             f"{self.flag} takes: {', '.join(self.names())}.")
+        return self._entries[name]
+
+    def create(self, name: str, *args: Any, **options: Any) -> Any:
+        """Create the object of `name` with the user's options.
+
+        Raises:
+            UsageError: If the name or an option is unknown; lists the known ones.
+        """
+        entry = self.get(name)
+        for option in options:
+            if option not in entry.defaults:
+                known = ', '.join(f'{name}.{key}' for key in entry.defaults) or 'no options'
+                raise UsageError(f"Unknown option '{name}.{option}'{_closest(option, entry.defaults)}. "
+                                 f'--kd-kwargs takes for {name}: {known}.')
+            _check_type(f'{name}.{option}', options[option], entry.defaults[option])
+        return entry.cls(*args, **options)
+
+    def _discover(self) -> None:
+        if self._discovered:
+            return
+        self._discovered = True
+        package = importlib.import_module(self.package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f'{self.package}.{module.name}')
+
+
+def _check_type(option: str, value: Any, default: Any) -> None:
+    """Raise a UsageError where a switch or number is given something else; other options check their own values."""
+    if isinstance(default, bool):
+        expected, fits = 'True or False', isinstance(value, bool)
+    elif isinstance(default, int):
+        expected, fits = 'an integer', isinstance(value, int) and not isinstance(value, bool)
+    elif isinstance(default, float):
+        expected, fits = 'a number', isinstance(value, (int, float)) and not isinstance(value, bool)
+    else:
+        return
+    if not fits:
+        raise UsageError(f'{option}={value!r} must be {expected} (--kd-kwargs {option}={default}).')
+
+
+def _closest(word: str, known: Mapping[str, Any]) -> str:
+    matches = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean '{matches[0]}'?" if matches else ''
