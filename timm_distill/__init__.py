@@ -1,0 +1,22 @@
+"""timm_distill: distil any timm model into any other and get a plain timm checkpoint."""
+from .adapters import create_adapter, list_adapters
+from .errors import MergeError, UsageError
+from .methods import create_method, list_methods
+from .task import DistillTask, create_distill_task, merge_student
+from .teacher import Teacher, create_teacher
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'DistillTask',
+    'MergeError',
+    'Teacher',
+    'UsageError',
+    'create_adapter',
+    'create_distill_task',
+    'create_method',
+    'create_teacher',
+    'list_adapters',
+    'list_methods',
+    'merge_student',
+]

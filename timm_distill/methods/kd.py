@@ -1,0 +1,49 @@
+"""Hinton's knowledge distillation.
+
+Distilling the Knowledge in a Neural Network (Hinton et al., 2015), https://arxiv.org/abs/1503.02531.
+
+`hard=False` is the paper's soft target: the divergence between softened distributions. `hard=True` is the hard-label
+distillation of DeiT (Touvron et al., ICML 2021, https://arxiv.org/abs/2012.12877): cross-entropy with the teacher's
+decision. Teacher and student see the same, possibly mixed, images, so mixup and cutmix are safe.
+"""
+from typing import Dict
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import UsageError
+from ..losses import kl_divergence, to_full_precision
+from ..taps import Features
+from .base import DistillMethod, register_method
+
+
+def hard_label_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the student, [B, K], with the teacher's most likely class of each sample."""
+    return F.cross_entropy(to_full_precision(student_logits), teacher_logits.argmax(dim=-1))
+
+
+@register_method('kd')
+class KD(DistillMethod):
+    """Soft-label (or hard-label) distillation of the logits.
+
+    Args:
+        temperature: Divides both logits; the loss is multiplied by its square.
+        hard: Match the teacher's decision instead of its distribution; the temperature is not used.
+
+    Raises:
+        UsageError: If the temperature is not positive.
+    """
+    paper = 'Hinton et al., 2015, https://arxiv.org/abs/1503.02531'
+
+    def __init__(self, temperature: float = 4., hard: bool = False):
+        super().__init__()
+        if not temperature > 0:
+            raise UsageError(f'kd.temperature={temperature!r} must be positive (--kd-kwargs kd.temperature=4).')
+        self.temperature = float(temperature)
+        self.hard = hard
+
+    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        assert student.logits is not None and teacher.logits is not None
+        if self.hard:
+            return {'kd_loss': hard_label_loss(student.logits, teacher.logits)}
+        return {'kd_loss': kl_divergence(student.logits, teacher.logits, self.temperature)}

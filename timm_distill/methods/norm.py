@@ -1,0 +1,100 @@
+"""N-to-one representation matching.
+
+NORM: Knowledge Distillation via N-to-One Representation Matching (Liu et al., ICLR 2023),
+https://openreview.net/forum?id=CRNwGauQpb6.
+
+The student's last feature is expanded by the adapter to N segments of the teacher's width; each segment is matched with
+the teacher's last feature. Scale of the official code: the mean squared error against N copies of the teacher's
+feature, times N, so that this term with weight w is the paper's with alpha = N * w.
+
+`schedule='imagenet'` and `'cifar'` are the weights over 100 and 240 epochs of the official recipes.
+`logit_scale=2.5` is the official logit standardisation (a layer norm of both models' logits, in the cross-entropy as
+well as in KD). It is off by default because it trains logits whose scale the model's softmax never sees: the released
+student's accuracy is kept but its confidence is not calibrated.
+"""
+from typing import Any, Dict
+
+import torch
+
+from ..errors import UsageError
+from ..losses import match_grids, standardize_logits, to_full_precision
+from ..schedules import ScheduleSpec, create_weight_schedule
+from ..taps import Features
+from .base import DistillMethod, register_method
+
+SCHEDULES = {
+    'imagenet': ((0, 0.1), (5, 0.5), (15, 0.9), (60, 0.5), (80, 0.1)),
+    'cifar': ((0, 0.1), (10, 0.5), (20, 1.0), (180, 0.5), (210, 0.1)),
+}
+_POOLS = ('avg', 'max')
+
+
+def n_to_one_loss(expanded: torch.Tensor, teacher: torch.Tensor, segments: int) -> torch.Tensor:
+    """Sum over the segments of each one's mean squared error against the teacher's feature.
+
+    Args:
+        expanded: Student's expanded feature, [B, N * Ct, H, W]; channel j is matched with channel j mod Ct.
+        teacher: Teacher's feature, [B, Ct, H, W], treated as constant.
+        segments: N.
+
+    Returns:
+        Scalar.
+    """
+    expanded = to_full_precision(expanded).unflatten(1, (segments, -1))  # [B, N, Ct, H, W]
+    teacher = to_full_precision(teacher.detach()).unsqueeze(1)
+    return segments * (expanded - teacher).square().mean()
+
+
+@register_method('norm')
+class NORM(DistillMethod):
+    """N-to-one matching of the last feature through a linear adapter that is merged away.
+
+    Args:
+        segments: N, how many segments of the expanded feature are matched with the teacher's.
+        batch_norm: Batch norms in the adapter, as in the official code; else plain linear layers.
+        residual: Residual connection around the adapter.
+        pool: How the larger of two grids is pooled to the smaller, 'avg' or 'max' (the official code's).
+        schedule: Weight over epochs: 'const', 'imagenet', 'cifar' or a list of epoch:weight.
+        logit_scale: Standardise both models' logits times this (2.5 in the official recipe); 0 is off. Costs calibrated
+            confidence.
+
+    Raises:
+        UsageError: If a value is not allowed.
+    """
+    paper = 'Liu et al., ICLR 2023, https://openreview.net/forum?id=CRNwGauQpb6'
+    teacher_outputs = frozenset({'tap'})
+    adapter = 'norm'
+
+    def __init__(
+            self,
+            segments: int = 8,
+            batch_norm: bool = True,
+            residual: bool = True,
+            pool: str = 'avg',
+            schedule: ScheduleSpec = 'const',
+            logit_scale: float = 0.,
+    ):
+        super().__init__()
+        if pool not in _POOLS:
+            raise UsageError(f"norm.pool={pool!r} must be one of {', '.join(_POOLS)} (--kd-kwargs norm.pool=avg).")
+        if logit_scale < 0:
+            raise UsageError(f'norm.logit_scale={logit_scale!r} must be 0 (off) or positive, e.g. 2.5.')
+        self.pool = pool
+        self.schedule = create_weight_schedule(schedule, SCHEDULES, option='norm.schedule')
+        self.logit_scale = float(logit_scale)
+        self._adapter_options = dict(segments=segments, batch_norm=batch_norm, residual=residual)
+
+    @property
+    def adapter_options(self) -> Dict[str, Any]:
+        return self._adapter_options
+
+    def weight(self, epoch: int) -> float:
+        return self.schedule(epoch)
+
+    def transform_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return standardize_logits(logits, self.logit_scale) if self.logit_scale else logits
+
+    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        assert student.expanded is not None and teacher.tap is not None
+        expanded, matched = match_grids(student.expanded, teacher.tap, self.pool)
+        return {'norm_loss': n_to_one_loss(expanded, matched, student.segments)}

@@ -1,0 +1,456 @@
+"""The distillation task: a student with its adapter, a frozen teacher, methods, weights and schedules."""
+import logging
+import math
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+
+from .adapters import Adapter, create_adapter
+from .errors import MergeError, UsageError
+from .merge import MERGE_TOLERANCE, merged_copy
+from .methods import DistillMethod, create_method
+from .student import AdaptedStudent
+from .taps import Features, StudentTap, random_images, resolve_student_tap
+from .teacher import Teacher, create_teacher
+
+_logger = logging.getLogger(__name__)
+
+_PROBE_IMAGES = 4
+
+
+class DistillTask(TrainingTask):
+    """Train a student with a task loss and the weighted terms of distillation methods.
+
+    `task(input, target)` returns 'loss' and 'output' (logits); with methods also 'task_loss' and every method's
+    unweighted terms by name.
+
+    Args:
+        module: Student, adapter and methods.
+        teacher: Frozen teacher, None where no method asks for one.
+        criterion: Task loss of (logits, target).
+        weights: Weight of each method's terms, by method name.
+        task_loss_weight: Weight of the task loss.
+        input_size: (channels, height, width), for the probe of a merge before any batch was seen.
+        device: Device of the task.
+        dtype: Dtype of the task.
+        verbose: Log what was built.
+    """
+
+    def __init__(
+            self,
+            module: AdaptedStudent,
+            teacher: Optional[Teacher],
+            criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+            weights: Mapping[str, float],
+            task_loss_weight: float = 1.,
+            input_size: Sequence[int] = (3, 224, 224),
+            device: Optional[torch.device] = None,
+            dtype: Optional[torch.dtype] = None,
+            verbose: bool = True,
+    ):
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        self.trainable_module: nn.Module = module
+        self.teacher = teacher
+        self.criterion = criterion
+        self.weights = dict(weights)
+        self.task_loss_weight = task_loss_weight
+        self.input_size = tuple(input_size)
+        self._teacher_outputs = _teacher_outputs(module)
+        self._term_weights: Dict[str, float] = {}
+        self._probe: Optional[torch.Tensor] = None
+        self._merged: Dict[bool, nn.Module] = {}  # a plain dict: these copies are neither saved nor trained
+        self._compile_eval: Optional[Callable[[nn.Module], nn.Module]] = None
+        self.set_epoch(0)
+
+    @property
+    def module(self) -> AdaptedStudent:
+        """The trainable module without DDP and compile wrappers."""
+        return unwrap_model(self.trainable_module)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Apply the methods' weight schedules for an epoch, counted from 0."""
+        self._term_weights = {
+            name: self.weights[name] * method.weight(epoch)
+            for name, method in self.module.methods.items()
+        }
+        self._probe = None
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Run teacher and student once and combine the losses.
+
+        Args:
+            input: Normalised batch, [B, C, H, W].
+            target: Class indices [B] or soft targets [B, K].
+
+        Returns:
+            'loss' (weighted sum), 'output' (logits, [B, K]) and, with methods, 'task_loss' and their unweighted terms.
+        """
+        if self._probe is None:
+            self._probe = input[:_PROBE_IMAGES].detach().clone()
+        if self.teacher is None:
+            logits = self.trainable_module(input)
+            return {'loss': self.criterion(logits, target), 'output': logits}
+        logits, task_logits, terms = self.trainable_module(input, self._teacher_features(input), target)
+        task_loss = self.criterion(task_logits, target)
+        loss = self.task_loss_weight * task_loss
+        for method, named in terms.items():
+            loss = loss + self._term_weights[method] * sum(named.values())
+        flat = {name: value for named in terms.values() for name, value in named.items()}
+        return {'loss': loss, 'output': logits, 'task_loss': task_loss, **flat}
+
+    def _teacher_features(self, input: torch.Tensor) -> Features:
+        assert self.teacher is not None
+        features = self.teacher(input, self._teacher_outputs)
+        features.tap = features.feature
+        tap = self.module.tap
+        if tap is not None and tap.point == 'pre_logits' and features.pre_logits is not None:
+            features.tap = features.pre_logits[:, :, None, None]
+        return features
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
+        """Return the parameters to clip; `exclude_head` leaves out the student's classifier (for AGC)."""
+        head = set()
+        if exclude_head:
+            head = {id(p) for p in self.module.student.get_classifier().parameters()}
+        return [p for p in self.trainable_module.parameters() if id(p) not in head]
+
+    def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'DistillTask':
+        """Wrap the one trainable module in DDP; the teacher is replicated outside it."""
+        from torch.nn.parallel import DistributedDataParallel as DDP
+        if device_ids and torch.device(device_ids[0]).type == 'cpu':
+            device_ids = None  # DDP takes no ids for CPU modules
+        self.trainable_module = DDP(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(  # type: ignore[override]
+            self,
+            backend: str = 'inductor',
+            mode: Optional[str] = None,
+            **compile_kwargs: Any,
+    ) -> nn.Module:
+        """Compile the trainable module, the teacher and the model that is evaluated, before DDP wrapping."""
+        def _compile(module: nn.Module) -> nn.Module:
+            return torch.compile(module, backend=backend, mode=mode, **compile_kwargs)  # type: ignore[return-value]
+
+        self.trainable_module = _compile(self.trainable_module)
+        if self.teacher is not None:
+            self.teacher.forward = _compile(self.teacher.forward)  # type: ignore[method-assign, arg-type]
+        self._compile_eval = _compile
+        self._merged.clear()
+        return self.trainable_module
+
+    def compile_ema(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> None:
+        """Nothing to do: `compile` holds for every model that `get_eval_model` returns."""
+
+    def get_eval_model(self, module: Optional[nn.Module] = None, ema: bool = False) -> Optional[nn.Module]:
+        """Return the plain timm student with the current weights, adapter merged: what is saved is what is validated.
+
+        The model is a copy that a later call with the same `ema` brings up to date.
+        """
+        trained = self._trained_module(ema)
+        if trained is None:
+            return None
+        if ema not in self._merged:
+            merged = merged_copy(trained.student, trained.adapter, trained.tap)
+            self._merged[ema] = self._compile_eval(merged) if self._compile_eval else merged
+        unwrap_model(self._merged[ema]).load_state_dict(trained.merged_state_dict())
+        return self._merged[ema].eval()
+
+    def _trained_module(self, ema: bool) -> Optional[AdaptedStudent]:
+        module = self.get_trainable_module(ema=ema)
+        return None if module is None else unwrap_model(module)
+
+    def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
+        """Return what resuming needs besides the merged student: raw tensors, adapter and methods."""
+        trained = self._trained_module(ema)
+        return {} if trained is None else {'kd': list(trained.methods), **trained.task_state()}
+
+    def load_task_state(
+            self,
+            state: Optional[Dict[str, Any]],
+            strict: bool = True,
+            module: Optional[nn.Module] = None,
+            ema: bool = False,
+    ) -> None:
+        """Nothing to do: `load_checkpoint_state` needs both entries at once."""
+
+    def get_checkpoint_state(
+            self,
+            ema: bool = False,
+            unwrap_fn: Callable[[nn.Module], nn.Module] = unwrap_model,
+    ) -> Dict[str, Any]:
+        """Return the merged student, verified, under timm's keys, and the task's state beside it.
+
+        Raises:
+            MergeError: If the merged student's logits differ from the trained one's; holds the raw tensors.
+        """
+        trained = self._trained_module(ema)
+        if trained is None:
+            return {}
+        self._verify_merge(trained, ema)
+        suffix = '_ema' if ema else ''
+        return {
+            f'state_dict{suffix}': trained.merged_state_dict(),
+            f'task_state{suffix}': self.get_task_state(ema=ema),
+        }
+
+    def load_checkpoint_state(
+            self,
+            state_dict: Dict[str, Any],
+            task_state: Optional[Dict[str, Any]] = None,
+            ema: bool = False,
+            strict: bool = True,
+    ) -> None:
+        """Restore the student as trained, the adapter and the methods.
+
+        Raises:
+            UsageError: If the entries are those of another run.
+        """
+        trained = self._trained_module(ema)
+        if trained is None:
+            raise RuntimeError('Cannot load EMA state before setup_ema().')
+        trained.load_task_state(state_dict, task_state)
+
+    @torch.no_grad()
+    def _verify_merge(self, trained: AdaptedStudent, ema: bool) -> None:
+        if trained.adapter is None:
+            return
+        probe = self._probe if self._probe is not None else random_images(trained, self.input_size)
+        parameter = next(trained.parameters())
+        error = trained.merge_error(probe.to(parameter.device, parameter.dtype))
+        tolerance = MERGE_TOLERANCE[parameter.dtype]
+        what = 'EMA student' if ema else 'student'
+        if not error <= tolerance:  # true for nan
+            raise MergeError(
+                f'The merged {what} differs from the {what} as trained: largest logit difference {error:.2g} of the '
+                f"logits' spread, allowed {tolerance:g}. A nan means that the weights are not finite.",
+                {'state_dict': trained.student.state_dict(), 'task_state': trained.task_state()},
+            )
+        if self.verbose:
+            _logger.info(f"Merged {what} verified: largest logit difference {error:.1e} of the logits' spread.")
+
+
+def create_distill_task(
+        student: Union[str, nn.Module],
+        teacher: Union[str, nn.Module, Teacher, None] = None,
+        kd: str = 'norm',
+        kd_weight: Optional[Mapping[str, float]] = None,
+        kd_kwargs: Optional[Mapping[str, Any]] = None,
+        kd_tap: str = 'auto',
+        criterion: Optional[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = None,
+        task_loss_weight: Optional[float] = None,
+        distill_loss_weight: Optional[float] = None,
+        num_classes: Optional[int] = None,
+        input_size: Optional[Sequence[int]] = None,
+        mean: Optional[Sequence[float]] = None,
+        std: Optional[Sequence[float]] = None,
+        student_kwargs: Optional[Dict[str, Any]] = None,
+        teacher_checkpoint: Optional[str] = None,
+        teacher_pretrained: bool = True,
+        teacher_kwargs: Optional[Dict[str, Any]] = None,
+        device: Union[str, torch.device, None] = None,
+        dtype: Optional[torch.dtype] = None,
+        verbose: bool = True,
+) -> DistillTask:
+    """Build a distillation task from two timm names or modules.
+
+    Args:
+        student: timm architecture or module to train.
+        teacher: timm architecture, `hf-hub:REPO`, `local-dir:FOLDER` or module; None with `kd='none'`.
+        kd: 'none' or method names joined by '+', e.g. 'norm+kd'.
+        kd_weight: Weight of each method's terms, 1 by default.
+        kd_kwargs: Options of the methods, `{'norm.segments': 8}` or `{'norm': {'segments': 8}}`.
+        kd_tap: Where an adapter sits: 'auto', 'features' or 'pre_logits'.
+        criterion: Task loss of (logits, target); cross-entropy by default.
+        task_loss_weight: Weight of the task loss, 1 by default.
+        distill_loss_weight: Factor on all methods' weights. As in timm's tasks it is 1 - `task_loss_weight` where only
+            that one is given (and no `kd_weight`), else 1.
+        num_classes: Class count of a student that is built by name.
+        input_size: (channels, height, width) that the student is fed; its own default otherwise.
+        mean: Normalisation of the input, per channel; the student's default otherwise.
+        std: Likewise.
+        student_kwargs: More arguments of `timm.create_model` for the student.
+        teacher_checkpoint: Weights of a teacher that is built by name.
+        teacher_pretrained: Load timm's pretrained weights for it otherwise.
+        teacher_kwargs: More arguments of `timm.create_model` for the teacher.
+        device: Device of everything.
+        dtype: Dtype of everything.
+        verbose: Log what was built.
+
+    Raises:
+        UsageError: If a name, an option or a combination is not possible; says what is.
+    """
+    device = torch.device(device or 'cpu')
+    model = _create_student(student, num_classes, student_kwargs).to(device=device, dtype=dtype)
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    input_size = tuple(input_size or config.get('input_size', (3, 224, 224)))
+    methods = _create_methods(kd, kd_kwargs)
+    teacher_model = None
+    if methods:
+        teacher_model = _resolve_teacher(
+            teacher, input_size, int(getattr(model, 'num_classes', 0)),
+            mean or config.get('mean', IMAGENET_DEFAULT_MEAN), std or config.get('std', IMAGENET_DEFAULT_STD),
+            checkpoint=teacher_checkpoint, pretrained=teacher_pretrained, model_kwargs=teacher_kwargs,
+            device=device, dtype=dtype)
+        _check_class_counts(model, teacher_model, methods)
+    module = _adapt_student(model, teacher_model, methods, input_size, kd_tap, verbose)
+    task_loss_weight, weights = _resolve_weights(methods, kd_weight, task_loss_weight, distill_loss_weight)
+    if verbose:
+        _logger.info(f'Distillation: kd={kd}, task_loss_weight={task_loss_weight:g}, '
+                     + ', '.join(f'{name}_weight={weight:g}' for name, weight in weights.items()))
+    criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
+    return DistillTask(module.to(device=device, dtype=dtype), teacher_model, criterion, weights, task_loss_weight,
+                       input_size, device, dtype, verbose)
+
+
+def merge_student(task: DistillTask, ema: bool = False) -> nn.Module:
+    """Return a plain timm model with the student's (or EMA student's) weights, adapter merged, in eval mode.
+
+    Raises:
+        ValueError: If `ema` is asked for and the task has none.
+    """
+    module = task.get_trainable_module(ema=ema)
+    if module is None:
+        raise ValueError('The task has no EMA student: call task.setup_ema() before training.')
+    trained = unwrap_model(module)
+    return merged_copy(trained.student, trained.adapter, trained.tap)
+
+
+def parse_kd(kd: str) -> List[str]:
+    """Return the method names of a `--kd` value; none for 'none'."""
+    names = [name.strip() for name in kd.split('+')]
+    if names == ['none']:
+        return []
+    if '' in names or 'none' in names or len(set(names)) < len(names):
+        raise UsageError(f"--kd '{kd}' must be 'none' or different method names joined by '+', e.g. norm+kd.")
+    return names
+
+
+def _create_methods(kd: str, kd_kwargs: Optional[Mapping[str, Any]]) -> Dict[str, DistillMethod]:
+    names = parse_kd(kd)
+    options: Dict[str, Dict[str, Any]] = {name: {} for name in names}
+    for method, option, value in _flatten_options(kd_kwargs or {}):
+        if method not in options:
+            raise UsageError(f"--kd-kwargs {method}.{option}: the method '{method}' is not in --kd {kd}.")
+        options[method][option] = value
+    return {name: create_method(name, **options[name]) for name in names}
+
+
+def _flatten_options(kd_kwargs: Mapping[str, Any]) -> List[Tuple[str, str, Any]]:
+    items: List[Tuple[str, str, Any]] = []
+    for key, value in kd_kwargs.items():
+        if isinstance(value, Mapping) and '.' not in key:
+            items += [(key, option, v) for option, v in value.items()]
+        elif '.' in key:
+            method, option = key.split('.', 1)
+            items.append((method, option, value))
+        else:
+            raise UsageError(f"--kd-kwargs '{key}' must be METHOD.OPTION=VALUE, e.g. norm.segments=8.")
+    return items
+
+
+def _create_student(student: Union[str, nn.Module], num_classes: Optional[int], kwargs: Optional[Dict]) -> nn.Module:
+    if isinstance(student, nn.Module):
+        return student
+    if not timm.is_model(student):
+        raise UsageError(f"Unknown student '{student}'. --student takes a timm architecture (timm.list_models()).")
+    return timm.create_model(student, num_classes=num_classes, **(kwargs or {}))
+
+
+def _resolve_teacher(
+        teacher: Union[str, nn.Module, Teacher, None],
+        input_size: Sequence[int],
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        dtype: Optional[torch.dtype],
+        **kwargs: Any,
+) -> Teacher:
+    if teacher is None:
+        raise UsageError('Distillation needs a teacher: give --teacher NAME, or --kd none.')
+    if isinstance(teacher, Teacher):
+        return teacher
+    if isinstance(teacher, nn.Module):
+        return Teacher(teacher.to(device=device, dtype=dtype), input_size, mean, std)
+    return create_teacher(teacher, input_size, num_classes, student_mean=mean, student_std=std,
+                          device=device, dtype=dtype, **kwargs)
+
+
+def _check_class_counts(student: nn.Module, teacher: Teacher, methods: Mapping[str, DistillMethod]) -> None:
+    student_classes = getattr(student, 'num_classes', None)
+    on_logits = [name for name, method in methods.items() if 'logits' in method.teacher_outputs]
+    if on_logits and teacher.num_classes != student_classes:
+        raise UsageError(
+            f'--kd {"+".join(on_logits)} compares logits, but the teacher has {teacher.num_classes} classes and the '
+            f'student {student_classes}. Give a teacher trained on these classes with --teacher-checkpoint, change '
+            '--num-classes, or use a method that reads features alone (--list-kd).')
+
+
+def _adapt_student(
+        student: nn.Module,
+        teacher: Optional[Teacher],
+        methods: Mapping[str, DistillMethod],
+        input_size: Sequence[int],
+        kd_tap: str,
+        verbose: bool,
+) -> AdaptedStudent:
+    adapting = {name: method for name, method in methods.items() if method.adapter}
+    if len(adapting) > 1:
+        raise UsageError(f"--kd {'+'.join(adapting)}: only one of these can put an adapter on the student's path.")
+    if not adapting or teacher is None:
+        if kd_tap != 'auto':
+            _logger.warning(f'--kd-tap {kd_tap} is ignored: no method of --kd uses an adapter.')
+        return AdaptedStudent(student, methods=methods)
+    (method,) = adapting.values()
+    tap = resolve_student_tap(student, input_size, kd_tap)
+    adapter = create_adapter(
+        str(method.adapter), tap.layout.channels, teacher.tap_channels(tap.point), **method.adapter_options)
+    if verbose:
+        _log_adapter(tap, adapter)
+    return AdaptedStudent(student, adapter, tap, methods)
+
+
+def _log_adapter(tap: StudentTap, adapter: Adapter) -> None:
+    parameters = sum(p.numel() for p in adapter.parameters())
+    _logger.info(f'Student tap: {tap}.')
+    _logger.info(f'Adapter: {adapter.student_channels} -> {adapter.teacher_channels} channels, {parameters:,} '
+                 'parameters that are merged away at every save.')
+
+
+def _resolve_weights(
+        methods: Mapping[str, DistillMethod],
+        kd_weight: Optional[Mapping[str, float]],
+        task_loss_weight: Optional[float],
+        distill_loss_weight: Optional[float],
+) -> Tuple[float, Dict[str, float]]:
+    """Return the task loss's weight and each method's: timm's complementary mode where only the former is given."""
+    unknown = sorted(set(kd_weight or {}) - set(methods))
+    if unknown:
+        raise UsageError(f'--kd-weight names {", ".join(unknown)}, which is not in --kd; '
+                         f'it takes: {", ".join(methods) or "nothing, --kd is none"}.')
+    for name, weight in (kd_weight or {}).items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise UsageError(f'--kd-weight {name}={weight} must be a number, 0 or more.')
+    if distill_loss_weight is None:
+        complementary = task_loss_weight is not None and not kd_weight and bool(methods)
+        distill_loss_weight = 1. - task_loss_weight if complementary else 1.
+        if distill_loss_weight < 0:
+            raise UsageError(f'--task-loss-weight {task_loss_weight:g} alone leaves the methods 1 minus it, a negative '
+                             'weight: give --distill-loss-weight too, or a value from 0 to 1.')
+    weights = {name: distill_loss_weight * float((kd_weight or {}).get(name, 1.)) for name in methods}
+    return 1. if task_loss_weight is None else task_loss_weight, weights
+
+
+def _teacher_outputs(module: AdaptedStudent) -> FrozenSet[str]:
+    """Return what the teacher must compute: the union of what the methods read."""
+    outputs = frozenset[str]().union(*(method.teacher_outputs for method in module.methods.values()))  # type: ignore[arg-type]
+    if 'tap' in outputs:
+        point = module.tap.point if module.tap is not None else 'features'
+        outputs = outputs - {'tap'} | {'pre_logits' if point == 'pre_logits' else 'feature'}
+    return outputs

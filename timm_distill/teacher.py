@@ -1,0 +1,302 @@
+"""The frozen teacher: eval and no gradient from construction, with its own normalisation and input size.
+
+A teacher keeps the class count of its weights; nothing of it is ever re-initialised silently.
+"""
+import logging
+import os
+from typing import AbstractSet, Any, Dict, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import load_state_dict
+
+from .errors import UsageError
+from .taps import (
+    Features,
+    classifier_is_last,
+    evaluation_mode,
+    last_stage_feature,
+    random_images,
+    resolve_feature_layout,
+)
+
+_logger = logging.getLogger(__name__)
+
+TEACHER_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits'})
+_HUB_PREFIXES = ('hf-hub:', 'hf_hub:', 'local-dir:')
+
+
+class Teacher(nn.Module):
+    """A frozen timm model that gives everything the methods ask for in one forward.
+
+    Stays in eval mode whatever `train()` is called on, and its parameters require no gradient.
+
+    Args:
+        model: timm model, with its weights.
+        input_size: What the student is fed, (channels, height, width).
+        student_mean: Normalisation of the student's input, per channel.
+        student_std: Likewise.
+
+    Raises:
+        UsageError: If the model runs neither at the student's input size nor at its own.
+    """
+
+    input_scale: torch.Tensor
+    input_shift: torch.Tensor
+
+    def __init__(
+            self,
+            model: nn.Module,
+            input_size: Sequence[int],
+            student_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+            student_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    ):
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.eval()
+        self.resize_to = self._resolve_size(input_size)
+        own_input = (input_size[0], *(self.resize_to or input_size[1:]))
+        self.layout = resolve_feature_layout(model, own_input)
+        self.pre_logits_channels, self._reuse_pre_logits = self._measure_head(own_input)
+        scale, shift = _renormalize(model, input_size[0], student_mean, student_std)
+        self.renormalize = bool((scale != 1).any() or (shift != 0).any())
+        weight = next(model.parameters())
+        self.register_buffer('input_scale', scale.to(weight.device, weight.dtype), persistent=False)
+        self.register_buffer('input_shift', shift.to(weight.device, weight.dtype), persistent=False)
+
+    @property
+    def num_classes(self) -> int:
+        return int(getattr(self.model, 'num_classes', 0))
+
+    def tap_channels(self, point: str) -> int:
+        """Return the channels of the counterpart of a student's tap point, 'features' or 'pre_logits'."""
+        return self.layout.channels if point == 'features' else self.pre_logits_channels
+
+    def train(self, mode: bool = True) -> 'Teacher':
+        """Stay in eval mode; the teacher's dropout and batch norms never train."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor, outputs: AbstractSet[str] = frozenset({'logits'})) -> Features:
+        """Run the teacher once.
+
+        Args:
+            images: Batch normalised for the student, [B, C, H, W].
+            outputs: Which of `TEACHER_OUTPUTS` to compute.
+
+        Returns:
+            The outputs asked for; the others are None.
+        """
+        unpooled = last_stage_feature(self.model, self.prepare(images))
+        features = Features()
+        if 'feature' in outputs:
+            features.feature = self.layout.to_map(self.layout.to_positions(unpooled))
+        if 'pre_logits' in outputs:
+            pre_logits = self.model.forward_head(unpooled, pre_logits=True)
+            features.pre_logits = pre_logits.flatten(1)
+        if 'logits' in outputs:
+            reuse = self._reuse_pre_logits and 'pre_logits' in outputs
+            features.logits = self._classify(pre_logits if reuse else None, unpooled)
+        return features
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalise and resize a batch from the student's input to the teacher's."""
+        if self.renormalize:
+            images = images * self.input_scale + self.input_shift
+        if self.resize_to is not None and tuple(images.shape[-2:]) != self.resize_to:
+            images = F.interpolate(images, self.resize_to, mode='bicubic', antialias=True, align_corners=False)
+        return images
+
+    def _classify(self, pre_logits: Optional[torch.Tensor], unpooled: torch.Tensor) -> torch.Tensor:
+        if pre_logits is not None:
+            return self.model.get_classifier()(pre_logits)
+        logits = self.model.forward_head(unpooled)
+        return logits[0] if isinstance(logits, (tuple, list)) else logits
+
+    def _resolve_size(self, input_size: Sequence[int]) -> Optional[Tuple[int, int]]:
+        """Return the size to resize to, None where the teacher runs at the student's."""
+        own_size = _own_size(self.model)
+        reasons = []
+        for size in (tuple(input_size[1:]), own_size):
+            if size is None:
+                continue
+            try:
+                with evaluation_mode(self.model):
+                    last_stage_feature(self.model, random_images(self.model, (input_size[0], *size)))
+            except (AssertionError, RuntimeError, ValueError) as e:
+                if isinstance(e, UsageError):
+                    raise
+                reasons.append(f'at {size[0]}x{size[1]}: {e}')
+                continue
+            if size == tuple(input_size[1:]):
+                return None
+            _logger.info(f'Teacher input: {input_size[1]}x{input_size[2]} is resized to its own {size[0]}x{size[1]}.')
+            return size[0], size[1]
+        raise UsageError(f'The teacher {type(self.model).__name__} cannot run on the input {list(input_size)}: '
+                         f'{"; ".join(reasons)}. Change --img-size, --in-chans or --teacher-kwargs img_size=N.')
+
+    def _measure_head(self, own_input: Sequence[int]) -> Tuple[int, bool]:
+        """Return the width of the pre-logits and whether the classifier maps them to the logits."""
+        with evaluation_mode(self.model):
+            unpooled = last_stage_feature(self.model, random_images(self.model, own_input))
+            pre_logits = self.model.forward_head(unpooled, pre_logits=True)
+            return pre_logits.flatten(1).shape[1], classifier_is_last(self.model, unpooled)
+
+
+def create_teacher(
+        name: str,
+        input_size: Sequence[int],
+        num_classes: int,
+        checkpoint: Optional[str] = None,
+        pretrained: bool = True,
+        model_kwargs: Optional[Dict[str, Any]] = None,
+        student_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        student_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        device: Union[str, torch.device, None] = None,
+        dtype: Optional[torch.dtype] = None,
+) -> Teacher:
+    """Create a teacher by name, with its weights.
+
+    Args:
+        name: timm architecture, `hf-hub:REPO` or `local-dir:FOLDER`.
+        input_size: What the student is fed, (channels, height, width).
+        num_classes: Class count of the student; used only for a teacher without weights.
+        checkpoint: Weights (.safetensors, .pth or a training checkpoint, whose EMA weights are taken where it has
+            them); loaded weights-only. The class count is the file's own.
+        pretrained: Load timm's pretrained weights when there is no `checkpoint`.
+        model_kwargs: More arguments of `timm.create_model`.
+        student_mean: Normalisation of the student's input.
+        student_std: Likewise.
+        device: Where the teacher lives.
+        dtype: Its precision, float32 by default.
+
+    Raises:
+        UsageError: If the name is unknown, or the weights are missing, unreadable or of another architecture.
+    """
+    kwargs = {'in_chans': input_size[0], **(model_kwargs or {})}
+    if checkpoint:
+        model = _load_checkpoint_teacher(name, checkpoint, kwargs)
+    elif pretrained:
+        model = _load_pretrained_teacher(name, kwargs)
+    else:
+        _logger.warning(f'The teacher {name} has random weights (--no-teacher-pretrained): there is nothing to learn '
+                        'from it. Give it weights with --teacher-checkpoint FILE.')
+        model = _create_model(name, num_classes=num_classes, **kwargs)
+    return Teacher(model.to(device=device, dtype=dtype), input_size, student_mean, student_std)
+
+
+def _create_model(name: str, **kwargs: Any) -> nn.Module:
+    if not name.startswith(_HUB_PREFIXES) and not timm.is_model(name):
+        raise UsageError(f"Unknown teacher '{name}'{_similar_models(name)}. --teacher takes a timm architecture, "
+                         'hf-hub:REPO or local-dir:FOLDER.')
+    try:
+        return timm.create_model(name, **kwargs)
+    except (TypeError, AttributeError, AssertionError) as e:
+        raise UsageError(f"The teacher '{name}' does not take these --teacher-kwargs: {e}") from e
+
+
+def _similar_models(name: str) -> str:
+    similar = timm.list_models(f'*{name}*')[:3] or timm.list_models(f'{name[:6]}*')[:3]
+    return f' (did you mean {", ".join(similar)}?)' if similar else ''
+
+
+def _load_pretrained_teacher(name: str, kwargs: Dict[str, Any]) -> nn.Module:
+    hub = name.startswith(_HUB_PREFIXES)
+    if not hub and timm.is_model(name) and not timm.is_model_pretrained(name):
+        raise UsageError(f"timm has no pretrained weights for the teacher '{name}'. Give --teacher-checkpoint FILE, or "
+                         '--no-teacher-pretrained to distil from random weights.')
+    try:
+        return _create_model(name, pretrained=True, **kwargs)
+    except UsageError:
+        raise
+    except Exception as e:  # the hub raises errors of many libraries: connection, missing file, wrong keys
+        raise UsageError(f"The pretrained weights of the teacher '{name}' could not be loaded "
+                         f'({type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no message"}). '
+                         'Give --teacher-checkpoint FILE, or --no-teacher-pretrained.') from e
+
+
+def _load_checkpoint_teacher(name: str, checkpoint: str, kwargs: Dict[str, Any]) -> nn.Module:
+    state_dict = read_state_dict(checkpoint, '--teacher-checkpoint')
+    model = _create_model(name, **kwargs)
+    num_classes = _count_classes(model, state_dict)
+    if num_classes and num_classes != getattr(model, 'num_classes', num_classes):
+        model = _create_model(name, **{**kwargs, 'num_classes': num_classes})
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as e:
+        raise UsageError(f"--teacher-checkpoint {checkpoint} does not fit the architecture '{name}': "
+                         f'{_load_error(model, state_dict)}. Change --teacher or --teacher-kwargs.') from e
+    return model
+
+
+def read_state_dict(path: str, flag: str) -> Dict[str, torch.Tensor]:
+    """Read weights from a .safetensors, .pth or training checkpoint, weights-only.
+
+    Raises:
+        UsageError: If the file is missing, unreadable or would run code; names `flag`.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(f'{flag} {path}: there is no such file.')
+    try:
+        return load_state_dict(path, use_ema=True, weights_only=True)
+    except Exception as e:  # truncated zip, bad header, pickle with code: each library has its own error
+        raise UsageError(f'{flag} {path} is not a readable checkpoint '
+                         f'({type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no message"}).') from e
+
+
+def _count_classes(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> Optional[int]:
+    """Return the class count of the weights: the rows of what is the classifier's weight in the model."""
+    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    for name, module in model.named_modules():
+        weight = state_dict.get(f'{name}.weight')
+        if module is classifier and weight is not None and weight.ndim >= 2:
+            return weight.shape[0]
+    return None
+
+
+def _load_error(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> str:
+    own = model.state_dict()
+    missing = sorted(own.keys() - state_dict.keys())
+    unexpected = sorted(state_dict.keys() - own.keys())
+    shapes = [f'{k} is {list(state_dict[k].shape)}, not {list(own[k].shape)}'
+              for k in own if k in state_dict and own[k].shape != state_dict[k].shape]
+    parts = [
+        f'{len(keys)} {what} ({", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""})'
+        for what, keys in (('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if keys
+    ]
+    return ', '.join(parts)
+
+
+def _own_size(model: nn.Module) -> Optional[Tuple[int, int]]:
+    """Return the input size that a model was built for, as (height, width)."""
+    embed_size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
+    if isinstance(embed_size, (tuple, list)) and len(embed_size) == 2:
+        return int(embed_size[0]), int(embed_size[1])
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    size = config.get('input_size')
+    return (size[1], size[2]) if size else None
+
+
+def _renormalize(
+        model: nn.Module,
+        channels: int,
+        student_mean: Sequence[float],
+        student_std: Sequence[float],
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return (scale, shift), [1, C, 1, 1]: the map from the student's normalised input to the teacher's."""
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    own_mean = _per_channel(config.get('mean', IMAGENET_DEFAULT_MEAN), channels)
+    own_std = _per_channel(config.get('std', IMAGENET_DEFAULT_STD), channels)
+    mean, std = _per_channel(student_mean, channels), _per_channel(student_std, channels)
+    scale, shift = std / own_std, (mean - own_mean) / own_std
+    return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
+
+
+def _per_channel(values: Sequence[float], channels: int) -> torch.Tensor:
+    """Return one value per channel; where the counts differ, the average for all, as timm's loader does."""
+    if len(values) != channels:
+        values = [sum(values) / len(values)] * channels
+    return torch.tensor(values, dtype=torch.float64)
