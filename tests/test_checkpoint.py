@@ -1,0 +1,286 @@
+"""Promises of writing, reading and resuming checkpoints."""
+import argparse
+import logging
+import os
+import random
+from types import SimpleNamespace
+from typing import Any, Dict, Tuple
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.scheduler import CosineLRScheduler, PlateauLRScheduler
+from timm.task import ClassificationTask
+from timm.utils import CheckpointSaver, NativeScaler
+
+from timm_distill.checkpoint import (
+    DistillCheckpointSaver,
+    get_rng_state,
+    read_checkpoint,
+    resume_task,
+    set_rng_state,
+)
+from timm_distill.errors import MergeError, UsageError
+
+
+class StubTask(ClassificationTask):
+    """Has state of its own, and merges that can be made to fail."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model, verbose=False)
+        self.adapter = torch.zeros(3)
+        self.fails_merging = False
+
+    def get_task_state(self, module: Any = None, ema: bool = False) -> Dict[str, Any]:
+        return {'adapter': self.adapter + (10 if ema else 0)}
+
+    def load_task_state(self, state: Any, strict: bool = True, module: Any = None, ema: bool = False) -> None:
+        if state is not None and not ema:
+            self.adapter = state['adapter']
+
+    def get_checkpoint_state(self, ema: bool = False, **kwargs: Any) -> Dict[str, Any]:
+        torch.rand(3)  # as a check on random images may
+        state = super().get_checkpoint_state(ema=ema, **kwargs)
+        if self.fails_merging:
+            raise MergeError('Merged logits differ by 3', state)
+        return state
+
+
+def create_task(arch: str = 'test_resnet', seed: int = 0) -> Tuple[StubTask, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    task = StubTask(timm.create_model(arch, num_classes=4))
+    return task, torch.optim.AdamW(task.parameters(), lr=1e-3)
+
+
+def train_step(task: StubTask, optimizer: torch.optim.Optimizer) -> None:
+    task.get_trainable_module().train()
+    optimizer.zero_grad()
+    task(torch.randn(4, 3, 32, 32), torch.randint(4, (4,)))['loss'].backward()
+    optimizer.step()
+    task.update_ema(step=1)
+
+
+def create_saver(folder: Any, task: StubTask, optimizer: torch.optim.Optimizer, **kwargs: Any) -> Any:
+    args = argparse.Namespace(model='test_resnet', lr=1e-3, model_kwargs={})
+    return DistillCheckpointSaver(
+        task.get_trainable_module(), optimizer, task=task, args=args,
+        checkpoint_dir=str(folder), recovery_dir=str(folder), **kwargs)
+
+
+def draw() -> Tuple[float, float, float, float]:
+    return random.random(), np.random.rand(), np.random.randn(), torch.rand(()).item()
+
+
+def test_random_states_come_back(tmp_path):
+    np.random.randn()  # an odd number of normal draws keeps one in reserve
+    torch.save(get_rng_state(), tmp_path / 'rng.pth')
+    expected = draw()
+    set_rng_state(torch.load(tmp_path / 'rng.pth', weights_only=True))
+    assert draw() == expected
+
+
+def test_file_loads_into_the_plain_timm_model_and_weights_only(tmp_path):
+    task, optimizer = create_task()
+    task.setup_ema()
+    create_saver(tmp_path, task, optimizer, amp_scaler=NativeScaler('cpu')).save_checkpoint(0, metric=1.)
+    path = str(tmp_path / 'last.pth.tar')
+    model = timm.create_model('test_resnet', num_classes=4, checkpoint_path=path)
+    torch.testing.assert_close(model.state_dict(), task.get_trainable_module(ema=True).module.state_dict())
+    assert set(read_checkpoint(path)) == {
+        'epoch', 'version', 'arch', 'args', 'optimizer', 'amp_scaler', 'metric', 'saver', 'rng_state',
+        'state_dict', 'task_state', 'state_dict_ema', 'task_state_ema'}
+
+
+def test_crash_while_writing_leaves_the_former_files(tmp_path, monkeypatch):
+    task, optimizer = create_task()
+    saver = create_saver(tmp_path, task, optimizer)
+    saver.save_checkpoint(0, metric=1.)
+    files = sorted(os.listdir(tmp_path))
+
+    def crash(state, path):
+        with open(path, 'wb') as f:
+            f.write(b'half')
+        raise OSError('No space left on device')
+
+    monkeypatch.setattr(torch, 'save', crash)
+    with pytest.raises(OSError, match='No space'):
+        saver.save_checkpoint(1, metric=2.)
+    assert sorted(os.listdir(tmp_path)) == files
+    for name in files:
+        assert read_checkpoint(str(tmp_path / name))['epoch'] == 0
+
+
+def test_files_are_on_disk_before_they_replace_others_and_never_unlinked(tmp_path, monkeypatch):
+    task, optimizer = create_task()
+    saver = create_saver(tmp_path, task, optimizer)
+    saver.save_checkpoint(0, metric=1.)
+    events = []
+    fsync, replace, remove = os.fsync, os.replace, os.remove
+    monkeypatch.setattr(os, 'fsync', lambda fd: (events.append('fsync'), fsync(fd))[1])
+    monkeypatch.setattr(os, 'replace', lambda a, b: (events.append(os.path.basename(b)), replace(a, b))[1])
+    monkeypatch.setattr(os, 'remove', lambda p: (events.append(f'remove {os.path.basename(p)}'), remove(p))[1])
+    monkeypatch.setattr(os, 'unlink', lambda p: pytest.fail(f'unlinked {p}'))
+    saver.save_checkpoint(1, metric=2.)
+    assert events == [
+        'fsync', 'last.pth.tar', 'fsync', 'checkpoint-1.pth.tar', 'fsync', 'model_best.pth.tar', 'fsync']
+
+
+@pytest.mark.parametrize('hardlinks', [True, False])
+def test_history_keeps_the_best_and_no_temporary_files(tmp_path, monkeypatch, hardlinks):
+    if not hardlinks:
+        monkeypatch.setattr(os, 'link', lambda src, dst: (_ for _ in ()).throw(OSError('not supported')))
+    task, optimizer = create_task()
+    saver = create_saver(tmp_path, task, optimizer, max_history=2)
+    for epoch, metric in enumerate((3., 1., 2.)):
+        assert saver.save_checkpoint(epoch, metric=metric) == (3., 0)
+    saver.save_milestone(3)
+    saver.save_milestone(3)  # the same file again
+    assert sorted(os.listdir(tmp_path)) == [
+        'checkpoint-0.pth.tar', 'checkpoint-2.pth.tar', 'last.pth.tar', 'milestone-3.pth.tar', 'model_best.pth.tar']
+    assert read_checkpoint(str(tmp_path / 'model_best.pth.tar'))['epoch'] == 0
+    assert read_checkpoint(str(tmp_path / 'last.pth.tar'))['epoch'] == 2
+
+
+def test_failed_merge_writes_the_unmerged_tensors_and_keeps_last(tmp_path):
+    task, optimizer = create_task()
+    saver = create_saver(tmp_path, task, optimizer)
+    saver.save_checkpoint(0)
+    train_step(task, optimizer)
+    task.fails_merging = True
+    with pytest.raises(MergeError, match=r'differ by 3 .*unmerged-1\.pth\.tar') as error:
+        saver.save_checkpoint(1)
+    raw = read_checkpoint(str(tmp_path / 'unmerged-1.pth.tar'))
+    torch.testing.assert_close(raw['state_dict'], dict(task.get_trainable_module().state_dict()))
+    assert raw['epoch'] == 1 and 'adapter' in raw['task_state'] and error.value.raw_state
+    assert read_checkpoint(str(tmp_path / 'last.pth.tar'))['epoch'] == 0
+    assert sorted(os.listdir(tmp_path)) == ['checkpoint-0.pth.tar', 'last.pth.tar', 'unmerged-1.pth.tar']
+
+
+def test_resumed_run_continues_bit_for_bit(tmp_path):
+    task, optimizer = create_task()
+    task.setup_ema(decay=0.5)
+    task.adapter = torch.tensor([1., 2., 3.])
+    train_step(task, optimizer)
+    create_saver(tmp_path, task, optimizer).save_checkpoint(3)
+    train_step(task, optimizer)
+
+    resumed, resumed_optimizer = create_task(seed=1)
+    resumed.setup_ema(decay=0.5)
+    path = str(tmp_path / 'last.pth.tar')
+    checkpoint = read_checkpoint(path)
+    assert resume_task(resumed, path, resumed_optimizer, checkpoint=checkpoint) == 4
+    set_rng_state(checkpoint['rng_state'])
+    train_step(resumed, resumed_optimizer)
+    torch.testing.assert_close(resumed.state_dict(), task.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(resumed_optimizer.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
+    assert resumed.adapter.tolist() == [1., 2., 3.]
+
+
+@pytest.mark.filterwarnings('ignore:PlateauLRScheduler is deprecated')
+def test_plateau_scheduler_remembers_its_counters_and_keeps_this_runs_settings(tmp_path):
+    task, optimizer = create_task()
+    scheduler = PlateauLRScheduler(optimizer, patience_t=3, decay_rate=0.1)
+    for epoch, metric in enumerate((5., 4., 4.), start=1):
+        scheduler.step(epoch, metric)
+    create_saver(tmp_path, task, optimizer, lr_scheduler=scheduler).save_checkpoint(0)
+    resumed, resumed_optimizer = create_task()
+    resumed_scheduler = PlateauLRScheduler(resumed_optimizer, patience_t=2, decay_rate=0.1)
+    resume_task(resumed, str(tmp_path / 'last.pth.tar'), resumed_optimizer, lr_scheduler=resumed_scheduler)
+    assert resumed_scheduler.lr_scheduler.best == 5.
+    assert resumed_scheduler.lr_scheduler.num_bad_epochs == 2
+    assert resumed_scheduler.lr_scheduler.patience == 2
+
+
+def test_changed_schedule_is_that_of_the_new_flags_and_warned_of(tmp_path, caplog):
+    task, optimizer = create_task()
+    scheduler = CosineLRScheduler(optimizer, t_initial=10)
+    create_saver(tmp_path, task, optimizer, lr_scheduler=scheduler).save_checkpoint(0)
+    longer = CosineLRScheduler(optimizer, t_initial=20)
+    resume_task(task, str(tmp_path / 'last.pth.tar'), optimizer, lr_scheduler=longer)
+    assert longer.t_initial == 20
+    assert 't_initial 10 -> 20' in caplog.text
+    assert 'lacks' not in caplog.text
+
+
+def test_plain_timm_checkpoint_resumes_with_a_warning(tmp_path, caplog):
+    task, optimizer = create_task()
+    plain = ClassificationTask(task.get_trainable_module(), verbose=False)
+    CheckpointSaver(plain.trainable_module, optimizer, task=plain, checkpoint_dir=str(tmp_path)).save_checkpoint(2)
+    resumed, resumed_optimizer = create_task(seed=1)
+    resumed.setup_ema()
+    with caplog.at_level(logging.WARNING):
+        start_epoch = resume_task(
+            resumed, str(tmp_path / 'last.pth.tar'), resumed_optimizer, loss_scaler=NativeScaler('cpu'),
+            lr_scheduler=CosineLRScheduler(resumed_optimizer, t_initial=10))
+    assert start_epoch == 3
+    for module in resumed.get_trainable_module(), resumed.get_trainable_module(ema=True).module:
+        torch.testing.assert_close(module.state_dict(), plain.trainable_module.state_dict())
+    assert all(word in caplog.text for word in ('task_state', 'rng_state', 'amp_scaler', 'lr_scheduler', 'EMA'))
+    assert 'optimizer' not in caplog.text
+
+
+def test_bare_weights_resume_at_epoch_zero(tmp_path):
+    task, _ = create_task()
+    torch.save(task.get_trainable_module().state_dict(), tmp_path / 'weights.pth')
+    assert resume_task(create_task(seed=1)[0], str(tmp_path / 'weights.pth')) == 0
+
+
+def test_optimizer_of_other_groups_or_kind_names_the_flag(tmp_path):
+    task, optimizer = create_task()
+    create_saver(tmp_path, task, optimizer).save_checkpoint(0)
+    path = str(tmp_path / 'last.pth.tar')
+    parameters = list(task.parameters())
+    groups = torch.optim.AdamW([{'params': parameters[:2]}, {'params': parameters[2:]}])
+    with pytest.raises(UsageError, match=r'groups of .*--no-resume-opt'):
+        resume_task(task, path, groups)
+    with pytest.raises(UsageError, match=r'another kind.*--no-resume-opt'):
+        resume_task(task, path, torch.optim.SGD(parameters, lr=0.1))
+
+
+def test_checkpoint_of_another_student_names_it(tmp_path):
+    task, optimizer = create_task()
+    create_saver(tmp_path, task, optimizer).save_checkpoint(0)
+    with pytest.raises(UsageError, match=r'test_resnet.*--student') as error:
+        resume_task(create_task('test_vit')[0], str(tmp_path / 'last.pth.tar'))
+    assert '\n' not in str(error.value)
+
+
+def _write_damaged(path: Any, kind: str) -> None:
+    torch.save({'state_dict': {'weight': torch.randn(1000)}}, path)
+    data = path.read_bytes()
+    if kind == 'truncated':
+        path.write_bytes(data[:len(data) // 2])
+    elif kind == 'empty':
+        path.write_bytes(b'')
+    elif kind == 'text':
+        path.write_text('hello world, this is no checkpoint')
+    elif kind == 'unsafe':
+        torch.save({'state_dict': {}, 'object': SimpleNamespace()}, path)
+    elif kind == 'tensor':
+        torch.save(torch.zeros(3), path)
+
+
+@pytest.mark.parametrize('kind, message', [
+    ('truncated', 'truncated, corrupt'),
+    ('empty', 'truncated, corrupt'),
+    ('text', 'truncated, corrupt'),
+    ('unsafe', 'types.SimpleNamespace'),
+    ('tensor', 'holds a Tensor'),
+])
+def test_unreadable_file_has_one_clear_message(tmp_path, kind, message):
+    path = tmp_path / 'file.pth.tar'
+    _write_damaged(path, kind)
+    with pytest.raises(UsageError, match=message) as error:
+        read_checkpoint(str(path), flag='--teacher-checkpoint')
+    assert str(path) in str(error.value) and '--teacher-checkpoint' in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_missing_file_and_file_without_weights_are_usage_errors(tmp_path):
+    with pytest.raises(UsageError, match='--resume'):
+        read_checkpoint(str(tmp_path / 'none.pth'))
+    torch.save({'epoch': 3}, tmp_path / 'empty.pth')
+    with pytest.raises(UsageError, match='state_dict'):
+        resume_task(create_task()[0], str(tmp_path / 'empty.pth'))

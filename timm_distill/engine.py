@@ -1,0 +1,400 @@
+"""The two loops: one epoch of training a task, one pass of evaluating a model.
+
+Knows no method by name, no teacher and no flags. A task is anything with the interface of `timm.task.TrainingTask`:
+whatever `*_loss` terms its result holds are averaged and logged by name. The loops never wait for the device inside a
+step: losses stay there as tensors and are fetched together, at log lines, recovery saves and the end of the epoch.
+"""
+import logging
+import math
+import sys
+import time
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit
+from timm.utils import AverageMeter, dispatch_clip_grad
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from .errors import UsageError
+
+_logger = logging.getLogger(__name__)
+
+__all__ = ['NonFiniteLossError', 'evaluate', 'train_one_epoch']
+
+
+class NonFiniteLossError(RuntimeError):
+    """A loss term became NaN or infinite; names the terms, the epoch and the step."""
+
+
+class LossMeter:
+    """Sample-weighted averages of a task's loss terms, over all ranks where distributed.
+
+    Args:
+        device: Where values are exchanged between ranks.
+        distributed: Average over the ranks of the default process group.
+    """
+
+    def __init__(self, device: torch.device, distributed: bool = False):
+        self.device = device
+        self.distributed = distributed
+        self.meters: OrderedDict[str, AverageMeter] = OrderedDict()
+        self.num_batches = 0  # read so far
+        self.non_finite = ''  # the first batch that had a non-finite term, in words
+        self._pending: List[Tuple[List[str], torch.Tensor, int]] = []
+
+    def add(self, result: Dict[str, torch.Tensor], num_samples: int) -> None:
+        """Note the terms of one batch, without waiting for their values."""
+        names = ['loss'] + [name for name in result if name.endswith('_loss')]
+        terms = torch.stack([result[name].detach() for name in names])  # a copy, safe from in-place changes
+        self._pending.append((names, terms, num_samples))
+
+    def fetch(self) -> bool:
+        """Read what was noted since the last call, with one wait for the device. False once a term was not finite."""
+        if self._pending:
+            values = iter(torch.cat([terms for _, terms, _ in self._pending]).tolist())
+            for names, _, num_samples in self._pending:
+                self._update({name: next(values) for name in names}, num_samples)
+            self._pending = []
+        return not self.non_finite
+
+    def _update(self, values: Dict[str, float], num_samples: int) -> None:
+        for name, value in values.items():
+            self.meters.setdefault(name, AverageMeter()).update(value, num_samples)
+        bad = [f'{name}={value}' for name, value in values.items() if not math.isfinite(value)]
+        if bad and not self.non_finite:
+            self.non_finite = f"{', '.join(bad)} at batch {self.num_batches}"
+        self.num_batches += 1
+
+    def read(self) -> Tuple[OrderedDict[str, float], OrderedDict[str, float]]:
+        """Fetch, and share between ranks: the average of each term so far, and its value on the newest batch."""
+        self.fetch()
+        # one row per term: sum over samples, samples, newest value, number of ranks
+        rows = [[meter.sum, meter.count, meter.val, 1] for meter in self.meters.values()]
+        if self.distributed:
+            shared = torch.tensor(rows, dtype=torch.float64, device=self.device)
+            dist.all_reduce(shared)
+            rows = shared.tolist()
+        average = OrderedDict((name, row[0] / row[1]) for name, row in zip(self.meters, rows))
+        newest = OrderedDict((name, row[2] / row[3]) for name, row in zip(self.meters, rows))
+        return average, newest
+
+    def read_finite(self, epoch: int) -> Tuple[OrderedDict[str, float], OrderedDict[str, float]]:
+        """Like `read`, but raises NonFiniteLossError, on every rank, once any rank has met a non-finite term."""
+        average, newest = self.read()
+        bad = [name for name, value in average.items() if not math.isfinite(value)]
+        if bad:
+            where = self.non_finite or f"{', '.join(bad)} on another rank"
+            raise NonFiniteLossError(
+                f'Training diverged in epoch {epoch}: {where} (batches count from 0). A lower --lr, --clip-grad, a '
+                'longer warmup or --amp-dtype bfloat16 may help.')
+        return average, newest
+
+
+class TrainLog:
+    """Log lines of one training epoch: progress, each term by name, speed since the line before, learning rate.
+
+    Args:
+        losses: Where the terms are noted.
+        epoch: Index of the epoch.
+        num_updates: Optimizer updates in the epoch.
+        log_interval: Updates between lines; the first and the last update always have one.
+    """
+
+    def __init__(self, losses: LossMeter, epoch: int, num_updates: int, log_interval: int = 50):
+        self.losses = losses
+        self.epoch = epoch
+        self.num_updates = num_updates
+        self.log_interval = log_interval
+        self.primary = not losses.distributed or dist.get_rank() == 0
+        self.world_size = dist.get_world_size() if losses.distributed else 1
+        self.loss: Optional[float] = None  # average, as last read
+        self._restart()
+
+    def _restart(self) -> None:
+        self.start = time.perf_counter()
+        self.data_time = 0.
+        self.images = 0
+        self.updates = 0
+
+    def add(self, result: Dict[str, torch.Tensor], num_images: int, data_time: float) -> None:
+        """Note one batch: its result, its size and how long it was waited for."""
+        self.losses.add(result, num_images)
+        self.images += num_images
+        self.data_time += data_time
+
+    def update(self, update_idx: int, optimizer: torch.optim.Optimizer, bar: tqdm) -> None:
+        """Note one optimizer update, and write a line where one is due."""
+        self.updates += 1
+        if update_idx % self.log_interval and update_idx != self.num_updates - 1:
+            return
+        average, newest = self.losses.read_finite(self.epoch)
+        self.loss = average['loss']
+        if self.primary:
+            bar.set_postfix(loss=f'{self.loss:.4g}', refresh=False)
+            lrs = [group['lr'] for group in optimizer.param_groups]
+            self._write(update_idx, average, newest, sum(lrs) / len(lrs))
+        self._restart()
+
+    def _write(self, update_idx: int, average: Dict[str, float], newest: Dict[str, float], lr: float) -> None:
+        elapsed = max(time.perf_counter() - self.start, 1e-9)
+        terms = '  '.join(
+            f"{'Loss' if name == 'loss' else name}: {newest[name]:#.3g} ({average[name]:#.3g})" for name in average)
+        _logger.info(
+            f'Train: {self.epoch} [{update_idx:>4d}/{self.num_updates:>4d} '
+            f'({100 * (update_idx + 1) / self.num_updates:>3.0f}%)]  {terms}  '
+            f'Time: {elapsed / self.updates:.3f}s, {self.images * self.world_size / elapsed:.1f} images/s  '
+            f'Data: {self.data_time / self.updates:.3f}s  LR: {lr:.3e}')
+
+
+@contextmanager
+def progress_bar(loader: Any, desc: str, progress: Optional[bool]) -> Iterator[Any]:
+    """Iterate over loader under a bar on stderr that log lines do not break.
+
+    Args:
+        loader: What to iterate over.
+        desc: Text in front of the bar.
+        progress: Show it; None shows it where stderr is a terminal.
+    """
+    if progress is None:
+        progress = sys.stderr.isatty()
+    redirect = logging_redirect_tqdm() if progress else nullcontext()
+    with redirect, tqdm(loader, desc=desc, disable=not progress, leave=False, dynamic_ncols=True) as bar:
+        yield bar
+
+
+def accumulation_plan(num_batches: int, grad_accum_steps: int) -> Iterator[Tuple[int, bool]]:
+    """For each batch: how many batches share its optimizer update, and whether it is the last of them."""
+    for start in range(0, num_batches, grad_accum_steps):
+        group_size = min(grad_accum_steps, num_batches - start)
+        for i in range(group_size):
+            yield group_size, i == group_size - 1
+
+
+def _backward_and_step(
+        loss: torch.Tensor,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        need_update: bool,
+        loss_scaler: Optional[Callable] = None,
+        clip_grad: Optional[float] = None,
+        clip_mode: str = 'norm',
+) -> None:
+    """Backward pass and, at the end of an accumulation group, clipping and the optimizer's step."""
+    create_graph = getattr(optimizer, 'is_second_order', False)
+    parameters = None if clip_grad is None else task.get_clip_parameters(exclude_head='agc' in clip_mode)
+    if loss_scaler is not None:
+        loss_scaler(
+            loss,
+            optimizer,
+            clip_grad=clip_grad,
+            clip_mode=clip_mode,
+            parameters=parameters,
+            create_graph=create_graph,
+            need_update=need_update,
+        )
+        return
+    loss.backward(create_graph=create_graph)
+    if need_update:
+        if clip_grad is not None:
+            dispatch_clip_grad(parameters, value=clip_grad, mode=clip_mode)
+        optimizer.step()
+
+
+def _prepare_batch(
+        input: torch.Tensor,
+        target: torch.Tensor,
+        device: torch.device,
+        model_dtype: Optional[torch.dtype] = None,
+        prefetcher: bool = True,
+        channels_last: bool = False,
+        mixup_fn: Optional[Callable] = None,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Do what a prefetching loader has done already (transfer, dtype, mixup), and set the memory format."""
+    if not prefetcher:
+        input, target = input.to(device=device, dtype=model_dtype), target.to(device=device)
+        if mixup_fn is not None:
+            input, target = mixup_fn(input, target)
+    if channels_last:
+        input = input.contiguous(memory_format=torch.channels_last)
+    return input, target
+
+
+def _start_epoch(task: TrainingTask, loader: Any, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    if len(loader) == 0:
+        raise UsageError('The training data gives no batch: it has fewer images than one batch, lower --batch-size.')
+    set_epoch = getattr(task, 'set_epoch', None)  # weight schedules; timm's own tasks have none
+    if set_epoch is not None:
+        set_epoch(epoch)
+    trainable_module = task.get_trainable_module()
+    assert trainable_module is not None  # for mypy: only the EMA module may be missing
+    trainable_module.train()
+    optimizer.zero_grad()
+
+
+def train_one_epoch(
+        task: TrainingTask,
+        loader: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        epoch: int,
+        device: torch.device,
+        num_epochs: Optional[int] = None,
+        model_dtype: Optional[torch.dtype] = None,
+        amp_autocast: Callable = nullcontext,
+        loss_scaler: Optional[Callable] = None,
+        clip_grad: Optional[float] = None,
+        clip_mode: str = 'norm',
+        grad_accum_steps: int = 1,
+        mixup_fn: Optional[Callable] = None,
+        prefetcher: bool = True,
+        channels_last: bool = False,
+        lr_scheduler: Optional[Any] = None,
+        saver: Optional[Any] = None,
+        recovery_interval: int = 0,
+        log_interval: int = 50,
+        distributed: bool = False,
+        desc: str = '',
+        progress: Optional[bool] = None,
+) -> OrderedDict[str, float]:
+    """Train the task for one epoch.
+
+    Args:
+        task: Gives the loss of a batch and its terms; owns the trainable module and its EMA.
+        loader: Yields (input, target); its length is the number of batches.
+        optimizer: Holds the task's trainable parameters.
+        epoch: Index of the epoch, from 0. Update counts (EMA warmup, schedules) follow from it.
+        device: Where the trainable module lives.
+        num_epochs: Length of the run, shown in the progress bar.
+        model_dtype: Input dtype, where the loader does not set it.
+        amp_autocast: Makes the context of each forward pass.
+        loss_scaler: Called like `timm.utils.NativeScaler`, replaces backward, clipping and the optimizer's step.
+        clip_grad: Gradient clipping value, None for none.
+        clip_mode: One of timm's clipping modes ('norm', 'value', 'agc').
+        grad_accum_steps: Batches per optimizer update; the last group of an epoch may be smaller.
+        mixup_fn: Applied to each batch, where the loader does not prefetch.
+        prefetcher: The loader already transfers, converts and mixes.
+        channels_last: Train in channels-last memory format.
+        lr_scheduler: A timm scheduler, told about each update.
+        saver: Saves recovery checkpoints; None on all ranks but the first.
+        recovery_interval: Updates between recovery checkpoints, 0 for none.
+        log_interval: Updates between log lines. Only there do the loops wait for the device.
+        distributed: Average what is logged and returned over all ranks.
+        desc: Text in front of the progress bar, for example which run of several this is.
+        progress: Show a progress bar; None shows one where stderr is a terminal.
+
+    Returns:
+        'loss' and each '*_loss' term of the task, averaged over the epoch's samples.
+    """
+    _start_epoch(task, loader, optimizer, epoch)
+    updates_per_epoch = math.ceil(len(loader) / grad_accum_steps)
+    losses = LossMeter(device, distributed)
+    log = TrainLog(losses, epoch, updates_per_epoch, log_interval)
+    desc = f"{desc} epoch {epoch + 1}{f'/{num_epochs}' if num_epochs else ''} train".lstrip()
+    update_idx = 0
+    with progress_bar(loader, desc, progress if log.primary else False) as bar:
+        data_start = time.perf_counter()
+        for (input, target), (group_size, need_update) in zip(bar, accumulation_plan(len(loader), grad_accum_steps)):
+            input, target = _prepare_batch(input, target, device, model_dtype, prefetcher, channels_last, mixup_fn)
+            data_time = time.perf_counter() - data_start
+            with nullcontext() if need_update else task.no_sync():
+                with amp_autocast():
+                    result = task(input, target)
+                log.add(result, input.shape[0], data_time)
+                _backward_and_step(
+                    result['loss'] / group_size, task, optimizer, need_update, loss_scaler, clip_grad, clip_mode)
+            if need_update:
+                num_updates = epoch * updates_per_epoch + update_idx + 1
+                optimizer.zero_grad()
+                task.update_ema(step=num_updates)
+                log.update(update_idx, optimizer, bar)
+                recovery_due = recovery_interval and (update_idx + 1) % recovery_interval == 0
+                if saver is not None and recovery_due and losses.fetch():  # never save a diverged run
+                    saver.save_recovery(epoch, batch_idx=update_idx)
+                if lr_scheduler is not None:
+                    lr_scheduler.step_update(num_updates=num_updates, metric=log.loss)
+                update_idx += 1
+            data_start = time.perf_counter()
+    if hasattr(optimizer, 'sync_lookahead'):
+        optimizer.sync_lookahead()
+    return losses.read_finite(epoch)[0]
+
+
+def _log_evaluation(
+        log_name: str,
+        batch_idx: int,
+        num_batches: int,
+        evaluator: ClassificationEvaluator,
+        seconds: float,
+        bar: tqdm,
+) -> None:
+    metrics = evaluator.summary()
+    bar.set_postfix(top1=f"{metrics['top1']:.2f}", refresh=False)
+    _logger.info(
+        f'{log_name}: [{batch_idx:>4d}/{num_batches - 1:>4d}]  '
+        f'Time: {seconds / (batch_idx + 1):.3f}s, {evaluator.num_samples / max(seconds, 1e-9):.1f} images/s  '
+        f"Loss: {metrics['loss']:.4f}  Acc@1: {metrics['top1']:.3f}  Acc@5: {metrics['top5']:.3f}")
+
+
+def _merge_views(output: torch.Tensor, target: torch.Tensor, tta: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Average the logits of each image's views, which follow one another in the batch."""
+    return output.unflatten(0, (-1, tta)).mean(dim=1), target[::tta]
+
+
+@torch.inference_mode()
+def evaluate(
+        model: nn.Module,
+        loader: Any,
+        *,
+        device: torch.device,
+        model_dtype: Optional[torch.dtype] = None,
+        amp_autocast: Callable = nullcontext,
+        channels_last: bool = False,
+        prefetcher: bool = True,
+        distributed: bool = False,
+        tta: int = 0,
+        log_interval: int = 50,
+        log_name: str = 'Test',
+        progress: Optional[bool] = None,
+) -> OrderedDict[str, float]:
+    """Evaluate a classifier, each image counted once whatever the batches and the number of ranks.
+
+    Args:
+        model: Gives logits, or a tuple that begins with them; is put in eval mode and left there.
+        loader: Yields (input, class index).
+        device: Where the model lives.
+        model_dtype: Input dtype, where the loader does not set it.
+        amp_autocast: Makes the context of each forward pass.
+        channels_last: Evaluate in channels-last memory format.
+        prefetcher: The loader already transfers and converts.
+        distributed: Count over all ranks.
+        tta: Views of an image that follow one another in a batch and are averaged, 0 or 1 for none.
+        log_interval: Batches between log lines. Only there does the loop wait for the device.
+        log_name: First word of the log lines.
+        progress: Show a progress bar; None shows one where stderr is a terminal.
+
+    Returns:
+        'loss' (cross-entropy), 'top1' and 'top5' (percent).
+    """
+    model.eval()
+    max_samples, views = evaluation_sample_limit(loader), max(tta, 1)
+    evaluator = ClassificationEvaluator(device, max_samples=None if max_samples is None else max_samples // views)
+    primary = not distributed or dist.get_rank() == 0
+    start = time.perf_counter()
+    with progress_bar(loader, log_name, progress if primary else False) as bar:
+        for batch_idx, (input, target) in enumerate(bar):
+            input, target = _prepare_batch(input, target, device, model_dtype, prefetcher, channels_last)
+            with amp_autocast():
+                output = model(input)
+            if isinstance(output, (tuple, list)):
+                output = output[0]
+            if views > 1:
+                output, target = _merge_views(output, target, views)
+            evaluator.update(output, target)
+            if primary and (batch_idx % log_interval == 0 or batch_idx == len(loader) - 1):
+                _log_evaluation(log_name, batch_idx, len(loader), evaluator, time.perf_counter() - start, bar)
+    return evaluator.compute(distributed)

@@ -1,0 +1,565 @@
+#!/usr/bin/env python
+"""Train a timm model, alone or distilled from a frozen teacher, and save plain timm checkpoints.
+
+    train_distill.py --data-dir DIR --teacher resnet50 --student mobilenetv2_100 --kd norm
+
+Flags of timm's `train.py` keep their names, defaults and meanings; `--list-kd` shows the methods, `--demo` a complete
+run on data that it brings along.
+"""
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from timm import utils
+from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm, set_fast_norm
+from timm.models import safe_model_name
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
+
+from timm_distill import DistillTask, MergeError, Teacher, UsageError, create_distill_task
+from timm_distill.args import args_to_yaml, check_train_args, create_train_parser, parse_args
+from timm_distill.checkpoint import DistillCheckpointSaver, read_checkpoint, resume_task, set_rng_state
+from timm_distill.data import DataLoaders, create_loaders, create_train_loss, set_loader_epoch, user_message
+from timm_distill.demo import run_demo
+from timm_distill.device import Precision, enable_fast_math, resolve_device_name, resolve_precision
+from timm_distill.engine import NonFiniteLossError, evaluate, train_one_epoch
+from timm_distill.methods import describe_methods
+
+_logger = logging.getLogger('train')
+
+
+@dataclass
+class RunResult:
+    """What a run leaves behind.
+
+    Attributes:
+        output_dir: Folder of the run.
+        checkpoint: Path of the best checkpoint; '' where nothing was saved.
+        best_metric: Best value of the evaluation metric.
+        best_epoch: Epoch of it, counted from 0.
+        param_count: Parameters of the student as saved.
+        seconds: Duration of the run.
+        history: Metrics of each validated epoch.
+    """
+    output_dir: str = ''
+    checkpoint: str = ''
+    best_metric: Optional[float] = None
+    best_epoch: Optional[int] = None
+    param_count: int = 0
+    seconds: float = 0.
+    history: List[Dict[str, Any]] = field(default_factory=list)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
+    """Run the script and return what it leaves behind; None for `--list-kd` and `--demo`.
+
+    Raises:
+        UsageError: For anything that the user can put right.
+    """
+    args = parse_args(create_train_parser(), argv)
+    if args.list_kd:
+        print(describe_methods())
+        return None
+    if args.demo:
+        run_demo(main, args.demo_dir)
+        return None
+    check_train_args(args)
+    return train(args)
+
+
+@dataclass
+class Run:
+    """The parts of a run that the phases build and the epochs use.
+
+    Attributes:
+        args: Flags.
+        device: Where the run computes.
+        precision: How it represents numbers.
+        data_config: Input size, normalisation and crop.
+        loaders: Training and validation data.
+        task: Student, teacher and methods.
+        optimizer: Over everything that trains.
+        scheduler: Learning rate schedule, None for a constant rate.
+        num_epochs: Length of the run.
+    """
+    args: argparse.Namespace
+    device: torch.device
+    precision: Precision
+    data_config: Dict[str, Any]
+    loaders: DataLoaders
+    task: DistillTask
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    num_epochs: int
+
+
+def train(args: argparse.Namespace) -> RunResult:
+    """Train as the flags say. The output folder is made when everything else stands."""
+    start = time.monotonic()
+    args_text = args_to_yaml(args)
+    checkpoint = read_checkpoint(args.resume) if args.resume else None
+    run = build_run(args)
+    report_teacher(run)
+    start_epoch = resume(run, checkpoint)
+    prepare_for_device(run)
+    recorder = Recorder(run, args_text, checkpoint, start_epoch)
+    restore_random_state(run, checkpoint)
+    try:
+        for epoch in range(start_epoch, run.num_epochs):
+            run_epoch(run, epoch, recorder)
+    except UsageError:
+        recorder.discard()
+        raise
+    except KeyboardInterrupt:
+        _logger.warning(f'Interrupted. To go on, give the same flags and --resume {recorder.last_path}')
+    if args.distributed:
+        torch.distributed.destroy_process_group()
+    return recorder.finish(time.monotonic() - start)
+
+
+def build_run(args: argparse.Namespace) -> Run:
+    """Build everything that can fail before anything is written."""
+    device, precision = setup_device(args)
+    utils.random_seed(args.seed, args.rank)
+    student = build_student(args)
+    data_config = resolve_data_config(vars(args), model=student, verbose=args.rank == 0)
+    loaders = create_loaders(args, data_config, args.num_classes, device, precision.model_dtype, args.distributed)
+    task = build_task(args, student, data_config, device, precision)
+    optimizer = build_optimizer(args, task)
+    scheduler, num_epochs = build_scheduler(args, optimizer, loaders)
+    return Run(args, device, precision, data_config, loaders, task, optimizer, scheduler, num_epochs)
+
+
+def setup_device(args: argparse.Namespace) -> Tuple[torch.device, Precision]:
+    """Choose device and precision, and join the process group."""
+    args.device = resolve_device_name(args.device)
+    enable_fast_math()
+    device = utils.init_distributed_device(args)
+    if args.fast_norm:
+        set_fast_norm()
+    _logger.info(f'Process {args.rank} of {args.world_size} on {device}.')
+    return device, resolve_precision(device, args.amp, args.amp_dtype, args.model_dtype)
+
+
+def build_student(args: argparse.Namespace) -> nn.Module:
+    """Create the student as timm's script creates its model."""
+    if args.initial_checkpoint and not os.path.isfile(args.initial_checkpoint):
+        raise UsageError(f'--initial-checkpoint {args.initial_checkpoint}: there is no such file.')
+    if not args.model.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(args.model):
+        similar = timm.list_models(f'*{args.model[:6]}*')[:5]
+        hint = f' (similar: {", ".join(similar)})' if similar else ''
+        raise UsageError(f"Unknown student '{args.model}'{hint}. --student takes a timm architecture.")
+    try:
+        student = timm.create_model(args.model, **_student_kwargs(args))
+    except Exception as e:  # a hub, a file and a constructor each raise their own errors
+        raise UsageError(f"The student '{args.model}' cannot be built with these --pretrained, --initial-checkpoint, "
+                         f'--model-kwargs: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
+    init_head(args, student)
+    if args.grad_checkpointing:
+        student.set_grad_checkpointing(enable=True)
+    if args.num_classes is None:
+        args.num_classes = student.num_classes
+    return student
+
+
+def _student_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
+    kwargs = dict(
+        pretrained=args.pretrained,
+        in_chans=args.in_chans or (args.input_size[0] if args.input_size else 3),
+        num_classes=args.num_classes,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        checkpoint_path=args.initial_checkpoint,
+        **args.model_kwargs,
+    )
+    if args.pretrained_path:
+        # num_classes=-1 adapts the head to this run's classes
+        kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)
+    return kwargs
+
+
+@torch.no_grad()
+def init_head(args: argparse.Namespace, student: nn.Module) -> None:
+    """Apply `--head-init-scale` and `--head-init-bias`."""
+    if args.head_init_scale is None and args.head_init_bias is None:
+        return
+    classifier = student.get_classifier()
+    if args.head_init_scale is not None:
+        classifier.weight.mul_(args.head_init_scale)
+        classifier.bias.mul_(args.head_init_scale)
+    if args.head_init_bias is not None:
+        nn.init.constant_(classifier.bias, args.head_init_bias)
+
+
+def build_task(
+        args: argparse.Namespace,
+        student: nn.Module,
+        data_config: Dict[str, Any],
+        device: torch.device,
+        precision: Precision,
+) -> DistillTask:
+    """Create the task, with EMA, from the student and the distillation flags."""
+    if args.rank == 0:
+        parameters = sum(p.numel() for p in student.parameters())
+        _logger.info(f'Student {safe_model_name(args.model)}: {parameters:,} parameters.')
+    task = create_distill_task(
+        student,
+        args.teacher,
+        kd=args.kd,
+        kd_weight=args.kd_weight,
+        kd_kwargs=args.kd_kwargs,
+        kd_tap=args.kd_tap,
+        criterion=create_train_loss(args, device),
+        task_loss_weight=args.task_loss_weight,
+        distill_loss_weight=args.distill_loss_weight,
+        input_size=data_config['input_size'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        teacher_checkpoint=args.teacher_checkpoint,
+        teacher_pretrained=args.teacher_pretrained,
+        teacher_kwargs=args.teacher_kwargs,
+        device=device,
+        dtype=precision.model_dtype,
+        verbose=args.rank == 0,
+    )
+    if args.channels_last:
+        task.to(memory_format=torch.channels_last)
+    if args.distributed and args.sync_bn:
+        args.dist_bn = ''  # synchronised statistics need no distribution after the epoch
+        task.trainable_module = convert_sync_batchnorm(task.trainable_module)
+    return task
+
+
+def validate(run: Run, model: nn.Module, log_name: str = 'Test') -> 'OrderedDict[str, float]':
+    """Evaluate a model on the validation data."""
+    return evaluate(
+        model,
+        run.loaders.eval,
+        device=run.device,
+        model_dtype=run.precision.model_dtype,
+        amp_autocast=run.precision.autocast,
+        channels_last=run.args.channels_last,
+        prefetcher=not run.args.no_prefetcher,
+        distributed=run.args.distributed,
+        tta=run.args.tta,
+        log_interval=run.args.log_interval,
+        log_name=log_name,
+    )
+
+
+class _TeacherLogits(nn.Module):
+    def __init__(self, teacher: Teacher):
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, images: torch.Tensor) -> Optional[torch.Tensor]:
+        return self.teacher(images).logits
+
+
+def report_teacher(run: Run) -> None:
+    """Print the teacher's accuracy first, so that nobody distils from a broken one."""
+    args, teacher = run.args, run.task.teacher
+    if teacher is None or run.loaders.eval is None or args.teacher_eval is False:
+        return
+    if teacher.num_classes != args.num_classes:
+        _logger.warning(f'The teacher has {teacher.num_classes} classes and the data {args.num_classes}: '
+                        'its accuracy cannot be measured here.')
+        return
+    top1 = validate(run, _TeacherLogits(teacher), 'Teacher')['top1']
+    if args.rank == 0:
+        _logger.info(f'Teacher {args.teacher} top-1: {top1:.3f}')
+        if top1 < 200 / teacher.num_classes:
+            _logger.warning(f'That is near chance ({100 / teacher.num_classes:.3f}): are its weights right, and is the '
+                            'order of its classes that of the data?')
+
+
+def build_optimizer(args: argparse.Namespace, task: DistillTask) -> torch.optim.Optimizer:
+    """Create the optimizer over everything that trains: student, adapter and methods."""
+    if not args.lr:
+        args.lr = scale_learning_rate(args)
+    return create_optimizer_v2(task.trainable_module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+
+
+def scale_learning_rate(args: argparse.Namespace) -> float:
+    """Compute the learning rate from `--lr-base` and the global batch size, as timm does."""
+    global_batch_size = args.batch_size * args.world_size * args.grad_accum_steps
+    ratio = global_batch_size / args.lr_base_size
+    if not args.lr_base_scale:
+        adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
+        args.lr_base_scale = 'sqrt' if adaptive else 'linear'
+    lr = args.lr_base * (ratio ** 0.5 if args.lr_base_scale == 'sqrt' else ratio)
+    if args.rank == 0:
+        _logger.info(f'Learning rate {lr:g}: --lr-base {args.lr_base} scaled ({args.lr_base_scale}) from a batch of '
+                     f'{args.lr_base_size} to {global_batch_size}.')
+    return lr
+
+
+def build_scheduler(
+        args: argparse.Namespace,
+        optimizer: torch.optim.Optimizer,
+        loaders: DataLoaders,
+) -> Tuple[Any, int]:
+    """Create the learning rate schedule; returns it and the number of epochs."""
+    decreasing = loaders.eval is None or args.eval_metric == 'loss'
+    scheduler, num_epochs = create_scheduler_v2(
+        optimizer,
+        **scheduler_kwargs(args, decreasing_metric=decreasing),
+        updates_per_epoch=-(-len(loaders.train) // args.grad_accum_steps),
+    )
+    if args.rank == 0:
+        _logger.info(f'Scheduled epochs: {num_epochs}.')
+    return scheduler, num_epochs
+
+
+def resume(run: Run, checkpoint: Optional[Dict[str, Any]]) -> int:
+    """Create the EMA, restore what `--resume` holds and return the first epoch."""
+    args = run.args
+    if args.model_ema:
+        # after the model is on its device, before DDP
+        run.task.setup_ema(
+            decay=args.model_ema_decay,
+            use_warmup=args.model_ema_warmup,
+            device=torch.device('cpu') if args.model_ema_force_cpu else None,
+        )
+    start_epoch = 0
+    if checkpoint is not None:
+        with_optimizer = not args.no_resume_opt
+        start_epoch = resume_task(
+            run.task,
+            args.resume,
+            optimizer=run.optimizer if with_optimizer else None,
+            loss_scaler=run.precision.loss_scaler if with_optimizer else None,
+            lr_scheduler=run.scheduler if with_optimizer else None,
+            checkpoint=checkpoint,
+        )
+    if args.start_epoch is not None:
+        start_epoch = args.start_epoch
+    start_schedule(run, start_epoch)
+    return start_epoch
+
+
+def start_schedule(run: Run, start_epoch: int) -> None:
+    """Bring the learning rate to the first epoch's; a plateau schedule goes on from what the checkpoint held."""
+    if run.scheduler is None or start_epoch == 0 or isinstance(run.scheduler, PlateauLRScheduler):
+        return
+    if run.args.sched_on_updates:
+        run.scheduler.step_update(start_epoch * -(-len(run.loaders.train) // run.args.grad_accum_steps))
+    else:
+        run.scheduler.step(start_epoch)
+
+
+def restore_random_state(run: Run, checkpoint: Optional[Dict[str, Any]]) -> None:
+    """Restore the generators last, since building draws random numbers. The file holds those of the first rank."""
+    if checkpoint is not None and 'rng_state' in checkpoint and run.args.rank == 0:
+        set_rng_state(checkpoint['rng_state'])
+
+
+def prepare_for_device(run: Run) -> None:
+    """Compile, then wrap in DDP: that order keeps DDP out of the compiled graph."""
+    if run.args.torchcompile:
+        run.task.compile(backend=run.args.torchcompile, mode=run.args.torchcompile_mode)
+    if run.args.distributed:
+        run.task.prepare_distributed(device_ids=[run.device], broadcast_buffers=not run.args.no_ddp_bb)
+
+
+class Recorder:
+    """Everything that a run writes: checkpoints, `args.yaml` and `summary.csv`. Writes on the first rank alone.
+
+    Args:
+        run: The run.
+        args_text: The flags as given, as YAML.
+        checkpoint: What `--resume` read, None for a new run.
+        start_epoch: First epoch of the run.
+    """
+
+    def __init__(self, run: Run, args_text: str, checkpoint: Optional[Dict[str, Any]], start_epoch: int):
+        self.run = run
+        self.metric = run.args.eval_metric if run.loaders.eval is not None else 'loss'
+        self.saver: Optional[DistillCheckpointSaver] = None
+        self.result = RunResult(param_count=sum(p.numel() for p in run.task.module.student.parameters()))
+        if run.args.rank != 0:
+            return
+        self.result.output_dir = utils.get_outdir(run.args.output or './output/train', _run_name(run))
+        with open(self._path('args.yaml'), 'w') as f:
+            f.write(args_text)
+        utils.trim_summary(self._path('summary.csv'), start_epoch)
+        self.saver = self._create_saver()
+        if checkpoint is not None and checkpoint.get('saver') and self._is_own_file(run.args.resume):
+            self.saver.load_state_dict(checkpoint['saver'])
+
+    def discard(self) -> None:
+        """Remove what a run wrote that could not even save its first checkpoint."""
+        if self.saver is None or os.path.exists(self.last_path):
+            return
+        os.remove(self._path('args.yaml'))
+        if not os.listdir(self.result.output_dir):
+            os.rmdir(self.result.output_dir)
+
+    def _create_saver(self) -> DistillCheckpointSaver:
+        return DistillCheckpointSaver(
+            model=self.run.task.trainable_module,
+            optimizer=self.run.optimizer,
+            lr_scheduler=self.run.scheduler,
+            args=self.run.args,
+            amp_scaler=self.run.precision.loss_scaler,
+            checkpoint_dir=self.result.output_dir,
+            recovery_dir=self.result.output_dir,
+            decreasing=self.metric == 'loss',
+            max_history=self.run.args.checkpoint_hist,
+            task=self.run.task,
+        )
+
+    def _is_own_file(self, path: str) -> bool:
+        return os.path.dirname(os.path.realpath(path)) == os.path.realpath(self.result.output_dir)
+
+    @property
+    def last_path(self) -> str:
+        return self._path('last.pth.tar')
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.result.output_dir, name)
+
+    def rank(self, train_metrics: Dict[str, float], eval_metrics: Optional[Dict[str, float]]) -> float:
+        """Return the value that ranks an epoch."""
+        return (eval_metrics or train_metrics)[self.metric]
+
+    def summarize(
+            self,
+            epoch: int,
+            train_metrics: Dict[str, float],
+            eval_metrics: Optional[Dict[str, float]],
+    ) -> None:
+        """Write an epoch's row of `summary.csv`."""
+        entry: Dict[str, Any] = {'epoch': epoch, 'train': dict(train_metrics)}
+        if eval_metrics is not None:
+            entry['validation'] = dict(eval_metrics)
+        self.result.history.append(entry)
+        if self.saver is not None:
+            lrs = [group['lr'] for group in self.run.optimizer.param_groups]
+            utils.update_summary(
+                epoch, train_metrics, eval_metrics, filename=self._path('summary.csv'), lr=sum(lrs) / len(lrs))
+
+    def save(self, epoch: int, metric: float) -> None:
+        """Write the checkpoints of an epoch."""
+        if self.saver is not None:
+            self.result.best_metric, self.result.best_epoch = self.saver.save_checkpoint(epoch, metric=metric)
+
+    def finish(self, seconds: float) -> RunResult:
+        """Print the best epochs as timm does and return the run's result."""
+        self.result.seconds = seconds
+        if self.saver is None:
+            return self.result
+        best = self._path('model_best.pth.tar')
+        self.result.checkpoint = best if os.path.exists(best) else ''
+        if self.result.best_metric is not None:
+            _logger.info(f'*** Best metric: {self.result.best_metric} (epoch {self.result.best_epoch})')
+        ranked = sorted(
+            self.result.history,
+            key=lambda x: x.get('validation', x['train'])[self.metric],
+            reverse=self.saver.decreasing,
+        )
+        print(f'--result\n{json.dumps(ranked[-10:], indent=4)}')
+        return self.result
+
+
+def _run_name(run: Run) -> str:
+    parts = [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(run.args.model)]
+    return run.args.experiment or '-'.join([*parts, str(run.data_config['input_size'][-1])])
+
+
+def run_epoch(run: Run, epoch: int, recorder: Recorder) -> None:
+    """Train, validate, step the schedule and save once."""
+    args = run.args
+    set_loader_epoch(run.loaders.train, epoch)
+    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+        disable_mixup(run.loaders)
+    train_metrics = train_one_epoch(
+        run.task,
+        run.loaders.train,
+        run.optimizer,
+        epoch=epoch,
+        num_epochs=run.num_epochs,
+        device=run.device,
+        model_dtype=run.precision.model_dtype,
+        amp_autocast=run.precision.autocast,
+        loss_scaler=run.precision.loss_scaler,
+        clip_grad=args.clip_grad,
+        clip_mode=args.clip_mode,
+        grad_accum_steps=args.grad_accum_steps,
+        mixup_fn=run.loaders.mixup_fn,
+        prefetcher=not args.no_prefetcher,
+        channels_last=args.channels_last,
+        lr_scheduler=run.scheduler,
+        saver=recorder.saver,
+        recovery_interval=args.recovery_interval,
+        log_interval=args.log_interval,
+        distributed=args.distributed,
+    )
+    share_batch_norm(args, run.task.get_trainable_module())
+    metric = None
+    validating = (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.num_epochs
+    if validating:
+        eval_metrics = validate_student(run)
+        metric = recorder.rank(train_metrics, eval_metrics)
+        recorder.summarize(epoch, train_metrics, eval_metrics)
+    if run.scheduler is not None:
+        run.scheduler.step(epoch + 1, metric)  # before saving, so that a resumed schedule knows this epoch
+    if metric is not None:
+        recorder.save(epoch, metric)
+
+
+def disable_mixup(loaders: DataLoaders) -> None:
+    if loaders.mixup_fn is not None:
+        loaders.mixup_fn.mixup_enabled = False  # type: ignore[attr-defined]
+    elif hasattr(loaders.train, 'mixup_enabled') and loaders.train.mixup_enabled:
+        loaders.train.mixup_enabled = False
+
+
+def share_batch_norm(args: argparse.Namespace, module: Optional[nn.Module]) -> None:
+    """Give all ranks the same running statistics after an epoch, by `--dist-bn`."""
+    if module is not None and args.distributed and args.dist_bn in ('broadcast', 'reduce'):
+        utils.distribute_bn(module, args.world_size, args.dist_bn == 'reduce')
+
+
+def validate_student(run: Run) -> Optional['OrderedDict[str, float]']:
+    """Validate the merged student and its EMA; the EMA's numbers count where there are any, as in timm."""
+    if run.loaders.eval is None:
+        return None
+    metrics = validate(run, run.task.get_eval_model())  # type: ignore[arg-type]
+    if run.task.has_ema() and not run.args.model_ema_force_cpu:
+        share_batch_norm(run.args, run.task.get_trainable_module(ema=True))
+        metrics = validate(run, run.task.get_eval_model(ema=True), 'Test (EMA)')  # type: ignore[arg-type]
+    return metrics
+
+
+def cli() -> int:
+    """Run from the command line: 0 on success, 2 for what the user can put right, 1 where training fails."""
+    utils.setup_default_logging()
+    try:
+        main()
+    except UsageError as e:
+        print(f'train_distill.py: error: {user_message(e)}', file=sys.stderr)
+        return 2
+    except (NonFiniteLossError, MergeError) as e:
+        print(f'train_distill.py: stopped: {e}', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(cli())
