@@ -50,7 +50,7 @@ class RunResult:
         best_epoch: Epoch of it, counted from 0.
         param_count: Parameters of the student as saved.
         seconds: Duration of the run.
-        history: Metrics of each validated epoch.
+        history: Metrics of each validated epoch, the best last.
     """
     output_dir: str = ''
     checkpoint: str = ''
@@ -460,7 +460,7 @@ class Recorder:
             self.result.best_metric, self.result.best_epoch = self.saver.save_checkpoint(epoch, metric=metric)
 
     def finish(self, seconds: float) -> RunResult:
-        """Print the best epochs as timm does and return the run's result."""
+        """Return the run's result, its epochs ranked as timm prints them: the best last."""
         self.result.seconds = seconds
         if self.saver is None:
             return self.result
@@ -468,12 +468,8 @@ class Recorder:
         self.result.checkpoint = best if os.path.exists(best) else ''
         if self.result.best_metric is not None:
             _logger.info(f'*** Best metric: {self.result.best_metric} (epoch {self.result.best_epoch})')
-        ranked = sorted(
-            self.result.history,
-            key=lambda x: x.get('validation', x['train'])[self.metric],
-            reverse=self.saver.decreasing,
-        )
-        print(f'--result\n{json.dumps(ranked[-10:], indent=4)}')
+        self.result.history.sort(
+            key=lambda x: x.get('validation', x['train'])[self.metric], reverse=self.saver.decreasing)
         return self.result
 
 
@@ -551,13 +547,15 @@ def cli() -> int:
     """Run from the command line: 0 on success, 2 for what the user can put right, 1 where training fails."""
     utils.setup_default_logging()
     try:
-        main()
+        result = main()
     except UsageError as e:
         print(f'train_distill.py: error: {user_message(e)}', file=sys.stderr)
         return 2
     except (NonFiniteLossError, MergeError) as e:
         print(f'train_distill.py: stopped: {e}', file=sys.stderr)
         return 1
+    if result is not None and result.output_dir:
+        print(f'--result\n{json.dumps(result.history[-10:], indent=4)}')  # what timm's runner scripts look for
     return 0
 
 

@@ -8,7 +8,7 @@ import argparse
 import difflib
 import logging
 import math
-from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Dict, NoReturn, Optional, Sequence, Tuple
 
 import yaml
 from timm.optim import list_optimizers

@@ -34,8 +34,8 @@ def kl_divergence(
     """
     log_student = F.log_softmax(to_full_precision(student_logits) / temperature, dim=-1)
     log_teacher = F.log_softmax(to_full_precision(teacher_logits.detach()) / temperature, dim=-1)
-    loss = F.kl_div(log_student, log_teacher, reduction=reduction, log_target=True)
-    return loss * temperature ** 2
+    loss = F.kl_div(log_student, log_teacher, reduction='sum', log_target=True) * temperature ** 2
+    return loss / (log_student.numel() if reduction == 'mean' else log_student.shape[0])
 
 
 def standardize_logits(logits: torch.Tensor, scale: float, eps: float = 1e-7) -> torch.Tensor:

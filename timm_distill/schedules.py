@@ -1,4 +1,5 @@
 """Weights of loss terms over epochs: pure functions of the epoch, counted from 0."""
+import math
 from bisect import bisect_right
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -19,8 +20,9 @@ class WeightSchedule:
 
     def __init__(self, steps: Steps):
         epochs = [epoch for epoch, _ in steps]
-        if not epochs or epochs[0] != 0 or any(b <= a for a, b in zip(epochs, epochs[1:], strict=False)):
-            raise UsageError(f'A weight schedule is {_FORMS} and increases, not {steps}.')
+        increasing = epochs[:1] == [0] and all(a < b for a, b in zip(epochs, epochs[1:]))
+        if not increasing or not all(math.isfinite(weight) for _, weight in steps):
+            raise UsageError(f'A weight schedule is {_FORMS}, with increasing epochs and finite weights, not {steps}.')
         self.steps = steps
         self._epochs = epochs
 

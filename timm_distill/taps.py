@@ -21,6 +21,7 @@ from .linalg import AffineMap, batch_norm_affine, compose, fold_into_weight, to_
 _logger = logging.getLogger(__name__)
 
 TAP_POINTS = ('features', 'pre_logits')
+_CANNOT_RUN = (RuntimeError, TypeError, AttributeError, NotImplementedError, IndexError, AssertionError)
 TAP_TOLERANCE = 1e-9  # relative to the logits' spread, in float64
 
 
@@ -148,19 +149,25 @@ def last_stage_feature(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return feature
 
 
-def classifier_is_last(model: nn.Module, feature: torch.Tensor) -> bool:
-    """Measure whether `get_classifier()(forward_head(f, pre_logits=True))` equals `forward_head(f)`."""
+def classifier_reads_pre_logits(model: nn.Module, feature: torch.Tensor) -> bool:
+    """Measure whether `get_classifier()` maps `forward_head(f, pre_logits=True)` to `forward_head(f)`.
+
+    Args:
+        model: Model in eval mode.
+        feature: Output of its `forward_features`.
+    """
     classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
     if not isinstance(classifier, nn.Module) or not hasattr(model, 'forward_head'):
         return False
-    with torch.no_grad():
-        pre_logits = model.forward_head(feature, pre_logits=True)
-        try:
-            logits = classifier(pre_logits)
-        except (RuntimeError, TypeError, NotImplementedError, AttributeError):
-            return False
-        expected = model.forward_head(feature)
-    return logits.shape == getattr(expected, 'shape', None) and torch.equal(logits, expected)
+    heads = {point: _Head(model, point) for point in ('features', 'to_pre_logits', 'pre_logits')}
+    tensors = _random_tensors(model, _trace(heads['features'], feature))
+    probe = torch.randn(feature.shape, generator=_generator(), dtype=torch.float64)
+    try:
+        expected = _call_head(heads['features'], tensors, probe)
+        logits = _call_head(heads['pre_logits'], tensors, _call_head(heads['to_pre_logits'], tensors, probe))
+    except _CANNOT_RUN:
+        return False
+    return logits.shape == expected.shape and torch.allclose(logits, expected, rtol=TAP_TOLERANCE, atol=TAP_TOLERANCE)
 
 
 @contextmanager
@@ -250,9 +257,9 @@ class _Head(nn.Module):
         self.point = point
 
     def forward(self, feature: torch.Tensor) -> torch.Tensor:
-        if self.point == 'features':
-            return self.model.forward_head(feature)
-        return self.model.get_classifier()(feature)
+        if self.point == 'pre_logits':
+            return self.model.get_classifier()(feature)
+        return self.model.forward_head(feature, pre_logits=self.point == 'to_pre_logits')
 
 
 @dataclass(frozen=True)
@@ -289,7 +296,7 @@ def _tapped_feature(student: nn.Module, input_size: Sequence[int], point: str) -
         if not isinstance(feature, torch.Tensor):
             raise _NoTap(f'forward_features() returns {type(feature).__name__}, not one tensor')
         return feature
-    if not classifier_is_last(student, feature):
+    if not classifier_reads_pre_logits(student, feature):
         raise _NoTap('the classifier does not read what forward_head(pre_logits=True) returns')
     return student.forward_head(feature, pre_logits=True)
 
@@ -381,7 +388,7 @@ def _fold_error(
     try:
         unmerged = _call_head(head, tensors, mapped)
         merged = _call_head(head, {**tensors, **folded}, probe)
-    except (RuntimeError, TypeError, AttributeError) as e:
+    except _CANNOT_RUN as e:
         _logger.debug(f'{consumers} cannot be measured: {e}')
         return float('inf')
     spread = (unmerged - unmerged.mean()).abs().max()

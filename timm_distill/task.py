@@ -139,7 +139,7 @@ class DistillTask(TrainingTask):
 
         self.trainable_module = _compile(self.trainable_module)
         if self.teacher is not None:
-            self.teacher.forward = _compile(self.teacher.forward)  # type: ignore[method-assign, arg-type]
+            self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
         self._compile_eval = _compile
         self._merged.clear()
         return self.trainable_module
@@ -214,6 +214,11 @@ class DistillTask(TrainingTask):
         trained = self._trained_module(ema)
         if trained is None:
             raise RuntimeError('Cannot load EMA state before setup_ema().')
+        saved = (task_state or {}).get('kd', [])
+        if task_state is not None and saved != list(trained.methods):
+            raise UsageError(f'The checkpoint was written with --kd {"+".join(saved) or "none"}, this run has --kd '
+                             f'{"+".join(trained.methods) or "none"}. Resume with the former, or start from its '
+                             'weights with --initial-checkpoint.')
         trained.load_task_state(state_dict, task_state)
 
     @torch.no_grad()

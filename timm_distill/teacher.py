@@ -2,6 +2,7 @@
 
 A teacher keeps the class count of its weights; nothing of it is ever re-initialised silently.
 """
+import difflib
 import logging
 import os
 from typing import AbstractSet, Any, Dict, Optional, Sequence, Tuple, Union
@@ -16,7 +17,7 @@ from timm.models import load_state_dict
 from .errors import UsageError
 from .taps import (
     Features,
-    classifier_is_last,
+    classifier_reads_pre_logits,
     evaluation_mode,
     last_stage_feature,
     random_images,
@@ -79,7 +80,6 @@ class Teacher(nn.Module):
         """Stay in eval mode; the teacher's dropout and batch norms never train."""
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, images: torch.Tensor, outputs: AbstractSet[str] = frozenset({'logits'})) -> Features:
         """Run the teacher once.
 
@@ -90,6 +90,15 @@ class Teacher(nn.Module):
         Returns:
             The outputs asked for; the others are None.
         """
+        self.model.eval()  # whoever may have called train() on a part of it
+        return self._run(images, outputs)
+
+    def compile(self, **kwargs: Any) -> None:
+        """Compile the forward pass with `torch.compile`'s arguments."""
+        self._run = torch.compile(self._run, **kwargs)  # type: ignore[method-assign]
+
+    @torch.no_grad()
+    def _run(self, images: torch.Tensor, outputs: AbstractSet[str]) -> Features:
         unpooled = last_stage_feature(self.model, self.prepare(images))
         features = Features()
         if 'feature' in outputs:
@@ -143,7 +152,7 @@ class Teacher(nn.Module):
         with evaluation_mode(self.model):
             unpooled = last_stage_feature(self.model, random_images(self.model, own_input))
             pre_logits = self.model.forward_head(unpooled, pre_logits=True)
-            return pre_logits.flatten(1).shape[1], classifier_is_last(self.model, unpooled)
+            return pre_logits.flatten(1).shape[1], classifier_reads_pre_logits(self.model, unpooled)
 
 
 def create_teacher(
@@ -199,7 +208,7 @@ def _create_model(name: str, **kwargs: Any) -> nn.Module:
 
 
 def _similar_models(name: str) -> str:
-    similar = timm.list_models(f'*{name}*')[:3] or timm.list_models(f'{name[:6]}*')[:3]
+    similar = timm.list_models(f'*{name}*')[:3] or difflib.get_close_matches(name, timm.list_models(), n=3)
     return f' (did you mean {", ".join(similar)}?)' if similar else ''
 
 

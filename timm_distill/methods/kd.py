@@ -6,6 +6,7 @@ Distilling the Knowledge in a Neural Network (Hinton et al., 2015), https://arxi
 distillation of DeiT (Touvron et al., ICML 2021, https://arxiv.org/abs/2012.12877): cross-entropy with the teacher's
 decision. Teacher and student see the same, possibly mixed, images, so mixup and cutmix are safe.
 """
+import math
 from typing import Dict
 
 import torch
@@ -37,7 +38,7 @@ class KD(DistillMethod):
 
     def __init__(self, temperature: float = 4., hard: bool = False):
         super().__init__()
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise UsageError(f'kd.temperature={temperature!r} must be positive (--kd-kwargs kd.temperature=4).')
         self.temperature = float(temperature)
         self.hard = hard

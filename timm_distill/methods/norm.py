@@ -12,6 +12,7 @@ feature, times N, so that this term with weight w is the paper's with alpha = N 
 well as in KD). It is off by default because it trains logits whose scale the model's softmax never sees: the released
 student's accuracy is kept but its confidence is not calibrated.
 """
+import math
 from typing import Any, Dict
 
 import torch
@@ -77,7 +78,7 @@ class NORM(DistillMethod):
         super().__init__()
         if pool not in _POOLS:
             raise UsageError(f"norm.pool={pool!r} must be one of {', '.join(_POOLS)} (--kd-kwargs norm.pool=avg).")
-        if logit_scale < 0:
+        if not 0 <= logit_scale < math.inf:
             raise UsageError(f'norm.logit_scale={logit_scale!r} must be 0 (off) or positive, e.g. 2.5.')
         self.pool = pool
         self.schedule = create_weight_schedule(schedule, SCHEDULES, option='norm.schedule')

@@ -1,0 +1,112 @@
+"""The N-to-one transform against the official code's numbers, its initialisation and its algebra."""
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+from golden_data import (
+    GoldenCase,
+    GoldenStudent,
+    adapter_state,
+    assert_golden,
+    case_id,
+    create_golden_adapter,
+    golden_cases,
+)
+
+from timm_distill import UsageError, create_adapter
+from timm_distill.adapters.norm import NToOneTransform
+
+CASES = golden_cases('norm_ft', having='x')
+OPTIONS = [(bn, residual) for bn in (True, False) for residual in (True, False)]
+
+
+def create_random(batch_norm: bool = True, residual: bool = True, channels: int = 6) -> NToOneTransform:
+    """Return an adapter none of whose tensors is at its initial value."""
+    adapter = create_adapter('norm', channels, 5, segments=3, batch_norm=batch_norm, residual=residual).double()
+    for name, tensor in adapter.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) + 0.5 if 'var' in name else torch.randn_like(tensor))
+    return adapter
+
+
+@pytest.mark.parametrize('case', CASES, ids=case_id)
+def test_training_outputs_and_running_statistics_equal_the_official_codes(case: GoldenCase) -> None:
+    adapter = create_golden_adapter(case).train()
+    result = adapter(case['x'])
+    assert result.segments == case.hparams['co_sponge']
+    assert_golden(result.expanded, case['fea'])
+    assert_golden(result.output, case['out'])
+    assert_golden(GoldenStudent(case).forward_head(result.output), case['logits'])
+    state = adapter.state_dict()
+    for name, expected in adapter_state(case, 'after.').items():
+        assert_golden(state[name], expected)
+
+
+@pytest.mark.parametrize('case', CASES, ids=case_id)
+def test_eval_outputs_equal_the_official_codes(case: GoldenCase) -> None:
+    result = create_golden_adapter(case).eval()(case['x'])
+    assert_golden(result.expanded, case['eval.fea'])
+    assert_golden(result.output, case['eval.out'])
+    assert_golden(result.output.mean((2, 3)), case['eval.pooled'])
+
+
+@pytest.mark.parametrize('case', CASES, ids=case_id)
+def test_folded_map_on_the_pooled_input_gives_the_official_logits(case: GoldenCase) -> None:
+    weight, bias = create_golden_adapter(case).affine()
+    fc_weight, fc_bias = case['fc.weight'], case['fc.bias']
+    pooled = case['x'].mean((2, 3))
+    assert_golden(pooled @ (fc_weight @ weight).T + fc_bias + fc_weight @ bias, case['eval.logits'])
+
+
+@pytest.mark.parametrize('batch_norm,residual', OPTIONS)
+@pytest.mark.parametrize('shape', [(2, 6, 3, 4), (2, 6, 9, 1), (2, 6, 1, 1)], ids=['map', 'tokens', 'vector'])
+def test_affine_is_the_eval_forward(batch_norm: bool, residual: bool, shape: tuple) -> None:
+    adapter = create_random(batch_norm, residual).eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(adapter.affine()(x), adapter(x).output, rtol=1e-12, atol=1e-12)
+
+
+def test_affine_is_float64_detached_and_leaves_the_adapter_alone() -> None:
+    adapter = create_random().float().train()
+    before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    weight, bias = adapter.affine()
+    assert weight.dtype == bias.dtype == torch.float64
+    assert not weight.requires_grad and not bias.requires_grad
+    assert adapter.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapter.state_dict().items())
+
+
+def test_convolutions_start_kaiming_normal_over_the_fan_out() -> None:
+    torch.manual_seed(0)
+    adapter = create_adapter('norm', 64, 48, segments=4)
+    for conv in (adapter.expand, adapter.contract):
+        expected = math.sqrt(2. / conv.weight.shape[0])  # a 1x1 convolution's fan-out is its output width
+        assert conv.weight.std().item() == pytest.approx(expected, rel=0.05)
+        assert abs(conv.weight.mean().item()) < 0.1 * expected
+        assert conv.bias is None
+
+
+def test_batch_norms_start_as_the_identity() -> None:
+    adapter = create_adapter('norm', 6, 5, segments=3)
+    for norm in (adapter.expand_bn, adapter.contract_bn):
+        assert (norm.eps, norm.momentum) == (1e-5, 0.1)
+        assert (norm.weight == 1).all() and (norm.bias == 0).all()
+
+
+def test_plain_transform_has_biases_at_zero_and_no_batch_norm() -> None:
+    adapter = create_adapter('norm', 6, 5, segments=3, batch_norm=False)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in adapter.modules())
+    assert (adapter.expand.bias == 0).all() and (adapter.contract.bias == 0).all()
+
+
+def test_there_is_no_activation_so_the_plain_transform_is_linear() -> None:
+    adapter = create_random(batch_norm=False)
+    a, b = torch.randn(2, 2, 6, 3, 3, dtype=torch.float64)
+    zero = adapter(torch.zeros_like(a)).output
+    torch.testing.assert_close(adapter(a + b).output, adapter(a).output + adapter(b).output - zero)
+
+
+def test_number_of_segments_must_be_positive() -> None:
+    with pytest.raises(UsageError, match='norm.segments=0'):
+        create_adapter('norm', 6, 5, segments=0)

@@ -1,0 +1,40 @@
+"""Fixtures that all tests share: a small folder of real images, the golden files, one thread, no network."""
+import os
+from pathlib import Path
+
+import pytest
+
+# Before huggingface_hub and torch are imported, and for the processes that tests start. A second thread gains nothing
+# on models this small and waits long where the cores are busy.
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+from timm_distill.demo import write_digits  # noqa: E402
+
+REPO_DIR = Path(__file__).resolve().parent.parent
+
+
+def find_golden_dir() -> Path:
+    """Return the folder of golden files: TIMM_DISTILL_GOLDEN, else ../shared/golden, else tests/golden."""
+    named = os.environ.get('TIMM_DISTILL_GOLDEN')
+    if named:
+        if not Path(named).is_dir():
+            raise pytest.UsageError(f'TIMM_DISTILL_GOLDEN={named!r} is not a folder.')
+        return Path(named)
+    shared = REPO_DIR.parent / 'shared' / 'golden'
+    return shared if shared.is_dir() else REPO_DIR / 'tests' / 'golden'
+
+
+@pytest.fixture(scope='session')
+def golden_dir() -> Path:
+    """Folder of the golden files."""
+    return find_golden_dir()
+
+
+@pytest.fixture(scope='session')
+def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of real images, train (300) and validation (100), ten classes. Do not write into it."""
+    pytest.importorskip('sklearn')
+    root = tmp_path_factory.mktemp('images') / 'digits'
+    write_digits(root, train_per_class=30, validation_per_class=10)
+    return root

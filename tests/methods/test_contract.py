@@ -1,0 +1,140 @@
+"""What every registered method promises, over convolutional and transformer pairs."""
+import copy
+from functools import cache
+from typing import Any, Dict, Tuple
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.optim import create_optimizer_v2
+
+from timm_distill import DistillTask, create_distill_task, list_methods, merge_student
+from timm_distill.methods import METHODS
+
+SIZE = (3, 32, 32)
+CLASSES = 5
+CNN: Tuple[str, Dict[str, Any]] = ('test_resnet', {})
+CNN_STUDENT: Tuple[str, Dict[str, Any]] = ('test_efficientnet', {})
+VIT: Tuple[str, Dict[str, Any]] = ('test_vit', dict(img_size=32))
+VIT_STUDENT: Tuple[str, Dict[str, Any]] = ('test_vit', dict(img_size=32, embed_dim=32, reg_tokens=2))
+PAIRS = {
+    'cnn_to_cnn': (CNN, CNN_STUDENT),
+    'vit_to_cnn': (VIT, CNN_STUDENT),
+    'cnn_to_vit': (CNN, VIT_STUDENT),
+    'vit_to_vit': (VIT, VIT_STUDENT),
+}
+each_method = pytest.mark.parametrize('method', list_methods())
+each_pair = pytest.mark.parametrize('pair', PAIRS)
+
+
+def create_model(model: Tuple[str, Dict[str, Any]]) -> nn.Module:
+    return timm.create_model(model[0], num_classes=CLASSES, **model[1])
+
+
+@cache
+def _task(method: str, pair: str) -> DistillTask:
+    torch.manual_seed(0)
+    teacher, student = PAIRS[pair]
+    return create_distill_task(
+        create_model(student), create_model(teacher), kd=method, input_size=SIZE, verbose=False)
+
+
+def create_task(method: str, pair: str = 'cnn_to_cnn') -> DistillTask:
+    """Return a task of its own for a test."""
+    return copy.deepcopy(_task(method, pair)).train()
+
+
+def create_batch(soft: bool = False) -> Tuple[torch.Tensor, torch.Tensor]:
+    target = torch.rand(4, CLASSES).softmax(1) if soft else torch.arange(4)
+    return torch.randn(4, *SIZE), target
+
+
+@each_pair
+@each_method
+@pytest.mark.parametrize('soft', [False, True], ids=['hard', 'soft'])
+def test_result_is_finite_and_loss_is_the_sum_of_its_terms(method: str, pair: str, soft: bool) -> None:
+    result = create_task(method, pair)(*create_batch(soft))
+    terms = {name: value for name, value in result.items() if name.endswith('_loss')}
+    assert set(terms) > {'task_loss'}
+    assert all(value.ndim == 0 and torch.isfinite(value) for value in terms.values())
+    assert torch.isfinite(result['output']).all() and result['output'].shape == (4, CLASSES)
+    torch.testing.assert_close(result['loss'], sum(terms.values()))
+
+
+@each_pair
+@each_method
+def test_every_trainable_tensor_gets_a_finite_gradient_and_the_teacher_none(method: str, pair: str) -> None:
+    task = create_task(method, pair)
+    teacher = {name: tensor.clone() for name, tensor in task.teacher.state_dict().items()}
+    task(*create_batch())['loss'].backward()
+    for name, parameter in task.get_trainable_module().named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    assert all(p.grad is None and not p.requires_grad for p in task.teacher.parameters())
+    state = task.teacher.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in teacher.items())
+
+
+@each_pair
+@each_method
+def test_bfloat16_autocast_is_finite_with_losses_in_float32(method: str, pair: str) -> None:
+    task = create_task(method, pair)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        result = task(*create_batch())
+    result['loss'].backward()
+    assert {value.dtype for name, value in result.items() if name.endswith('loss')} == {torch.float32}
+    assert all(torch.isfinite(value).all() for value in result.values())
+    assert all(torch.isfinite(p.grad).all() for p in task.get_trainable_module().parameters())
+
+
+@each_method
+def test_every_trainable_tensor_is_in_optimizer_ema_and_checkpoint_and_the_teacher_in_none(method: str) -> None:
+    task = create_task(method)
+    task.setup_ema(decay=0.5)
+    module = task.get_trainable_module()
+    optimized = {id(p) for g in create_optimizer_v2(module, opt='sgd', lr=0.1).param_groups for p in g['params']}
+    assert optimized == {id(p) for p in module.parameters() if p.requires_grad}
+    assert not optimized & {id(p) for p in task.teacher.parameters()}
+    assert {f'module.{name}' for name in module.state_dict()} == set(task.trainable_module_ema.state_dict())
+    saved = task.get_checkpoint_state()
+    state = saved['task_state']
+    names = {f'student.{name}' for name in saved['state_dict']}
+    names |= {f'{part}.{name}' for part in ('adapter', 'methods') for name in state[part]}
+    assert names == set(module.state_dict())
+
+
+@each_method
+def test_training_lowers_the_methods_own_terms(method: str) -> None:
+    torch.manual_seed(0)
+    task, batch = create_task(method), create_batch()
+    task.task_loss_weight = 0.
+    optimizer = torch.optim.Adam(task.get_trainable_module().parameters(), lr=2e-3)
+    losses = []
+    for _ in range(12):
+        loss = task(*batch)['loss']
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+@each_pair
+@each_method
+def test_merged_student_has_the_trained_ones_logits(method: str, pair: str) -> None:
+    task = create_task(method, pair)
+    task(*create_batch())['loss'].backward()
+    images = create_batch()[0]
+    with torch.no_grad():
+        expected, actual = task.get_trainable_module().eval()(images), merge_student(task)(images)
+    assert (actual - expected).abs().max() < 1e-5 * (expected - expected.mean()).abs().max()
+
+
+@each_method
+def test_defaults_can_be_given_by_name(method: str) -> None:
+    defaults = METHODS.get(method).defaults
+    options = {f'{method}.{key}': value for key, value in defaults.items()}
+    torch.manual_seed(0)
+    task = create_distill_task(create_model(CNN_STUDENT), create_model(CNN), kd=method, kd_kwargs=options,
+                               input_size=SIZE, verbose=False)
+    assert torch.isfinite(task(*create_batch())['loss'])

@@ -1,0 +1,151 @@
+"""Which file may import which: the layers of the package, read from the source without importing it."""
+import ast
+import re
+from pathlib import Path
+from typing import Iterator, List, Tuple
+
+import pytest
+
+REPO_DIR = Path(__file__).resolve().parent.parent
+PACKAGE = 'timm_distill'
+SCRIPTS = ('train_distill', 'validate')
+
+# A file imports only from lower numbers.
+LAYERS = {
+    'errors': -1,
+    'registry': 0, 'losses': 0, 'linalg': 0, 'layouts': 0, 'schedules': 0,
+    'args': 0, 'data': 0, 'engine': 0, 'checkpoint': 0, 'device': 0,
+    'adapters': 1,
+    'taps': 2,
+    'teacher': 3, 'merge': 3,
+    'methods': 4, 'export': 4, 'student': 4,
+    'task': 5,
+    'demo': 6, 'validate': 6,
+    'train_distill': 7,
+}
+# What the numbers would allow and the design does not: importer -> (imported names, reason).
+FORBIDDEN = {
+    'methods': (('args', 'engine', 'data', 'checkpoint'), 'a method knows no loop and no argparse'),
+    'export': (('teacher',), 'exporting knows only the student'),
+}
+# Files inside these packages see only base.py of their own package; the rest is found by discovery.
+PLUGIN_PACKAGES = ('adapters', 'methods')
+
+
+def module_name(path: Path) -> str:
+    """Return the dotted name of a file; a package is its `__init__`: 'timm_distill.methods.__init__'."""
+    return '.'.join(path.relative_to(REPO_DIR).with_suffix('').parts)
+
+
+def iter_imports(module: str, source: str) -> Iterator[Tuple[int, str]]:
+    """Yield line and absolute dotted name of every import in a file and of every use of argparse."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split('.')[:-node.level] if node.level else []
+            base = '.'.join([*parents, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f'{base}.{alias.name}') for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'argparse':
+            yield node.lineno, f'argparse.{node.attr}'  # what counts is the use: a Namespace is only a type
+
+
+def unit_of(name: str) -> str:
+    """Return the layered unit of a dotted name: 'timm_distill.methods.kd.KD' is in 'methods'; '' is not ours."""
+    parts = name.split('.')
+    if parts[0] in SCRIPTS:
+        return parts[0]
+    if parts[0] != PACKAGE:
+        return ''
+    return parts[1] if len(parts) > 1 else '__init__'
+
+
+def find_violations(module: str, source: str) -> List[str]:
+    """Return one message per import of `module` that breaks the layers."""
+    unit = unit_of(module)
+    if unit == '__init__':
+        return []
+    if unit not in LAYERS:
+        return [f"'{unit}' ({module}) has no layer: give it one in LAYERS of {Path(__file__).name}, one above the "
+                "highest that it imports, and list it in README's layout tree."]
+    messages = [(line, name, explain_import(module, name)) for line, name in iter_imports(module, source)]
+    return [f'{module}, line {line}: imports {name}: {why}' for line, name, why in messages if why]
+
+
+def explain_import(module: str, name: str) -> str:
+    """Return why `module` must not import `name` and what to do, '' where it may."""
+    importer, imported = unit_of(module), unit_of(name)
+    if name.startswith('argparse.') and name != 'argparse.Namespace' and importer != 'args':
+        return 'only args.py knows argparse; add the flag there.'
+    if not imported:
+        return ''
+    if importer in SCRIPTS and imported not in LAYERS:
+        return ''  # a script may use the public API of the package root
+    if imported not in LAYERS:
+        return 'the package root imports this file; import from the module that defines the name.'
+    if importer == imported:
+        return explain_plugin_import(module, name)
+    if importer in FORBIDDEN and imported in FORBIDDEN[importer][0]:
+        return f'{FORBIDDEN[importer][1]}; pass in what it needs.'
+    if LAYERS[imported] >= LAYERS[importer]:
+        return (f'{imported} is in layer {LAYERS[imported]}, {importer} in {LAYERS[importer]}, and imports only go '
+                'down. Move what both need into a lower file, or pass it as an argument.')
+    return ''
+
+
+def explain_plugin_import(module: str, name: str) -> str:
+    """Return why a file must not import `name` of its own package, '' where it may."""
+    package, _, own = module.rpartition('.')
+    other = name.split('.')[2] if len(name.split('.')) > 2 else '__init__'
+    if unit_of(module) not in PLUGIN_PACKAGES or own == '__init__' or other == 'base' and own != 'base':
+        return ''
+    return (f'files of {package} import only its base.py, never each other. Move what both need into base.py, or into '
+            'losses.py or linalg.py if it is math.')
+
+
+def source_files() -> List[Path]:
+    scripts = [REPO_DIR / f'{name}.py' for name in SCRIPTS]
+    return sorted((REPO_DIR / PACKAGE).rglob('*.py')) + [path for path in scripts if path.exists()]
+
+
+@pytest.mark.parametrize('path', source_files(), ids=module_name)
+def test_file_imports_only_from_lower_layers(path: Path) -> None:
+    violations = find_violations(module_name(path), path.read_text(encoding='utf-8'))
+    assert not violations, '\n' + '\n'.join(violations)
+
+
+@pytest.mark.parametrize('module, source', [
+    ('timm_distill.task', 'from .methods import create_method'),
+    ('timm_distill.task', 'from . import teacher'),
+    ('timm_distill.methods.kd', 'from ..losses import kl_divergence\nfrom .base import DistillMethod'),
+    ('timm_distill.methods.__init__', 'from .base import METHODS\nfrom . import kd'),
+    ('timm_distill.__init__', 'from .task import DistillTask'),
+    ('timm_distill.args', 'import argparse\nargparse.ArgumentParser()'),
+    ('validate', 'import argparse\ndef f(args: argparse.Namespace): pass'),
+    ('train_distill', 'import timm_distill\nfrom timm_distill import __version__\nfrom timm_distill.task import X'),
+    ('timm_distill.losses', 'import timm\nfrom timm.data import create_loader'),
+])
+def test_allowed_import_passes(module: str, source: str) -> None:
+    assert find_violations(module, source) == []
+
+
+@pytest.mark.parametrize('module, source, hint', [
+    ('timm_distill.taps', 'from .task import DistillTask', 'imports only go'),
+    ('timm_distill.engine', 'from .data import create_loaders', 'imports only go'),
+    ('timm_distill.engine', 'from . import data', 'imports only go'),
+    ('timm_distill.engine', 'def f():\n    import timm_distill.task', 'line 2'),
+    ('timm_distill.task', 'from timm_distill import DistillTask', 'the package root'),
+    ('timm_distill.task', 'from train_distill import main', 'imports only go'),
+    ('timm_distill.methods.kd', 'from .norm import NORM', 'never each other'),
+    ('timm_distill.methods.kd', 'from ..methods import norm', 'never each other'),
+    ('timm_distill.methods.base', 'from .kd import KD', 'never each other'),
+    ('timm_distill.methods.kd', 'from ..engine import evaluate', 'no loop'),
+    ('timm_distill.methods.kd', 'import argparse\nargparse.ArgumentParser()', 'only args.py'),
+    ('validate', 'from argparse import ArgumentParser', 'only args.py'),
+    ('timm_distill.export', 'from .teacher import Teacher', 'only the student'),
+    ('timm_distill.novelty', 'import torch', 'give it one in LAYERS'),
+])
+def test_wrong_import_is_named_with_what_to_do(module: str, source: str, hint: str) -> None:
+    violations = find_violations(module, source)
+    assert len(violations) == 1
+    assert re.search(hint, violations[0])
