@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -27,7 +27,7 @@ from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 
-from timm_distill import DistillTask, MergeError, Teacher, UsageError, create_distill_task
+from timm_distill import DistillTask, MergeError, Teacher, UsageError, check_pair, create_distill_task
 from timm_distill.args import args_to_yaml, check_train_args, create_train_parser, parse_args
 from timm_distill.checkpoint import DistillCheckpointSaver, read_checkpoint, resume_task, set_rng_state
 from timm_distill.data import DataLoaders, create_loaders, create_train_loss, set_loader_epoch, user_message
@@ -35,6 +35,7 @@ from timm_distill.demo import run_demo
 from timm_distill.device import Precision, enable_fast_math, resolve_device_name, resolve_precision
 from timm_distill.engine import NonFiniteLossError, evaluate, train_one_epoch
 from timm_distill.methods import describe_methods
+from timm_distill.probing import runnable_size
 
 _logger = logging.getLogger('train')
 
@@ -75,7 +76,38 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
         run_demo(main, args.demo_dir)
         return None
     check_train_args(args)
+    if args.dry_run:
+        dry_run(args)
+        return None
     return train(args)
+
+
+def dry_run(args: argparse.Namespace) -> None:
+    """Print what `check_pair` finds for the flags; nothing is downloaded and no data is read.
+
+    Raises:
+        UsageError: If the pair does not work.
+    """
+    device = torch.device(resolve_device_name(args.device))
+    args.pretrained, args.rank = False, 0
+    student = build_student(args)
+    data_config = fit_input_size(args, student, resolve_data_config(vars(args), model=student))
+    report = check_pair(
+        args.teacher,
+        student,
+        args.kd,
+        teacher_kwargs=args.teacher_kwargs,
+        teacher_pretrained=args.teacher_pretrained,
+        teacher_checkpoint=args.teacher_checkpoint,
+        kd_weight=args.kd_weight,
+        kd_kwargs=args.kd_kwargs,
+        kd_tap=args.kd_tap,
+        input_size=data_config['input_size'],
+        device=device,
+    )
+    if not report.ok:
+        raise UsageError(report.reason)
+    print(replace(report, student=args.model))
 
 
 @dataclass
@@ -134,6 +166,7 @@ def build_run(args: argparse.Namespace) -> Run:
     utils.random_seed(args.seed, args.rank)
     student = build_student(args)
     data_config = resolve_data_config(vars(args), model=student, verbose=args.rank == 0)
+    data_config = fit_input_size(args, student, data_config)
     loaders = create_loaders(args, data_config, args.num_classes, device, precision.model_dtype, args.distributed)
     task = build_task(args, student, data_config, device, precision)
     optimizer = build_optimizer(args, task)
@@ -171,6 +204,24 @@ def build_student(args: argparse.Namespace) -> nn.Module:
     if args.num_classes is None:
         args.num_classes = student.num_classes
     return student
+
+
+def fit_input_size(args: argparse.Namespace, student: nn.Module, data_config: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the data config with a size that the student runs at: its own, where it takes no other.
+
+    Raises:
+        UsageError: If it runs at neither.
+    """
+    wanted = data_config['input_size']
+    size, reason = runnable_size(student, wanted)
+    if reason:
+        raise UsageError(f"The student '{args.model}' cannot run on the input {list(wanted)}: {reason}. Change --img-size, "
+                         '--in-chans or --model-kwargs img_size=N.')
+    if size is None:
+        return data_config
+    _logger.warning(f"The student '{args.model}' takes {size[0]}x{size[1]} alone: images are loaded at that size, not at "
+                    f'{wanted[1]}x{wanted[2]}. --model-kwargs img_size=N builds some models for other sizes.')
+    return {**data_config, 'input_size': (wanted[0], *size)}
 
 
 def _student_kwargs(args: argparse.Namespace) -> Dict[str, Any]:

@@ -14,9 +14,10 @@ import torch.nn as nn
 from safetensors import safe_open
 
 from timm_distill.adapters import Adapter, AdapterOutput, create_adapter
+from timm_distill.folding import Consumer
 from timm_distill.layouts import FeatureLayout
 from timm_distill.linalg import AffineMap
-from timm_distill.taps import Consumer, Features, StudentTap
+from timm_distill.taps import Features, StudentTap, TapSite
 
 _TESTS = Path(__file__).resolve().parent
 RTOL = 1e-9
@@ -160,4 +161,5 @@ class GoldenTeacher(nn.Module):
 
 def golden_tap(channels: int) -> StudentTap:
     """Return the insertion point of `GoldenStudent`."""
-    return StudentTap('features', FeatureLayout('NCHW', channels), (Consumer('fc'),), 0., (channels, 1, 1))
+    site = TapSite(None, FeatureLayout('NCHW', channels), (channels, 1, 1), (Consumer('fc'),))
+    return StudentTap('features', (site,))

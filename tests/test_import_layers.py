@@ -13,14 +13,14 @@ SCRIPTS = ('train_distill', 'validate')
 # A file imports only from lower numbers.
 LAYERS = {
     'errors': -1,
-    'registry': 0, 'losses': 0, 'linalg': 0, 'layouts': 0, 'schedules': 0,
+    'registry': 0, 'losses': 0, 'linalg': 0, 'layouts': 0, 'probing': 0, 'schedules': 0,
     'args': 0, 'data': 0, 'engine': 0, 'checkpoint': 0, 'device': 0,
-    'adapters': 1,
+    'adapters': 1, 'folding': 1,
     'taps': 2,
     'teacher': 3, 'merge': 3,
     'methods': 4, 'export': 4, 'student': 4,
     'task': 5,
-    'demo': 6, 'validate': 6,
+    'demo': 6, 'pair': 6, 'validate': 6,
     'train_distill': 7,
 }
 # What the numbers would allow and the design does not: importer -> (imported names, reason).

@@ -104,7 +104,7 @@ def test_merged_state_is_exactly_a_stock_timm_models(kind: str, ema: bool) -> No
 def test_half_precision_student_merges_in_its_own_dtype() -> None:
     task = trained_task('nchw_features', dtype=torch.float32)
     module = copy.deepcopy(task.module)
-    student = merged_copy(module.student.bfloat16(), module.adapter, module.tap)
+    student = merged_copy(module.student.bfloat16(), module.adapters, module.tap)
     assert {t.dtype for t in student.parameters()} == {torch.bfloat16}
 
 
@@ -125,19 +125,19 @@ def test_merging_leaves_the_trained_student_alone() -> None:
 
 def test_only_the_consumers_tensors_change() -> None:
     module = trained_task('nchw_features').module
-    assert set(merged_tensors(module.student, module.adapter, module.tap)) == {'fc.weight', 'fc.bias'}
+    assert set(merged_tensors(module.student, module.adapters, module.tap)) == {'fc.weight', 'fc.bias'}
 
 
 def test_student_without_adapter_is_its_own_merge() -> None:
     student = create_student('nchw_features')
-    assert merged_tensors(student, None, None) == {}
-    state = merged_state_dict(student, None, None)
+    assert merged_tensors(student, (), None) == {}
+    state = merged_state_dict(student, (), None)
     assert all(torch.equal(state[name], tensor) for name, tensor in student.state_dict().items())
 
 
 def test_merge_error_sees_a_wrong_merge_and_nan() -> None:
     module = trained_task('nchw_features').module
-    merged = merged_tensors(module.student, module.adapter, module.tap)
+    merged = merged_tensors(module.student, module.adapters, module.tap)
     images = torch.randn(4, *SIZE, dtype=torch.float64)
     assert merge_error(module, module.student, merged, images) < 1e-10
     wrong = {**merged, 'fc.bias': merged['fc.bias'] + 1.}

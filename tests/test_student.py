@@ -49,12 +49,12 @@ def create_module(kind: str = 'nchw', seed: int = 0, **options: Any) -> AdaptedS
     tap = resolve_student_tap(student, SIZE)
     torch.manual_seed(seed)
     adapter = create_adapter('norm', tap.layout.channels, 6, **{'segments': 2, **options})
-    return AdaptedStudent(student, adapter, tap, {'doubling': Doubling()})
+    return AdaptedStudent(student, [adapter], tap, {'doubling': Doubling()})
 
 
 def silence(module: AdaptedStudent) -> None:
     """Make a residual adapter the identity."""
-    nn.init.zeros_(module.adapter.contract.weight)
+    nn.init.zeros_(module.adapters[0].contract.weight)
 
 
 @pytest.mark.parametrize('kind', STUDENTS)
@@ -69,8 +69,9 @@ def test_adapter_that_is_the_identity_gives_the_students_logits(kind: str) -> No
 @pytest.mark.parametrize('kind', STUDENTS)
 def test_expanded_feature_is_a_map_of_segments_times_the_teachers_channels(kind: str) -> None:
     features = create_module(kind).forward_with_features(torch.randn(2, *SIZE))
-    assert features.segments == 2 and features.expanded is not None
-    assert features.expanded.ndim == 4 and features.expanded.shape[:2] == (2, 12)
+    (expanded,) = features.expanded
+    assert features.segments == 2
+    assert expanded.ndim == 4 and expanded.shape[:2] == (2, 12)
 
 
 def test_expanded_feature_of_tokens_leaves_prefix_tokens_out() -> None:
@@ -78,8 +79,8 @@ def test_expanded_feature_of_tokens_leaves_prefix_tokens_out() -> None:
     images = torch.randn(2, *SIZE)
     features = module.forward_with_features(images)
     tokens = module.student.forward_features(images)[:, 1:]
-    expected = module.adapter(tokens.transpose(1, 2).unflatten(2, (2, 2))).expanded
-    torch.testing.assert_close(features.expanded, expected)
+    expected = module.adapters[0](tokens.transpose(1, 2).unflatten(2, (2, 2))).expanded
+    torch.testing.assert_close(features.expanded, (expected,))
 
 
 def test_forward_without_a_teacher_gives_logits() -> None:
@@ -108,7 +109,7 @@ def test_deep_copy_calls_its_own_adapter() -> None:
     module = create_module().eval()
     clone, images = copy.deepcopy(module), torch.randn(2, *SIZE)
     expected = module(images)
-    nn.init.zeros_(module.adapter.contract.weight)
+    nn.init.zeros_(module.adapters[0].contract.weight)
     assert torch.equal(clone(images), expected)
     assert not torch.allclose(module(images), expected)
 
@@ -128,7 +129,7 @@ def test_layer_decay_puts_adapter_and_methods_with_the_last_layer(kind: str) -> 
     groups = create_optimizer_v2(module, opt='adamw', lr=0.1, layer_decay=0.5).param_groups
     scales = {id(p): group.get('lr_scale', 1.) for group in groups for p in group['params']}
     assert set(scales) == {id(p) for p in module.parameters()}
-    own = [*module.adapter.parameters(), *module.methods.parameters()]
+    own = [*module.adapters.parameters(), *module.methods.parameters()]
     assert {scales[id(p)] for p in own} == {1.}
     reference = create_optimizer_v2(module.student, opt='adamw', lr=0.1, layer_decay=0.5).param_groups
     expected = {id(p): group['lr_scale'] for group in reference for p in group['params']}

@@ -7,12 +7,11 @@ import torch
 import torch.nn as nn
 
 from timm_distill import UsageError
+from timm_distill.folding import Consumer, fold_affine
 from timm_distill.linalg import AffineMap, batch_norm_affine
 from timm_distill.taps import (
-    Consumer,
     StudentTap,
     classifier_reads_pre_logits,
-    fold_affine,
     last_stage_feature,
     resolve_feature_layout,
     resolve_student_tap,

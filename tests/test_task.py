@@ -138,7 +138,8 @@ def test_weights_follow_timms_complementary_task_loss_weight(
 ])
 def test_options_are_flat_or_nested(kd_kwargs: Dict[str, Any]) -> None:
     module = create_task(kd_kwargs=kd_kwargs).module
-    assert module.adapter.segments == 3 and module.adapter.residual is False
+    (adapter,) = module.adapters
+    assert adapter.segments == 3 and adapter.residual is False
     assert module.methods['kd'].temperature == 2.
 
 
@@ -212,7 +213,7 @@ def test_pre_logits_tap_is_matched_with_the_teachers_pre_logits() -> None:
     images, target = create_batch()
     features = task.module.forward_with_features(images)
     teacher = task.teacher(images, frozenset({'pre_logits'})).pre_logits
-    expected = 2 * (features.expanded.unflatten(1, (2, -1)) - teacher[:, None, :, None, None]).square().mean()
+    expected = 2 * (features.expanded[0].unflatten(1, (2, -1)) - teacher[:, None, :, None, None]).square().mean()
     torch.testing.assert_close(task(images, target)['norm_loss'], expected)
 
 
@@ -295,7 +296,7 @@ def test_kd_none_gives_exactly_the_losses_of_timms_classification_task() -> None
 
 def test_kd_none_needs_no_teacher_and_builds_none() -> None:
     task = create_distill_task(create_model(), kd='none', input_size=SIZE, verbose=False)
-    assert task.teacher is None and task.module.adapter is None
+    assert task.teacher is None and not task.module.adapters
     assert set(task(*create_batch())) == {'loss', 'output'}  # as timm's own tasks
 
 
@@ -421,7 +422,7 @@ def test_weights_that_are_not_finite_raise_a_merge_error_with_the_raw_tensors(em
     raw = error.value.raw_state
     trained = module.module if ema else module
     assert_same(raw['state_dict'], state_of(trained.student))
-    assert torch.isnan(raw['task_state']['adapter']['contract.weight']).all()
+    assert torch.isnan(raw['task_state']['adapter']['0.contract.weight']).all()
 
 
 def test_merge_is_verified_before_any_batch_was_seen() -> None:

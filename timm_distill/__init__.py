@@ -2,6 +2,7 @@
 from .adapters import create_adapter, list_adapters
 from .errors import MergeError, UsageError
 from .methods import create_method, list_methods
+from .pair import PairReport, check_pair
 from .task import DistillTask, create_distill_task, merge_student
 from .teacher import Teacher, create_teacher
 
@@ -10,8 +11,10 @@ __version__ = '0.1.0'
 __all__ = [
     'DistillTask',
     'MergeError',
+    'PairReport',
     'Teacher',
     'UsageError',
+    'check_pair',
     'create_adapter',
     'create_distill_task',
     'create_method',

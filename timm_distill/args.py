@@ -146,7 +146,7 @@ def add_distillation_args(parser: argparse.ArgumentParser) -> None:
                        help='weight of each method\'s loss, e.g. norm=1 kd=0.5; the method\'s own default if absent')
     group.add_argument('--kd-kwargs', nargs='*', default={}, action=ParseKeyValues, metavar='NAME.KEY=VALUE',
                        help='method options, e.g. norm.segments=8 kd.temperature=4; --list-kd shows them all')
-    group.add_argument('--kd-tap', default='auto', choices=['auto', 'features', 'pre_logits'],
+    group.add_argument('--kd-tap', default='auto', choices=['auto', 'features', 'pre_logits', 'side'],
                        help='where features are matched: the last feature map, the classifier\'s input, or the first '
                             'of the two from which the adapter can be merged away (auto)')
     group.add_argument('--task-loss-weight', type=float, default=None,
@@ -155,6 +155,9 @@ def add_distillation_args(parser: argparse.ArgumentParser) -> None:
                        help='factor on the sum of all distillation losses; None: 1')
     group.add_argument('--list-kd', action='store_true', default=False,
                        help='print the distillation methods with their options and papers, then exit')
+    group.add_argument('--dry-run', action='store_true', default=False,
+                       help='check the pair without data and weights: tap, shapes, cost, merge error; exit code 2 if '
+                            'it does not work')
     group.add_argument('--demo', action='store_true', default=False,
                        help='short complete run on handwritten digits; needs no data, no network and no other flag')
     group.add_argument('--demo-dir', metavar='DIR', default='./output/demo', help='where --demo writes')

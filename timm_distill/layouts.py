@@ -4,7 +4,7 @@ Knows shapes and the few attributes that timm's models share; never a model's na
 """
 import math
 from dataclasses import dataclass
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -26,6 +26,11 @@ class FeatureLayout:
     channels: int
     num_prefix_tokens: int = 0
     aspect: float = 1.
+
+    @property
+    def channel_dim(self) -> int:
+        """Dimension of the channels in the feature tensor."""
+        return self.fmt.index('C')
 
     def to_positions(self, x: torch.Tensor) -> torch.Tensor:
         """Return all positions, prefix tokens included, as [B, C, H, W]; tokens as [B, C, L, 1]. A view."""
@@ -81,20 +86,28 @@ def candidate_layouts(model: nn.Module, feature: torch.Tensor, aspect: float = 1
     declared = str(getattr(model, 'output_fmt', '')).split('.')[-1]
 
     def _rank(fmt: str) -> Tuple[bool, bool]:
-        return fmt != declared, feature.shape[_channel_dim(fmt)] != num_features
+        return fmt != declared, feature.shape[fmt.index('C')] != num_features
 
     return [_create_layout(model, fmt, feature, aspect) for fmt in sorted(formats, key=_rank)]
 
 
-def _channel_dim(fmt: str) -> int:
-    return fmt.index('C')
+def layout_of_map(
+        layouts: Sequence[FeatureLayout],
+        feature: torch.Tensor,
+        map_: Optional[torch.Tensor],
+) -> FeatureLayout:
+    """Return the layout under which a feature has the shape of a known map, [B, C, H, W]; the first without one."""
+    for layout in layouts if map_ is not None else ():
+        if layout.to_map(layout.to_positions(feature)).shape[1:] == map_.shape[1:]:
+            return layout
+    return layouts[0]
 
 
 def _create_layout(model: nn.Module, fmt: str, feature: torch.Tensor, aspect: float) -> FeatureLayout:
     prefix = 0
     if fmt in ('NLC', 'NCL'):
         prefix = _count_prefix_tokens(model, feature.shape[fmt.index('L')], aspect)
-    return FeatureLayout(fmt, feature.shape[_channel_dim(fmt)], prefix, aspect)
+    return FeatureLayout(fmt, feature.shape[fmt.index('C')], prefix, aspect)
 
 
 def _count_prefix_tokens(model: nn.Module, num_tokens: int, aspect: float) -> int:

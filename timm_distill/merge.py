@@ -1,17 +1,19 @@
-"""Merging: the student as trained, adapter included, as a plain timm state dict, verified on the spot.
+"""Merging: the student as trained, adapters included, as a plain timm state dict, verified on the spot.
 
-Knows a student, an adapter and the tap between them; nothing of methods, teachers or the task.
+Knows a student, its adapters and the tap between them; nothing of methods, teachers or the task.
 """
 import copy
 from contextlib import contextmanager
-from typing import Dict, Iterator, Optional
+from typing import Dict, Iterable, Iterator, List, Optional
 
 import torch
 import torch.nn as nn
 from torch.func import functional_call
 
-from .adapters import Adapter
-from .taps import StudentTap, evaluation_mode, fold_affine
+from .adapters import AdapterOutput
+from .folding import fold_affine
+from .probing import evaluation_mode
+from .taps import StudentTap
 
 # Largest logit difference, relative to the logits' spread, that rounding explains.
 MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -20,36 +22,39 @@ MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2
 @torch.no_grad()
 def merged_tensors(
         student: nn.Module,
-        adapter: Optional[Adapter],
+        adapters: Iterable[nn.Module],
         tap: Optional[StudentTap],
 ) -> Dict[str, torch.Tensor]:
     """Return the tensors of the student that merging changes, by name, in the student's own dtype.
 
     Args:
         student: Student as trained.
-        adapter: Adapter at the tap, None where there is none.
-        tap: Insertion point of the adapter.
+        adapters: One for each site of the tap.
+        tap: Insertion point, None where there is none.
     """
-    if adapter is None or tap is None:
-        return {}
     tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
-    changed = fold_affine(student, tensors, tap.consumers, adapter.affine())
+    changed: Dict[str, torch.Tensor] = {}
+    for adapter, site in zip(adapters, tap.sites if tap is not None else ()):
+        if site.consumers:
+            changed.update(fold_affine(student, tensors, site.consumers, adapter.affine()))
     return {name: value.to(tensors[name].device, tensors[name].dtype) for name, value in changed.items()}
 
 
 def merged_state_dict(
         student: nn.Module,
-        adapter: Optional[Adapter],
+        adapters: Iterable[nn.Module],
         tap: Optional[StudentTap],
 ) -> Dict[str, torch.Tensor]:
     """Return the merged student's state dict: keys, shapes and dtypes of the plain architecture."""
-    return {**student.state_dict(), **merged_tensors(student, adapter, tap)}
+    return {**student.state_dict(), **merged_tensors(student, adapters, tap)}
 
 
-def merged_copy(student: nn.Module, adapter: Optional[Adapter], tap: Optional[StudentTap]) -> nn.Module:
+def merged_copy(student: nn.Module, adapters: Iterable[nn.Module], tap: Optional[StudentTap]) -> nn.Module:
     """Return a plain timm model with the merged weights, in eval mode; the student stays as it is."""
     model = copy.deepcopy(student)
-    model.load_state_dict(merged_state_dict(student, adapter, tap))
+    if tap is not None and tap.inside:
+        plain_linear(model, tap.inside)
+    model.load_state_dict(merged_state_dict(student, adapters, tap))
     return model.eval()
 
 
@@ -57,15 +62,15 @@ def merge_error(adapted: nn.Module, student: nn.Module, merged: Dict[str, torch.
     """Measure how far the merged student's logits are from those of the student as trained.
 
     Args:
-        adapted: Module that gives the logits of the student as trained, adapter included.
-        student: The student in it.
+        adapted: Module that gives the logits of the student as trained, adapters included.
+        student: The plain student.
         merged: Tensors of the student that merging changes.
         images: Probe batch, [B, C, H, W].
 
     Returns:
         Largest logit difference over the logits' spread; nan where logits are not finite.
     """
-    with evaluation_mode(adapted), full_precision(images.device):
+    with evaluation_mode(adapted), evaluation_mode(student), full_precision(images.device):
         expected = _first(adapted(images)).double()
         actual = _first(functional_call(student, merged, (images,))).double()
     spread = (expected - expected.mean()).abs().max().clamp_min(torch.finfo(torch.float32).tiny)
@@ -82,6 +87,36 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+
+
+class AdaptedLinear(nn.Linear):
+    """A classifier that runs an adapter on its input, for models whose own forward alone reaches that input.
+
+    The adapter is kept outside the module tree: the names of the student's tensors stay those of the architecture, and
+    a deep copy of student and adapter together still belongs together.
+    """
+    _adapter: List[nn.Module]
+    adapted: AdapterOutput
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.adapted = self._adapter[0](input)
+        return super().forward(self.adapted.output)
+
+
+def adapt_linear(model: nn.Module, name: str, adapter: nn.Module) -> None:
+    """Let the linear layer `name` run `adapter`, which returns an `AdapterOutput`, on its input."""
+    linear = model.get_submodule(name)
+    linear.__class__ = AdaptedLinear
+    linear.__dict__['_adapter'] = [adapter]
+
+
+def plain_linear(model: nn.Module, name: str) -> None:
+    """Undo `adapt_linear`."""
+    linear = model.get_submodule(name)
+    if isinstance(linear, AdaptedLinear):
+        linear.__class__ = nn.Linear  # type: ignore[assignment]
+        for key in ('_adapter', 'adapted'):
+            linear.__dict__.pop(key, None)
 
 
 def _first(logits: torch.Tensor) -> torch.Tensor:

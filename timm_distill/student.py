@@ -1,43 +1,50 @@
-"""The trainable module: the student, the adapter on its path, and whatever the methods train.
+"""The trainable module: the student, the adapters on its path, and whatever the methods train.
 
 One module, so that optimizer, DDP, EMA and compile see everything that trains in one forward.
 """
-from typing import Any, Callable, Dict, Mapping, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
 
-from .adapters import Adapter
+from .adapters import Adapter, AdapterOutput
 from .errors import UsageError
-from .merge import merge_error, merged_state_dict, merged_tensors
+from .layouts import FeatureLayout
+from .merge import adapt_linear, merge_error, merged_copy, merged_state_dict, merged_tensors
+from .probing import resize_images
 from .taps import Features, StudentTap
 
 MethodTerms = Dict[str, Dict[str, torch.Tensor]]  # unweighted terms by method
 
 
 class AdaptedStudent(nn.Module):
-    """A student with an adapter between its last stage (or its pre-logits) and its classifier.
+    """A student with adapters between its last stage (or its pre-logits) and its classifier.
 
     Args:
         student: timm model.
-        adapter: Adapter on its path, None for the plain student.
-        tap: Insertion point of the adapter.
+        adapters: One for each site of the tap; none for the plain student.
+        tap: Insertion point of the adapters.
         methods: Methods by name, whose own parameters train with the student.
+        resize_to: Size (height, width) that the student's input is resized to, None for the size it comes in.
     """
 
     def __init__(
             self,
             student: nn.Module,
-            adapter: Optional[Adapter] = None,
+            adapters: Sequence[Adapter] = (),
             tap: Optional[StudentTap] = None,
             methods: Optional[Mapping[str, nn.Module]] = None,
+            resize_to: Optional[Tuple[int, int]] = None,
     ):
         super().__init__()
         self.student = student
-        self.adapter = adapter
+        self.adapters = nn.ModuleList(adapters)
         self.tap = tap
         self.methods = nn.ModuleDict(methods or {})
+        self.resize_to = resize_to
+        if tap is not None and tap.inside:
+            adapt_linear(student, tap.inside, _InsideAdapter(adapters[0], tap.layout))
 
     def forward(
             self,
@@ -64,17 +71,30 @@ class AdaptedStudent(nn.Module):
         return logits, features.logits, terms  # type: ignore[return-value]
 
     def forward_with_features(self, images: torch.Tensor) -> Features:
-        """Run the student and keep what the adapter gives."""
-        if self.adapter is None or self.tap is None:
+        """Run the student and keep what the adapters give."""
+        if self.resize_to is not None:
+            images = resize_images(images, self.resize_to)
+        if self.tap is None:
             return Features(logits=self.student(images))
-        layout = self.tap.layout
+        if self.tap.inside:
+            logits = self.student(images)
+            adapted: AdapterOutput = self.student.get_submodule(self.tap.inside).adapted  # type: ignore[assignment]
+            return Features(logits=logits, expanded=(adapted.expanded,), segments=adapted.segments)
+        return self._forward_tapped(self.tap, images)
+
+    def _forward_tapped(self, tap: StudentTap, images: torch.Tensor) -> Features:
         feature = self.student.forward_features(images)
-        if self.tap.point == 'pre_logits':
+        head = self.student.forward_head
+        if tap.point == 'pre_logits':
             feature = self.student.forward_head(feature, pre_logits=True)
-        adapted = self.adapter(layout.to_positions(feature))
-        head = self.student.forward_head if self.tap.point == 'features' else self.student.get_classifier()
-        logits = head(layout.from_positions(adapted.output))
-        return Features(logits=logits, expanded=layout.to_map(adapted.expanded), segments=adapted.segments)
+            head = self.student.get_classifier()
+        outputs, expanded = [], []
+        for adapter, site, tensor in zip(self.adapters, tap.sites, tap.read(feature)):
+            adapted = adapter(site.layout.to_positions(tensor))
+            outputs.append(site.layout.from_positions(adapted.output))
+            expanded.append(site.layout.to_map(adapted.expanded))
+        logits = head(tap.write(feature, outputs))
+        return Features(logits=logits, expanded=tuple(expanded), segments=adapted.segments)
 
     def transform_logits(self, logits: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
         """Apply the methods' maps of the logits, which the task loss and all methods see."""
@@ -98,18 +118,26 @@ class AdaptedStudent(nn.Module):
 
     def merged_state_dict(self) -> Dict[str, torch.Tensor]:
         """Return the state dict of the plain student with the adapter merged."""
-        return merged_state_dict(self.student, self.adapter, self.tap)
+        return merged_state_dict(self.student, self.adapters, self.tap)
+
+    def merged_copy(self) -> nn.Module:
+        """Return a plain timm model with the merged weights, in eval mode."""
+        return merged_copy(self.student, self.adapters, self.tap)
 
     def merge_error(self, images: torch.Tensor) -> float:
         """Return the largest logit difference that merging makes on a batch, relative to the logits' spread."""
-        return merge_error(self, self.student, merged_tensors(self.student, self.adapter, self.tap), images)
+        if self.resize_to is not None:
+            images = resize_images(images, self.resize_to)
+        # a classifier that runs its adapter itself needs a plain copy to be compared with
+        plain = self.merged_copy() if self.tap is not None and self.tap.inside else self.student
+        return merge_error(self, plain, merged_tensors(self.student, self.adapters, self.tap), images)
 
     def task_state(self) -> Dict[str, Any]:
-        """Return what a merged state dict lacks for resuming: raw tensors that merging changed, adapter, methods."""
+        """Return what a merged state dict lacks for resuming: raw tensors that merging changed, adapters, methods."""
         raw = self.student.state_dict()
         return {
-            'student': {name: raw[name] for name in merged_tensors(self.student, self.adapter, self.tap)},
-            'adapter': self.adapter.state_dict() if self.adapter is not None else {},
+            'student': {name: raw[name] for name in merged_tensors(self.student, self.adapters, self.tap)},
+            'adapter': self.adapters.state_dict(),
             'methods': self.methods.state_dict(),
         }
 
@@ -120,18 +148,31 @@ class AdaptedStudent(nn.Module):
             UsageError: If the tensors are those of another student, adapter or set of methods.
         """
         task_state = task_state or {}
-        if self.adapter is not None and not task_state.get('adapter'):
+        if self.adapters and not task_state.get('adapter'):
             raise UsageError('The checkpoint holds no adapter, so this run cannot go on from it with its --kd. '
                              'To start from its weights, give it as --initial-checkpoint instead of --resume.')
-        if self.adapter is None and task_state.get('adapter'):
+        if not self.adapters and task_state.get('adapter'):
             raise UsageError('The checkpoint holds an adapter that this --kd does not use. '
                              'Resume with the --kd of the run that wrote it.')
         try:
             self.student.load_state_dict({**state_dict, **task_state.get('student', {})})
-            if self.adapter is not None:
-                self.adapter.load_state_dict(task_state['adapter'])
+            self.adapters.load_state_dict(task_state.get('adapter', {}))
             self.methods.load_state_dict(task_state.get('methods', {}))
         except RuntimeError as e:
             reason = str(e).splitlines()[-1].strip()
             raise UsageError(f'The checkpoint does not fit this run: {reason} Resume with the --student, --teacher, '
                              '--kd and --kd-kwargs of the run that wrote it.') from e
+
+
+class _InsideAdapter(nn.Module):
+    """Runs an adapter on a linear layer's input, [B, C] or [B, L, C], and gives its output in that shape."""
+
+    def __init__(self, adapter: Adapter, layout: FeatureLayout):
+        super().__init__()
+        self.adapter = adapter
+        self.layout = layout
+
+    def forward(self, input: torch.Tensor) -> AdapterOutput:
+        adapted = self.adapter(self.layout.to_positions(input))
+        output, expanded = self.layout.from_positions(adapted.output), self.layout.to_map(adapted.expanded)
+        return AdapterOutput(output, expanded, adapted.segments)

@@ -1,27 +1,40 @@
-"""Where things are in a timm model: the last-stage feature, the pre-logits, and where an adapter folds away.
+"""Where things are in a timm model: the last-stage feature, the pre-logits, and where adapters fold away.
 
 Nothing is looked up by architecture name. A tap is found by structure (which layers the head runs, in which order) and
 then measured: a random affine map is put in front of the head and folded into the layer(s) found, with the head's
 parameters randomised, and both logits are compared in float64. What does not agree is not used.
 """
+import copy
 import logging
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import UsageError
-from .layouts import FeatureLayout, candidate_layouts
-from .linalg import AffineMap, batch_norm_affine, compose, fold_into_weight, to_float64
+from .folding import Consumer, fold_affine
+from .layouts import FeatureLayout, candidate_layouts, layout_of_map
+from .linalg import AffineMap
+from .probing import (
+    CANNOT_RUN,
+    Call,
+    Head,
+    RawFeature,
+    call_head,
+    evaluation_mode,
+    private_generator,
+    random_images,
+    random_like,
+    random_tensors,
+    trace,
+)
 
 _logger = logging.getLogger(__name__)
 
-TAP_POINTS = ('features', 'pre_logits')
-_CANNOT_RUN = (RuntimeError, TypeError, AttributeError, NotImplementedError, IndexError, AssertionError)
+TAP_POINTS = ('features', 'pre_logits', 'side')
+_AUTOMATIC_POINTS = ('features', 'pre_logits')
 TAP_TOLERANCE = 1e-9  # relative to the logits' spread, in float64
 
 
@@ -33,35 +46,47 @@ class Features:
         logits: [B, K].
         feature: Last-stage feature as a map, [B, C, H, W]; a vector as [B, C, 1, 1].
         pre_logits: The classifier's input, [B, D].
+        stages: Intermediate features as maps, [B, C, H, W] each, shallow to deep.
         tap: Teacher's counterpart of the student's insertion point, [B, C, H, W] or [B, D, 1, 1].
-        expanded: Adapter's expanded feature as a map (student only), [B, N * Ct, H, W].
+        expanded: Each adapter's expanded feature as a map (student only), [B, N * Ct, H, W].
         segments: N, the number of segments in `expanded`.
     """
     logits: Optional[torch.Tensor] = None
     feature: Optional[torch.Tensor] = None
     pre_logits: Optional[torch.Tensor] = None
+    stages: Tuple[torch.Tensor, ...] = ()
     tap: Optional[torch.Tensor] = None
-    expanded: Optional[torch.Tensor] = None
+    expanded: Tuple[torch.Tensor, ...] = ()
     segments: int = 0
 
 
 @dataclass(frozen=True)
-class Consumer:
-    """A linear layer that an affine map of the tapped feature folds into.
+class TapSite:
+    """One tensor that an adapter sits on.
 
     Attributes:
-        linear: Name of the layer in the model.
-        pre_norm: Name of a batch norm between tap and layer: it folds into the layer too and becomes the identity.
-        post_norm: Name of a batch norm behind a layer without bias: its running mean takes the offset.
+        index: Position in what `forward_features` returns, None where that is one tensor.
+        layout: Layout of the tensor.
+        shape: Its shape for one image.
+        consumers: Layers that the adapter folds into; none for a side tap.
+        error: Largest logit difference measured, relative to the logits' spread.
     """
-    linear: str
-    pre_norm: Optional[str] = None
-    post_norm: Optional[str] = None
+    index: Optional[int]
+    layout: FeatureLayout
+    shape: Tuple[int, ...]
+    consumers: Tuple[Consumer, ...] = ()
+    error: float = 0.
+
+    @property
+    def offset(self) -> bool:
+        """Whether the adapter may have an offset."""
+        return all(consumer.offset for consumer in self.consumers)
 
     def __str__(self) -> str:
-        before = f'{self.pre_norm} + ' if self.pre_norm else ''
-        after = f' (offset in {self.post_norm})' if self.post_norm else ''
-        return f'{before}{self.linear}{after}'
+        consumers = ', '.join(str(c) for c in self.consumers)
+        where = '' if self.index is None else f'[{self.index}] '
+        folds = f', folds into {consumers}, measured error {self.error:.1e}' if consumers else ', for the loss alone'
+        return f'{where}{list(self.shape)} {self.layout.fmt}{folds}'
 
 
 @dataclass(frozen=True)
@@ -69,25 +94,49 @@ class StudentTap:
     """A measured insertion point.
 
     Attributes:
-        point: 'features' (output of `forward_features`) or 'pre_logits' (input of the classifier).
-        layout: Layout of the tapped feature.
-        consumers: Layers that the adapter folds into.
-        error: Largest logit difference measured, relative to the logits' spread.
-        shape: Shape of the tapped feature for one image, without the batch dimension.
+        point: 'features' (output of `forward_features`), 'pre_logits' (input of the classifier) or 'side' (read the
+            former for the loss alone).
+        sites: The tensors at this point that get an adapter each: one, but for heads that read several features.
         rejected: Why the points tried before do not fit.
+        inside: Name of the classifier where only the model's own forward reaches its input, '' otherwise.
     """
     point: str
-    layout: FeatureLayout
-    consumers: Tuple[Consumer, ...]
-    error: float
-    shape: Tuple[int, ...]
+    sites: Tuple[TapSite, ...]
     rejected: str = ''
+    inside: str = ''
+
+    @property
+    def layout(self) -> FeatureLayout:
+        return self.sites[0].layout
+
+    @property
+    def shape(self) -> Tuple[int, ...]:
+        return self.sites[0].shape
+
+    @property
+    def consumers(self) -> Tuple[Consumer, ...]:
+        return tuple(consumer for site in self.sites for consumer in site.consumers)
+
+    @property
+    def error(self) -> float:
+        return max(site.error for site in self.sites)
+
+    def read(self, feature: RawFeature) -> List[torch.Tensor]:
+        """Return the tensors of the sites."""
+        return [feature if site.index is None else feature[site.index] for site in self.sites]  # type: ignore[misc]
+
+    def write(self, feature: RawFeature, tensors: Sequence[torch.Tensor]) -> RawFeature:
+        """Return the feature with the sites' tensors replaced."""
+        if isinstance(feature, torch.Tensor):
+            return tensors[0]
+        parts = list(feature)
+        for site, tensor in zip(self.sites, tensors):
+            parts[site.index] = tensor  # type: ignore[index]
+        return type(feature)(parts)
 
     def __str__(self) -> str:
-        consumers = ', '.join(str(c) for c in self.consumers)
         rejected = f' ({self.rejected})' if self.rejected else ''
-        return (f'{self.point} {list(self.shape)} {self.layout.fmt}, folds into {consumers}, '
-                f'measured error {self.error:.1e}{rejected}')
+        return f'{self.point} {"; ".join(str(site) for site in self.sites)}{rejected}'
 
 
 class _NoTap(Exception):
@@ -100,16 +149,17 @@ def resolve_student_tap(student: nn.Module, input_size: Sequence[int], point: st
     Args:
         student: timm model with a classifier. Not changed, and neither is the global random state.
         input_size: Input as (channels, height, width).
-        point: 'auto' tries `TAP_POINTS` in order; the name of one forces it.
+        point: 'auto' tries features, then pre-logits; the name of a point forces it.
 
     Raises:
         UsageError: If no point fits, with the reason for each.
     """
     if point != 'auto' and point not in TAP_POINTS:
         raise UsageError(f"Unknown tap '{point}'. --kd-tap takes: auto, {', '.join(TAP_POINTS)}.")
+    check_classifier(student)
     rejected: List[str] = []
     with evaluation_mode(student):
-        for candidate in TAP_POINTS if point == 'auto' else (point,):
+        for candidate in _AUTOMATIC_POINTS if point == 'auto' else (point,):
             try:
                 tap = _measure_point(student, input_size, candidate)
             except _NoTap as e:
@@ -117,39 +167,115 @@ def resolve_student_tap(student: nn.Module, input_size: Sequence[int], point: st
                 continue
             return replace(tap, rejected='; '.join(rejected))
     raise UsageError(f'No adapter fits the student {type(student).__name__}: {"; ".join(rejected)}. '
-                     'Choose another --student, or a --kd method without an adapter.')
+                     'Choose another --student, --kd-tap side, or a --kd method without an adapter.')
 
 
-def resolve_feature_layout(model: nn.Module, input_size: Sequence[int]) -> FeatureLayout:
-    """Return the layout of the last-stage feature (output of `forward_features`) of a model.
-
-    Raises:
-        UsageError: If the feature is not one tensor of 2 to 4 dimensions.
-    """
-    with evaluation_mode(model):
-        feature = last_stage_feature(model, random_images(model, input_size))
-    layouts = candidate_layouts(model, feature, input_size[1] / input_size[2])
-    if not layouts:
-        raise UsageError(f'{type(model).__name__} gives a last-stage feature of shape {list(feature.shape)}; '
-                         'a map [B, C, H, W], tokens [B, L, C] or a vector [B, C] is needed.')
-    return layouts[0]
+def check_classifier(model: nn.Module) -> None:
+    """Raise a UsageError for an encoder, or a model that was built without its classifier."""
+    classifier = getattr(model, 'get_classifier', lambda: None)()
+    if isinstance(classifier, nn.Identity) or getattr(model, 'num_classes', 1) == 0:
+        raise UsageError(f'{type(model).__name__} has no classifier: give --num-classes N, or choose another model '
+                         'if it is an encoder that takes none.')
 
 
-def last_stage_feature(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Return the output of `forward_features` as the model lays it out.
+def has_head(model: nn.Module) -> bool:
+    """Whether a model splits into `forward_features` and `forward_head` as timm's do."""
+    return hasattr(model, 'forward_features') and hasattr(model, 'forward_head')
+
+
+def last_stage_feature(raw: RawFeature, model: nn.Module) -> torch.Tensor:
+    """Return the tensor of the last stage of what `forward_features` returned: the last, where there are several.
 
     Raises:
-        UsageError: If the model has no such method, or it does not return one tensor.
+        UsageError: If there is none.
     """
-    if not hasattr(model, 'forward_features'):
-        raise UsageError(f'{type(model).__name__} has no forward_features(), so its last stage cannot be read.')
-    feature = model.forward_features(images)
+    feature = raw
+    while isinstance(feature, (list, tuple)) and feature:
+        feature = feature[-1]
     if not isinstance(feature, torch.Tensor):
-        raise UsageError(f'{type(model).__name__}.forward_features() returns {type(feature).__name__}, not one tensor.')
+        raise UsageError(f'{type(model).__name__}.forward_features() returns {type(raw).__name__} without tensors.')
     return feature
 
 
-def classifier_reads_pre_logits(model: nn.Module, feature: torch.Tensor) -> bool:
+def resolve_feature_layout(model: nn.Module, input_size: Sequence[int]) -> FeatureLayout:
+    """Return the layout of the last-stage feature of a model.
+
+    Where shapes and attributes leave a doubt, the map that `forward_intermediates` gives decides.
+
+    Raises:
+        UsageError: If the feature is not a tensor of 2 to 4 dimensions.
+    """
+    with evaluation_mode(model):
+        images = random_images(model, input_size)
+        feature = last_stage_feature(model.forward_features(images), model)
+        layouts = candidate_layouts(model, feature, input_size[1] / input_size[2])
+        if not layouts:
+            raise UsageError(f'{type(model).__name__} gives a last-stage feature of shape {list(feature.shape)}; '
+                             'a map [B, C, H, W], tokens [B, L, C] or a vector [B, C] is needed.')
+        if len(layouts) > 1 and feature.shape[layouts[0].channel_dim] != getattr(model, 'num_features', None):
+            return layout_of_map(layouts, feature, _last_map(model, images))
+    return layouts[0]
+
+
+def _last_map(model: nn.Module, images: torch.Tensor) -> Optional[torch.Tensor]:
+    try:
+        maps = model.forward_intermediates(images, indices=1, output_fmt='NCHW', intermediates_only=True)
+    except CANNOT_RUN:
+        return None
+    return maps[-1] if maps and isinstance(maps[-1], torch.Tensor) and maps[-1].ndim == 4 else None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An intermediate feature of a model.
+
+    Attributes:
+        index: Its index for `forward_intermediates`.
+        shape: Shape of the map for one image, (C, H, W).
+    """
+    index: int
+    shape: Tuple[int, int, int]
+
+
+def resolve_stages(model: nn.Module, input_size: Sequence[int]) -> Tuple[Stage, ...]:
+    """Return the deepest intermediate feature of every grid size, shallow to deep; none where the model has none."""
+    if not hasattr(model, 'forward_intermediates'):
+        return ()
+    with evaluation_mode(model):
+        try:
+            maps = model.forward_intermediates(
+                random_images(model, input_size), output_fmt='NCHW', intermediates_only=True)
+        except CANNOT_RUN as e:
+            _logger.debug(f'{type(model).__name__} gives no intermediate features: {e}')
+            return ()
+    deepest: Dict[Tuple[int, int], Stage] = {}
+    for index, feature in enumerate(maps):
+        if isinstance(feature, torch.Tensor) and feature.ndim == 4:
+            _, channels, height, width = feature.shape
+            deepest[height, width] = Stage(index, (channels, height, width))
+    return tuple(sorted(deepest.values(), key=lambda stage: stage.index))
+
+
+def forward_with_stages(
+        model: nn.Module,
+        images: torch.Tensor,
+        stages: Sequence[Stage],
+) -> Tuple[RawFeature, Tuple[torch.Tensor, ...]]:
+    """Run a model's trunk once; return what `forward_features` would and the maps of the stages, [B, C, H, W]."""
+    indices = [stage.index for stage in stages]
+    raw, maps = model.forward_intermediates(images, indices=indices, output_fmt='NCHW')
+    return raw, tuple(maps)
+
+
+def stages_share_trunk(model: nn.Module, images: torch.Tensor, stages: Sequence[Stage]) -> bool:
+    """Measure whether `forward_with_stages` ends with what `forward_features` returns, so that one run serves both."""
+    raw, _ = forward_with_stages(model, images, stages)
+    expected = model.forward_features(images)
+    return isinstance(raw, torch.Tensor) and raw.shape == getattr(expected, 'shape', None) and bool(
+        torch.allclose(raw, expected, rtol=1e-4, atol=1e-5))
+
+
+def classifier_reads_pre_logits(model: nn.Module, feature: RawFeature) -> bool:
     """Measure whether `get_classifier()` maps `forward_head(f, pre_logits=True)` to `forward_head(f)`.
 
     Args:
@@ -159,201 +285,142 @@ def classifier_reads_pre_logits(model: nn.Module, feature: torch.Tensor) -> bool
     classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
     if not isinstance(classifier, nn.Module) or not hasattr(model, 'forward_head'):
         return False
-    heads = {point: _Head(model, point) for point in ('features', 'to_pre_logits', 'pre_logits')}
-    tensors = _random_tensors(model, _trace(heads['features'], feature))
-    probe = torch.randn(feature.shape, generator=_generator(), dtype=torch.float64)
+    heads = {part: Head(model, part) for part in ('features', 'to_pre_logits', 'pre_logits')}
+    tensors = random_tensors(model, trace(heads['features'], feature))
+    probe = random_like(feature)
     try:
-        expected = _call_head(heads['features'], tensors, probe)
-        logits = _call_head(heads['pre_logits'], tensors, _call_head(heads['to_pre_logits'], tensors, probe))
-    except _CANNOT_RUN:
+        expected = call_head(heads['features'], tensors, probe)
+        logits = call_head(heads['pre_logits'], tensors, call_head(heads['to_pre_logits'], tensors, probe))
+    except CANNOT_RUN:
         return False
     return logits.shape == expected.shape and torch.allclose(logits, expected, rtol=TAP_TOLERANCE, atol=TAP_TOLERANCE)
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Run without gradients and with every module in eval mode; restore each module's own mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def random_images(model: nn.Module, input_size: Sequence[int], batch_size: int = 2) -> torch.Tensor:
-    """Return normalised noise, [batch_size, *input_size], on the model's device and in its dtype."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    images = torch.randn(batch_size, *input_size, generator=_generator())
-    return images.to(parameter.device, parameter.dtype)
-
-
-def fold_affine(
-        model: nn.Module,
-        tensors: Mapping[str, torch.Tensor],
-        consumers: Sequence[Consumer],
-        affine: AffineMap,
-) -> Dict[str, torch.Tensor]:
-    """Fold an affine map in front of the consumers into them.
-
-    Args:
-        model: Model that the names belong to; only its structure is read.
-        tensors: The model's parameters and buffers by name.
-        consumers: Layers that read the mapped feature.
-        affine: Map of the feature's channels, float64.
-
-    Returns:
-        The changed tensors by name, in float64; every other tensor stays as it is.
-    """
-    changed: Dict[str, torch.Tensor] = {}
-    for consumer in consumers:
-        inner = affine
-        if consumer.pre_norm:
-            inner = compose(_norm_as_map(model, tensors, consumer.pre_norm), affine)
-            changed.update(_identity_norm(model, tensors, consumer.pre_norm))
-        weight, offset = fold_into_weight(tensors[f'{consumer.linear}.weight'], inner)
-        changed[f'{consumer.linear}.weight'] = weight
-        if consumer.post_norm:
-            mean = f'{consumer.post_norm}.running_mean'
-            changed[mean] = to_float64(tensors[mean]) - offset
-        else:
-            changed[f'{consumer.linear}.bias'] = to_float64(tensors[f'{consumer.linear}.bias']) + offset
-    return changed
-
-
-def _norm_as_map(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> AffineMap:
-    scale, shift = batch_norm_affine(
-        tensors[f'{name}.running_mean'],
-        tensors[f'{name}.running_var'],
-        tensors.get(f'{name}.weight'),
-        tensors.get(f'{name}.bias'),
-        _batch_norm(model, name).eps,
-    )
-    return AffineMap(torch.diag(scale), shift)
-
-
-def _identity_norm(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> Dict[str, torch.Tensor]:
-    values = {'running_mean': 0., 'running_var': 1. - _batch_norm(model, name).eps, 'weight': 1., 'bias': 0.}
-    return {
-        f'{name}.{key}': torch.full_like(to_float64(tensors[f'{name}.{key}']), value)
-        for key, value in values.items() if f'{name}.{key}' in tensors
-    }
-
-
-def _batch_norm(model: nn.Module, name: str) -> _BatchNorm:
-    module = model.get_submodule(name)
-    assert isinstance(module, _BatchNorm)
-    return module
-
-
-class _Head(nn.Module):
-    """The part of a model behind a tap, as a module for `functional_call`."""
-
-    def __init__(self, model: nn.Module, point: str):
-        super().__init__()
-        self.model = model
-        self.point = point
-
-    def forward(self, feature: torch.Tensor) -> torch.Tensor:
-        if self.point == 'pre_logits':
-            return self.model.get_classifier()(feature)
-        return self.model.forward_head(feature, pre_logits=self.point == 'to_pre_logits')
-
-
-@dataclass(frozen=True)
-class _Call:
-    """One module that the head ran, in order of execution."""
-    name: str
-    module: nn.Module
+def classifier_linear(model: nn.Module) -> Optional[nn.Module]:
+    """Return the one linear layer that the classifier is, for methods that reuse its weight; None for other heads."""
+    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    if isinstance(classifier, (tuple, list)):
+        classifier = classifier[0]
+    if isinstance(classifier, nn.Module):
+        linears = [m for m in classifier.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        if len(linears) == 1:
+            return linears[0]
+    return None
 
 
 def _measure_point(student: nn.Module, input_size: Sequence[int], point: str) -> StudentTap:
-    feature = _tapped_feature(student, input_size, point)
-    head = _Head(student, point)
-    calls = _trace(head, feature)
-    tensors = _random_tensors(student, calls)
-    probe = torch.randn(feature.shape, generator=_generator(), dtype=torch.float64)
-    aspect = input_size[1] / input_size[2] if point == 'features' else 1.
+    images = random_images(student, input_size)
+    if not has_head(student):
+        if point != 'pre_logits':
+            raise _NoTap('the model has no forward_features() and forward_head()')
+        return _measure_inside(student, images)
+    raw = student.forward_features(images)
+    aspect = input_size[1] / input_size[2]
+    if point == 'side':
+        layout = resolve_feature_layout(student, input_size)
+        feature = last_stage_feature(raw, student)
+        return StudentTap(point, (TapSite(_last_index(raw), layout, tuple(feature.shape[1:])),))
+    if point == 'features':
+        return StudentTap(point, _measure_sites(student, Head(student, point), raw, aspect))
+    if not classifier_reads_pre_logits(student, raw):
+        return _measure_inside(student, images)
+    pre_logits = student.forward_head(raw, pre_logits=True)
+    return StudentTap(point, _measure_sites(student, Head(student, point), pre_logits, 1.))
+
+
+def _last_index(raw: RawFeature) -> Optional[int]:
+    return None if isinstance(raw, torch.Tensor) else len(raw) - 1
+
+
+def _measure_sites(student: nn.Module, head: Head, raw: RawFeature, aspect: float) -> Tuple[TapSite, ...]:
+    """Return a site for every tensor of the feature whose map folds away."""
+    if not isinstance(raw, torch.Tensor) and not all(isinstance(part, torch.Tensor) for part in raw):
+        raise _NoTap(f'forward_features() returns {type(raw).__name__} of other things than tensors')
+    calls = trace(head, raw)
+    tensors = random_tensors(student, calls)
+    probe = random_like(raw)
+    sites: List[TapSite] = []
     best = float('inf')
-    for layout in candidate_layouts(student, feature, aspect):
-        for consumers in _candidate_consumers(calls, layout.channels):
-            error = _fold_error(head, tensors, layout, consumers, probe)
-            if error < TAP_TOLERANCE:
-                return StudentTap(point, layout, consumers, error, tuple(feature.shape[1:]))
+    for index in [None] if isinstance(raw, torch.Tensor) else range(len(raw)):
+        feature = raw if index is None else raw[index]
+        for layout in candidate_layouts(student, feature, aspect):  # type: ignore[arg-type]
+            site = TapSite(index, layout, tuple(feature.shape[1:]))
+            site, error = _best_site(site, head, calls, tensors, probe)
             best = min(best, error)
+            if error < TAP_TOLERANCE:
+                sites.append(site)
+                break
+    if sites:
+        return tuple(sites)
     if best == float('inf'):
         raise _NoTap('no linear layer that can take the map reads this feature')
     raise _NoTap(f'an affine map does not fold into the next linear layer (measured error {best:.1e})')
 
 
-def _tapped_feature(student: nn.Module, input_size: Sequence[int], point: str) -> torch.Tensor:
-    if not hasattr(student, 'forward_features') or not hasattr(student, 'forward_head'):
-        raise _NoTap('the model has no forward_features() and forward_head()')
-    feature = student.forward_features(random_images(student, input_size))
-    if point == 'features':
-        if not isinstance(feature, torch.Tensor):
-            raise _NoTap(f'forward_features() returns {type(feature).__name__}, not one tensor')
-        return feature
-    if not classifier_reads_pre_logits(student, feature):
-        raise _NoTap('the classifier does not read what forward_head(pre_logits=True) returns')
-    return student.forward_head(feature, pre_logits=True)
+def _best_site(
+        site: TapSite,
+        head: Head,
+        calls: Sequence[Call],
+        tensors: Dict[str, torch.Tensor],
+        probe: RawFeature,
+) -> Tuple[TapSite, float]:
+    """Try the candidate consumers until one folds; return the site with it and the smallest error met."""
+    best = float('inf')
+    readers = _reading_layers(site, head, calls, tensors, probe)
+    for consumers in _candidate_consumers(calls, readers, site.layout.channels):
+        candidate = replace(site, consumers=consumers)
+        error = _fold_error(head, tensors, candidate, probe)
+        if error < TAP_TOLERANCE:
+            return replace(candidate, error=error), error
+        best = min(best, error)
+    return site, best
 
 
-def _trace(head: _Head, feature: torch.Tensor) -> List[_Call]:
-    """Run the head once and list the modules it ran, in order."""
-    calls: List[_Call] = []
-
-    def _record(name: str) -> Any:
-        return lambda module, args: calls.append(_Call(name, module))
-
-    handles = [m.register_forward_pre_hook(_record(name)) for name, m in head.model.named_modules() if name]
+def _reading_layers(
+        site: TapSite,
+        head: Head,
+        calls: Sequence[Call],
+        tensors: Mapping[str, torch.Tensor],
+        probe: RawFeature,
+) -> List[int]:
+    """Return the positions in the trace of the linear layers of the site's width whose input depends on the site."""
+    tap = StudentTap('features', (site,))
     try:
-        head(feature)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
+        before = trace(head, probe, tensors)
+        after = trace(head, tap.write(probe, [tap.read(probe)[0] + 1]), tensors)
+    except CANNOT_RUN as e:
+        _logger.debug(f'{site} cannot be traced: {e}')
+        return []
+    return [i for i, (a, b) in enumerate(zip(before, after))
+            if _has_width(calls[i].module, site.layout.channels) and not torch.equal(a.input, b.input)]
 
 
-def _random_tensors(model: nn.Module, calls: Sequence[_Call]) -> Dict[str, torch.Tensor]:
-    """Return random float64 values of all tensors that the head reads.
+def _candidate_consumers(
+        calls: Sequence[Call],
+        readers: Sequence[int],
+        channels: int,
+) -> Iterator[Tuple[Consumer, ...]]:
+    """Yield sets of layers that a map may fold into.
 
-    At initialisation a norm is the identity and some classifiers are zero, which would hide what does not fold.
+    The first layer that reads the feature, then all of them; each directly, then behind a batch norm, and with an
+    offset where they can take one.
     """
-    generator = _generator()
-    tensors: Dict[str, torch.Tensor] = {}
-    for name, module in [('', model), *((call.name, call.module) for call in calls)]:
-        prefix = f'{name}.' if name else ''
-        for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if not value.is_floating_point():
-                continue
-            random = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-            if key == 'running_var':
-                random = 0.5 + random.abs()
-            tensors[prefix + key] = random / max(random[0].numel(), 1) ** 0.5 if value.ndim > 1 else random
-    return tensors
-
-
-def _candidate_consumers(calls: Sequence[_Call], channels: int) -> Iterator[Tuple[Consumer, ...]]:
-    """Yield sets of layers that may read the tapped feature: the first linear layer, then all of its input width."""
-    positions = [i for i, call in enumerate(calls) if _reads(call.module, channels)]
-    groups = [positions[:1]] + ([positions] if len(positions) > 1 else [])
-    for group in groups if positions else []:
+    for group in (readers[:1], readers) if len(readers) > 1 else (readers,) if readers else ():
         for with_pre_norm in (False, True):
             consumers = [_create_consumer(calls, i, channels, with_pre_norm) for i in group]
             if all(consumers):
                 yield tuple(c for c in consumers if c)
+        if all(calls[i].module.bias is None for i in group):
+            yield tuple(Consumer(calls[i].name, offset=False) for i in group)
 
 
-def _reads(module: nn.Module, channels: int) -> bool:
+def _has_width(module: nn.Module, channels: int) -> bool:
     if isinstance(module, nn.Linear):
         return module.in_features == channels
     return isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.in_channels == channels and module.groups == 1
 
 
-def _create_consumer(calls: Sequence[_Call], index: int, channels: int, with_pre_norm: bool) -> Optional[Consumer]:
+def _create_consumer(calls: Sequence[Call], index: int, channels: int, with_pre_norm: bool) -> Optional[Consumer]:
     """Return the consumer at a position of the trace, None if it cannot take an offset or has no such norm."""
     linear = calls[index].module
     pre_norm = _nearest_norm(reversed(calls[:index]), channels) if with_pre_norm else None
@@ -367,47 +434,107 @@ def _create_consumer(calls: Sequence[_Call], index: int, channels: int, with_pre
     return Consumer(calls[index].name, pre_norm, post_norm)
 
 
-def _nearest_norm(calls: Iterator[_Call], channels: int) -> Optional[str]:
+def _nearest_norm(calls: Iterator[Call], channels: int) -> Optional[str]:
     for call in calls:
         if isinstance(call.module, _BatchNorm) and call.module.running_mean is not None:
             return call.name if call.module.num_features == channels else None
     return None
 
 
-def _fold_error(
-        head: _Head,
-        tensors: Dict[str, torch.Tensor],
-        layout: FeatureLayout,
-        consumers: Sequence[Consumer],
-        probe: torch.Tensor,
-) -> float:
+def _fold_error(head: Head, tensors: Dict[str, torch.Tensor], site: TapSite, probe: RawFeature) -> float:
     """Return the largest logit difference between a random map in front of the head and the map folded into it."""
-    affine = _random_affine(layout.channels)
-    mapped = layout.from_positions(affine(layout.to_positions(probe)))
-    folded = fold_affine(head.model, tensors, consumers, affine)
+    affine = _random_affine(site.layout.channels, site.offset)
+    tap = StudentTap('features', (site,))
+    mapped = [site.layout.from_positions(affine(site.layout.to_positions(tap.read(probe)[0])))]
     try:
-        unmerged = _call_head(head, tensors, mapped)
-        merged = _call_head(head, {**tensors, **folded}, probe)
-    except _CANNOT_RUN as e:
-        _logger.debug(f'{consumers} cannot be measured: {e}')
+        unmerged = call_head(head, tensors, tap.write(probe, mapped))
+        merged = call_head(head, {**tensors, **fold_affine(head.model, tensors, site.consumers, affine)}, probe)
+        unmapped = call_head(head, tensors, probe)
+    except CANNOT_RUN as e:
+        _logger.debug(f'{site} cannot be measured: {e}')
         return float('inf')
-    spread = (unmerged - unmerged.mean()).abs().max()
-    if not spread.item() > 0:  # logits that do not depend on anything would agree with everything
-        return float('inf')
-    return ((merged - unmerged).abs().max() / spread).item()
+    return _logit_error(merged, unmerged, unmapped)
 
 
-def _call_head(head: _Head, tensors: Mapping[str, torch.Tensor], feature: torch.Tensor) -> torch.Tensor:
-    logits = functional_call(head, {f'model.{name}': value for name, value in tensors.items()}, (feature,))
-    return logits[0] if isinstance(logits, (tuple, list)) else logits
+def _logit_error(merged: torch.Tensor, unmerged: torch.Tensor, unmapped: torch.Tensor) -> float:
+    spread = (unmerged - unmerged.mean()).abs().max().item()
+    changed = (unmerged - unmapped).abs().max().item()
+    if not spread > 0 or not changed > TAP_TOLERANCE * spread:
+        return float('inf')  # logits that do not depend on the feature would agree with everything
+    return (merged - unmerged).abs().max().item() / spread
 
 
-def _random_affine(channels: int) -> AffineMap:
-    generator = _generator()
+def _random_affine(channels: int, offset: bool = True) -> AffineMap:
+    generator = private_generator()
     weight = torch.randn(channels, channels, generator=generator, dtype=torch.float64) / channels ** 0.5
-    return AffineMap(weight, torch.randn(channels, generator=generator, dtype=torch.float64))
+    bias = torch.randn(channels, generator=generator, dtype=torch.float64)
+    return AffineMap(weight, bias if offset else torch.zeros_like(bias))
 
 
-def _generator() -> torch.Generator:
-    """Return a private random generator, so that building a tap does not move the run's random state."""
-    return torch.Generator().manual_seed(0)
+def _measure_inside(student: nn.Module, images: torch.Tensor) -> StudentTap:
+    """Tap the input of a classifier that only the model's own forward reaches."""
+    name = _linear_classifier(student, images)
+    inputs: List[torch.Tensor] = []
+    handle = student.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    try:
+        student(images)
+    finally:
+        handle.remove()
+    if len(inputs) != 1 or inputs[0].ndim not in (2, 3):
+        raise _NoTap(f'the classifier {name} is not run once on vectors or tokens')
+    channels = inputs[0].shape[-1]
+    site = TapSite(None, FeatureLayout('NC' if inputs[0].ndim == 2 else 'NLC', channels), tuple(inputs[0].shape[1:]),
+                   (Consumer(name),))
+    error = _inside_error(student, images, site)
+    if not error < TAP_TOLERANCE:
+        raise _NoTap(f'an affine map does not fold into the classifier {name} (measured error {error:.1e})')
+    return StudentTap('pre_logits', (replace(site, error=error),), inside=name)
+
+
+def _linear_classifier(student: nn.Module, images: torch.Tensor) -> str:
+    """Return the name of the one linear layer that gives the logits.
+
+    Raises:
+        _NoTap: If there is none.
+    """
+    classifier = classifier_linear(student) or last_linear(student, images)
+    if not isinstance(classifier, nn.Linear) or classifier.bias is None:
+        raise _NoTap('the classifier is not a linear layer with bias')
+    return next(name for name, module in student.named_modules() if module is classifier)
+
+
+def last_linear(model: nn.Module, images: torch.Tensor) -> Optional[nn.Module]:
+    """Return the linear layer that a model runs last."""
+    calls: List[nn.Module] = []
+    handles = [m.register_forward_hook(lambda module, args, out: calls.append(module))
+               for m in model.modules() if isinstance(m, nn.Linear)]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls[-1] if calls else None
+
+
+def _inside_error(student: nn.Module, images: torch.Tensor, site: TapSite) -> float:
+    """Compare a random map in front of the classifier with the map folded into it, in a float64 copy."""
+    model, images = copy.deepcopy(student).double(), images.double()
+    affine = _random_affine(site.layout.channels)
+    affine = AffineMap(affine.weight.to(images.device), affine.bias.to(images.device))
+    layout = site.layout
+    linear = model.get_submodule(site.consumers[0].linear)
+    unmapped = _logits(model(images))
+    handle = linear.register_forward_pre_hook(
+        lambda module, args: (layout.from_positions(affine(layout.to_positions(args[0]))),))
+    unmerged = _logits(model(images))
+    handle.remove()
+    model.load_state_dict(fold_affine(model, _tensors(model), site.consumers, affine), strict=False)
+    return _logit_error(_logits(model(images)), unmerged, unmapped)
+
+
+def _logits(output: object) -> torch.Tensor:
+    return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[return-value]
+
+
+def _tensors(model: nn.Module) -> Mapping[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -1,4 +1,4 @@
-"""The distillation task: a student with its adapter, a frozen teacher, methods, weights and schedules."""
+"""The distillation task: a student with its adapters, a frozen teacher, methods, weights and schedules."""
 import logging
 import math
 from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Union
@@ -12,10 +12,11 @@ from timm.utils import unwrap_model
 
 from .adapters import Adapter, create_adapter
 from .errors import MergeError, UsageError
-from .merge import MERGE_TOLERANCE, merged_copy
+from .merge import MERGE_TOLERANCE
 from .methods import DistillMethod, create_method
+from .probing import random_images, runnable_size
 from .student import AdaptedStudent
-from .taps import Features, StudentTap, random_images, resolve_student_tap
+from .taps import Features, StudentTap, resolve_student_tap
 from .teacher import Teacher, create_teacher
 
 _logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class DistillTask(TrainingTask):
         if self.teacher is None:
             logits = self.trainable_module(input)
             return {'loss': self.criterion(logits, target), 'output': logits}
-        logits, task_logits, terms = self.trainable_module(input, self._teacher_features(input), target)
+        logits, task_logits, terms = self.trainable_module(input, self.teacher_features(input), target)
         task_loss = self.criterion(task_logits, target)
         loss = self.task_loss_weight * task_loss
         for method, named in terms.items():
@@ -103,7 +104,8 @@ class DistillTask(TrainingTask):
         flat = {name: value for named in terms.values() for name, value in named.items()}
         return {'loss': loss, 'output': logits, 'task_loss': task_loss, **flat}
 
-    def _teacher_features(self, input: torch.Tensor) -> Features:
+    def teacher_features(self, input: torch.Tensor) -> Features:
+        """Run the teacher on a batch normalised for the student, [B, C, H, W], for all that the methods read."""
         assert self.teacher is not None
         features = self.teacher(input, self._teacher_outputs)
         features.tap = features.feature
@@ -156,7 +158,7 @@ class DistillTask(TrainingTask):
         if trained is None:
             return None
         if ema not in self._merged:
-            merged = merged_copy(trained.student, trained.adapter, trained.tap)
+            merged = trained.merged_copy()
             self._merged[ema] = self._compile_eval(merged) if self._compile_eval else merged
         unwrap_model(self._merged[ema]).load_state_dict(trained.merged_state_dict())
         return self._merged[ema].eval()
@@ -223,7 +225,7 @@ class DistillTask(TrainingTask):
 
     @torch.no_grad()
     def _verify_merge(self, trained: AdaptedStudent, ema: bool) -> None:
-        if trained.adapter is None:
+        if not trained.adapters or trained.tap.point == 'side':
             return
         probe = self._probe if self._probe is not None else random_images(trained, self.input_size)
         parameter = next(trained.parameters())
@@ -270,7 +272,8 @@ def create_distill_task(
         kd: 'none' or method names joined by '+', e.g. 'norm+kd'.
         kd_weight: Weight of each method's terms, 1 by default.
         kd_kwargs: Options of the methods, `{'norm.segments': 8}` or `{'norm': {'segments': 8}}`.
-        kd_tap: Where an adapter sits: 'auto', 'features' or 'pre_logits'.
+        kd_tap: Where an adapter sits: 'auto', 'features', 'pre_logits', or 'side' (read the last stage for the loss
+            alone).
         criterion: Task loss of (logits, target); cross-entropy by default.
         task_loss_weight: Weight of the task loss, 1 by default.
         distill_loss_weight: Factor on all methods' weights. As in timm's tasks it is 1 - `task_loss_weight` where only
@@ -301,11 +304,11 @@ def create_distill_task(
             teacher, input_size, int(getattr(model, 'num_classes', 0)),
             mean or config.get('mean', IMAGENET_DEFAULT_MEAN), std or config.get('std', IMAGENET_DEFAULT_STD),
             checkpoint=teacher_checkpoint, pretrained=teacher_pretrained, model_kwargs=teacher_kwargs,
-            device=device, dtype=dtype)
+            device=device, dtype=dtype, verbose=verbose)
         _check_class_counts(model, teacher_model, methods)
     module = _adapt_student(model, teacher_model, methods, input_size, kd_tap, verbose)
     task_loss_weight, weights = _resolve_weights(methods, kd_weight, task_loss_weight, distill_loss_weight)
-    if verbose:
+    if verbose and methods:
         _logger.info(f'Distillation: kd={kd}, task_loss_weight={task_loss_weight:g}, '
                      + ', '.join(f'{name}_weight={weight:g}' for name, weight in weights.items()))
     criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
@@ -322,8 +325,7 @@ def merge_student(task: DistillTask, ema: bool = False) -> nn.Module:
     module = task.get_trainable_module(ema=ema)
     if module is None:
         raise ValueError('The task has no EMA student: call task.setup_ema() before training.')
-    trained = unwrap_model(module)
-    return merged_copy(trained.student, trained.adapter, trained.tap)
+    return unwrap_model(module).merged_copy()
 
 
 def parse_kd(kd: str) -> List[str]:
@@ -397,6 +399,18 @@ def _check_class_counts(student: nn.Module, teacher: Teacher, methods: Mapping[s
             '--num-classes, or use a method that reads features alone (--list-kd).')
 
 
+def _student_size(student: nn.Module, input_size: Sequence[int]) -> Optional[Tuple[int, int]]:
+    """Return the size that the student's input has to be resized to, None where it runs as it comes."""
+    size, reason = runnable_size(student, input_size)
+    if reason:
+        raise UsageError(f'The student {type(student).__name__} cannot run on the input {list(input_size)}: {reason}. '
+                         'Change --img-size, --in-chans or --model-kwargs img_size=N.')
+    if size is not None:
+        _logger.warning(f'The student takes {size[0]}x{size[1]} alone: its input of {input_size[1]}x{input_size[2]} is '
+                        'resized. --model-kwargs img_size=N builds some models for other sizes.')
+    return size
+
+
 def _adapt_student(
         student: nn.Module,
         teacher: Optional[Teacher],
@@ -405,27 +419,38 @@ def _adapt_student(
         kd_tap: str,
         verbose: bool,
 ) -> AdaptedStudent:
+    resize_to = _student_size(student, input_size)
+    own_input = (input_size[0], *(resize_to or input_size[1:]))
     adapting = {name: method for name, method in methods.items() if method.adapter}
     if len(adapting) > 1:
         raise UsageError(f"--kd {'+'.join(adapting)}: only one of these can put an adapter on the student's path.")
     if not adapting or teacher is None:
         if kd_tap != 'auto':
             _logger.warning(f'--kd-tap {kd_tap} is ignored: no method of --kd uses an adapter.')
-        return AdaptedStudent(student, methods=methods)
+        return AdaptedStudent(student, methods=methods, resize_to=resize_to)
     (method,) = adapting.values()
-    tap = resolve_student_tap(student, input_size, kd_tap)
-    adapter = create_adapter(
-        str(method.adapter), tap.layout.channels, teacher.tap_channels(tap.point), **method.adapter_options)
+    tap = resolve_student_tap(student, own_input, kd_tap)
+    adapters = [
+        create_adapter(
+            str(method.adapter),
+            site.layout.channels,
+            teacher.tap_channels(tap.point),
+            offset=site.offset,
+            side=tap.point == 'side',
+            **method.adapter_options,
+        ) for site in tap.sites
+    ]
     if verbose:
-        _log_adapter(tap, adapter)
-    return AdaptedStudent(student, adapter, tap, methods)
+        _log_adapters(tap, adapters)
+    return AdaptedStudent(student, adapters, tap, methods, resize_to)
 
 
-def _log_adapter(tap: StudentTap, adapter: Adapter) -> None:
-    parameters = sum(p.numel() for p in adapter.parameters())
+def _log_adapters(tap: StudentTap, adapters: Sequence[Adapter]) -> None:
+    parameters = sum(p.numel() for adapter in adapters for p in adapter.parameters())
+    sizes = ', '.join(f'{a.student_channels} -> {a.teacher_channels}' for a in adapters)
+    fate = 'dropped' if tap.point == 'side' else 'merged away'
     _logger.info(f'Student tap: {tap}.')
-    _logger.info(f'Adapter: {adapter.student_channels} -> {adapter.teacher_channels} channels, {parameters:,} '
-                 'parameters that are merged away at every save.')
+    _logger.info(f'Adapter: {sizes} channels, {parameters:,} parameters that are {fate} at every save.')
 
 
 def _resolve_weights(

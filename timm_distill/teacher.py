@@ -5,28 +5,34 @@ A teacher keeps the class count of its weights; nothing of it is ever re-initial
 import difflib
 import logging
 import os
-from typing import AbstractSet, Any, Dict, Optional, Sequence, Tuple, Union
+from typing import AbstractSet, Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
 
 from .errors import UsageError
+from .layouts import FeatureLayout
+from .probing import evaluation_mode, random_images, resize_images, runnable_size
 from .taps import (
     Features,
+    Stage,
+    classifier_linear,
     classifier_reads_pre_logits,
-    evaluation_mode,
+    forward_with_stages,
+    has_head,
+    last_linear,
     last_stage_feature,
-    random_images,
     resolve_feature_layout,
+    resolve_stages,
+    stages_share_trunk,
 )
 
 _logger = logging.getLogger(__name__)
 
-TEACHER_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits'})
+TEACHER_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages'})
 _HUB_PREFIXES = ('hf-hub:', 'hf_hub:', 'local-dir:')
 
 
@@ -60,8 +66,7 @@ class Teacher(nn.Module):
         self.eval()
         self.resize_to = self._resolve_size(input_size)
         own_input = (input_size[0], *(self.resize_to or input_size[1:]))
-        self.layout = resolve_feature_layout(model, own_input)
-        self.pre_logits_channels, self._reuse_pre_logits = self._measure_head(own_input)
+        self._read_structure(own_input)
         scale, shift = _renormalize(model, input_size[0], student_mean, student_std)
         self.renormalize = bool((scale != 1).any() or (shift != 0).any())
         weight = next(model.parameters())
@@ -74,7 +79,9 @@ class Teacher(nn.Module):
 
     def tap_channels(self, point: str) -> int:
         """Return the channels of the counterpart of a student's tap point, 'features' or 'pre_logits'."""
-        return self.layout.channels if point == 'features' else self.pre_logits_channels
+        if point == 'pre_logits' or self.layout is None:
+            return self.pre_logits_channels
+        return self.layout.channels
 
     def train(self, mode: bool = True) -> 'Teacher':
         """Stay in eval mode; the teacher's dropout and batch norms never train."""
@@ -99,60 +106,79 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def _run(self, images: torch.Tensor, outputs: AbstractSet[str]) -> Features:
-        unpooled = last_stage_feature(self.model, self.prepare(images))
-        features = Features()
+        images, features = self.prepare(images), Features()
+        if self._classifier_input is not None:
+            features.logits, features.pre_logits = self._run_whole(images)
+            features.feature = features.pre_logits[:, :, None, None]
+            return features
+        if 'stages' in outputs:
+            raw, features.stages = forward_with_stages(self.model, images, self.stages)
+        if 'stages' not in outputs or not self._stages_share_trunk:
+            raw = self.model.forward_features(images)
         if 'feature' in outputs:
-            features.feature = self.layout.to_map(self.layout.to_positions(unpooled))
+            assert self.layout is not None
+            features.feature = self.layout.to_map(self.layout.to_positions(last_stage_feature(raw, self.model)))
         if 'pre_logits' in outputs:
-            pre_logits = self.model.forward_head(unpooled, pre_logits=True)
+            pre_logits = self.model.forward_head(raw, pre_logits=True)
             features.pre_logits = pre_logits.flatten(1)
         if 'logits' in outputs:
             reuse = self._reuse_pre_logits and 'pre_logits' in outputs
-            features.logits = self._classify(pre_logits if reuse else None, unpooled)
+            features.logits = self.model.get_classifier()(pre_logits) if reuse else _first(self.model.forward_head(raw))
         return features
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """Normalise and resize a batch from the student's input to the teacher's."""
         if self.renormalize:
             images = images * self.input_scale + self.input_shift
-        if self.resize_to is not None and tuple(images.shape[-2:]) != self.resize_to:
-            images = F.interpolate(images, self.resize_to, mode='bicubic', antialias=True, align_corners=False)
-        return images
-
-    def _classify(self, pre_logits: Optional[torch.Tensor], unpooled: torch.Tensor) -> torch.Tensor:
-        if pre_logits is not None:
-            return self.model.get_classifier()(pre_logits)
-        logits = self.model.forward_head(unpooled)
-        return logits[0] if isinstance(logits, (tuple, list)) else logits
+        return images if self.resize_to is None else resize_images(images, self.resize_to)
 
     def _resolve_size(self, input_size: Sequence[int]) -> Optional[Tuple[int, int]]:
         """Return the size to resize to, None where the teacher runs at the student's."""
-        own_size = _own_size(self.model)
-        reasons = []
-        for size in (tuple(input_size[1:]), own_size):
-            if size is None:
-                continue
-            try:
-                with evaluation_mode(self.model):
-                    last_stage_feature(self.model, random_images(self.model, (input_size[0], *size)))
-            except (AssertionError, RuntimeError, ValueError) as e:
-                if isinstance(e, UsageError):
-                    raise
-                reasons.append(f'at {size[0]}x{size[1]}: {e}')
-                continue
-            if size == tuple(input_size[1:]):
-                return None
+        size, reason = runnable_size(self.model, input_size)
+        if reason:
+            raise UsageError(f'The teacher {type(self.model).__name__} cannot run on the input {list(input_size)}: '
+                             f'{reason}. Change --img-size, --in-chans or --teacher-kwargs img_size=N.')
+        if size is not None:
             _logger.info(f'Teacher input: {input_size[1]}x{input_size[2]} is resized to its own {size[0]}x{size[1]}.')
-            return size[0], size[1]
-        raise UsageError(f'The teacher {type(self.model).__name__} cannot run on the input {list(input_size)}: '
-                         f'{"; ".join(reasons)}. Change --img-size, --in-chans or --teacher-kwargs img_size=N.')
+        return size
 
-    def _measure_head(self, own_input: Sequence[int]) -> Tuple[int, bool]:
-        """Return the width of the pre-logits and whether the classifier maps them to the logits."""
+    def _read_structure(self, own_input: Sequence[int]) -> None:
+        """Find the features of the model, once."""
+        self.layout: Optional[FeatureLayout] = None
+        self.stages: Tuple[Stage, ...] = ()
+        self._classifier_input: Optional[str] = None
+        self._reuse_pre_logits = self._stages_share_trunk = False
         with evaluation_mode(self.model):
-            unpooled = last_stage_feature(self.model, random_images(self.model, own_input))
-            pre_logits = self.model.forward_head(unpooled, pre_logits=True)
-            return pre_logits.flatten(1).shape[1], classifier_reads_pre_logits(self.model, unpooled)
+            images = random_images(self.model, own_input)
+            if not has_head(self.model):
+                classifier = classifier_linear(self.model) or last_linear(self.model, images)
+                if classifier is None:
+                    raise UsageError(f'The teacher {type(self.model).__name__} has no forward_features() and no linear '
+                                     'classifier: nothing of it can be read.')
+                self._classifier_input = next(n for n, m in self.model.named_modules() if m is classifier)
+                self.pre_logits_channels = self._run_whole(images)[1].shape[1]
+                return
+            self.layout = resolve_feature_layout(self.model, own_input)
+            raw = self.model.forward_features(images)
+            self.pre_logits_channels = self.model.forward_head(raw, pre_logits=True).flatten(1).shape[1]
+            self._reuse_pre_logits = classifier_reads_pre_logits(self.model, raw)
+            self.stages = resolve_stages(self.model, own_input)
+            self._stages_share_trunk = bool(self.stages) and stages_share_trunk(self.model, images, self.stages)
+
+    def _run_whole(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return logits and classifier input of a model that cannot be run in parts."""
+        inputs: List[torch.Tensor] = []
+        classifier = self.model.get_submodule(str(self._classifier_input))
+        handle = classifier.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        try:
+            logits = _first(self.model(images))
+        finally:
+            handle.remove()
+        return logits, inputs[-1].flatten(1)
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def create_teacher(
@@ -166,6 +192,7 @@ def create_teacher(
         student_std: Sequence[float] = IMAGENET_DEFAULT_STD,
         device: Union[str, torch.device, None] = None,
         dtype: Optional[torch.dtype] = None,
+        verbose: bool = True,
 ) -> Teacher:
     """Create a teacher by name, with its weights.
 
@@ -181,6 +208,7 @@ def create_teacher(
         student_std: Likewise.
         device: Where the teacher lives.
         dtype: Its precision, float32 by default.
+        verbose: Warn of a teacher without weights.
 
     Raises:
         UsageError: If the name is unknown, or the weights are missing, unreadable or of another architecture.
@@ -191,9 +219,10 @@ def create_teacher(
     elif pretrained:
         model = _load_pretrained_teacher(name, kwargs)
     else:
-        _logger.warning(f'The teacher {name} has random weights (--no-teacher-pretrained): there is nothing to learn '
-                        'from it. Give it weights with --teacher-checkpoint FILE.')
-        model = _create_model(name, num_classes=num_classes, **kwargs)
+        if verbose:
+            _logger.warning(f'The teacher {name} has random weights (--no-teacher-pretrained): there is nothing to '
+                            'learn from it. Give it weights with --teacher-checkpoint FILE.')
+        model = _create_model(name, **{'num_classes': num_classes, **kwargs})
     return Teacher(model.to(device=device, dtype=dtype), input_size, student_mean, student_std)
 
 
@@ -213,6 +242,9 @@ def _similar_models(name: str) -> str:
 
 
 def _load_pretrained_teacher(name: str, kwargs: Dict[str, Any]) -> nn.Module:
+    if 'num_classes' in kwargs:
+        raise UsageError(f'--teacher-kwargs num_classes={kwargs["num_classes"]} would re-initialise the head of the '
+                         f"pretrained teacher '{name}'. Leave it out, or give --teacher-checkpoint FILE.")
     hub = name.startswith(_HUB_PREFIXES)
     if not hub and timm.is_model(name) and not timm.is_model_pretrained(name):
         raise UsageError(f"timm has no pretrained weights for the teacher '{name}'. Give --teacher-checkpoint FILE, or "
@@ -277,16 +309,6 @@ def _load_error(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> str:
         for what, keys in (('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if keys
     ]
     return ', '.join(parts)
-
-
-def _own_size(model: nn.Module) -> Optional[Tuple[int, int]]:
-    """Return the input size that a model was built for, as (height, width)."""
-    embed_size = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
-    if isinstance(embed_size, (tuple, list)) and len(embed_size) == 2:
-        return int(embed_size[0]), int(embed_size[1])
-    config = getattr(model, 'pretrained_cfg', None) or {}
-    size = config.get('input_size')
-    return (size[1], size[2]) if size else None
 
 
 def _renormalize(

@@ -99,7 +99,7 @@ def test_every_trainable_tensor_is_in_optimizer_ema_and_checkpoint_and_the_teach
     saved = task.get_checkpoint_state()
     state = saved['task_state']
     names = {f'student.{name}' for name in saved['state_dict']}
-    names |= {f'{part}.{name}' for part in ('adapter', 'methods') for name in state[part]}
+    names |= {f'adapters.{name}' for name in state['adapter']} | {f'methods.{name}' for name in state['methods']}
     assert names == set(module.state_dict())
 
 

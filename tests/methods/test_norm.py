@@ -85,8 +85,8 @@ def test_complete_training_loss_and_gradients_equal_the_official_codes(case: Gol
     scheduled = task.module.methods['norm'].weight(case.hparams['epoch'])
     assert scheduled == pytest.approx(case['beta1'].item(), rel=1e-12)
     result['loss'].backward()
-    adapter, student = task.module.adapter, task.module.student
-    assert adapter is not None and x.grad is not None
+    (adapter,), student = task.module.adapters, task.module.student
+    assert x.grad is not None
     gradients = {name: p.grad for name, p in [*adapter.named_parameters(), *student.named_parameters()]}
     _compare_gradients(case, 'grad.', {**gradients, 'x': x.grad})
 
@@ -154,7 +154,7 @@ def test_no_gradient_goes_to_the_teacher() -> None:
 @pytest.mark.parametrize('student,teacher', [(8, 4), (4, 8), (7, 3), (3, 7), (4, 4)])
 def test_spatial_mismatch_is_pooled_both_ways(pool: str, student: int, teacher: int) -> None:
     method = create_method('norm', segments=2, pool=pool)
-    features = Features(expanded=torch.randn(2, 6, student, student), segments=2)
+    features = Features(expanded=(torch.randn(2, 6, student, student),), segments=2)
     loss = method(features, Features(tap=torch.randn(2, 3, teacher, teacher)), torch.zeros(2))['norm_loss']
     assert loss.ndim == 0 and torch.isfinite(loss)
 
@@ -184,7 +184,7 @@ def _golden_task(case: GoldenCase) -> DistillTask:
         'kd': create_method('kd', temperature=float(hparams['kd_T'])),
     }
     module = AdaptedStudent(
-        GoldenStudent(case), create_golden_adapter(case), golden_tap(case['x'].shape[1]), methods).train()
+        GoldenStudent(case), [create_golden_adapter(case)], golden_tap(case['x'].shape[1]), methods).train()
     task = DistillTask(module, GoldenTeacher(case), nn.CrossEntropyLoss(),
                        {'norm': hparams['beta'], 'kd': hparams['alpha']}, hparams['gamma'], verbose=False)
     task.set_epoch(hparams['epoch'])

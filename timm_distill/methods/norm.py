@@ -96,6 +96,9 @@ class NORM(DistillMethod):
         return standardize_logits(logits, self.logit_scale) if self.logit_scale else logits
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        assert student.expanded is not None and teacher.tap is not None
-        expanded, matched = match_grids(student.expanded, teacher.tap, self.pool)
-        return {'norm_loss': n_to_one_loss(expanded, matched, student.segments)}
+        assert student.expanded and teacher.tap is not None
+        losses = []
+        for expanded in student.expanded:  # one for each adapter; several are summed, as the official code does
+            expanded, matched = match_grids(expanded, teacher.tap, self.pool)
+            losses.append(n_to_one_loss(expanded, matched, student.segments))
+        return {'norm_loss': torch.stack(losses).sum()}

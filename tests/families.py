@@ -1,0 +1,103 @@
+"""One representative of every distinct head in timm, built small, for the tests that cover them all."""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+
+from timm_distill.probing import CANNOT_RUN, evaluation_mode
+
+LIST = Path(__file__).resolve().parent / 'head_families.json'
+CLASSES = 5
+SLOW_M = 60.  # million parameters
+HUGE_M = 140.
+_SIZES = (64, 96)
+_BUILD_SIZES = (64, 112, 128)  # for models of one size that can be built for another: patches of 8, 14 and 16
+
+
+@dataclass(frozen=True)
+class Family:
+    """A representative of a family of heads.
+
+    Attributes:
+        name: timm architecture.
+        module: Its module in timm.
+        size: Height and width that it is published for.
+        params_m: Million parameters.
+    """
+    name: str
+    module: str
+    size: int
+    params_m: float
+
+    def create(self, **kwargs: Any) -> nn.Module:
+        return timm.create_model(self.name, num_classes=CLASSES, **kwargs)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model of a family at the smallest of the sizes tried.
+
+    Attributes:
+        family: Its family.
+        model: The model.
+        kwargs: What it was built with.
+        input_size: Input that it runs on.
+    """
+    family: Family
+    model: nn.Module
+    kwargs: Dict[str, Any]
+    input_size: Tuple[int, int, int]
+
+
+def list_families() -> List[Family]:
+    """Return all families, the smallest first."""
+    rows = json.loads(LIST.read_text(encoding='utf-8'))
+    return [Family(row['name'], row['module'], row['input_size'][1], row['params_m']) for row in rows]
+
+
+def family_params() -> List[Any]:
+    """Return the families as test parameters, those that take long marked slow."""
+    return [
+        pytest.param(family, id=family.name, marks=[pytest.mark.slow] if family.params_m > SLOW_M else [])
+        for family in list_families()
+    ]
+
+
+def build_small(family: Family) -> Built:
+    """Build a family's model for the smallest of the sizes tried that it runs on."""
+    torch.manual_seed(0)
+    model = family.create()
+    for kwargs, size in _small_sizes(family):
+        candidate = _create(family, kwargs) if kwargs else model
+        if candidate is not None and _runs(candidate, size):
+            return Built(family, candidate, kwargs, (3, size, size))
+    return Built(family, model, {}, (3, family.size, family.size))
+
+
+def _small_sizes(family: Family) -> Iterator[Tuple[Dict[str, Any], int]]:
+    for size in _SIZES:
+        yield {}, size
+    for size in _BUILD_SIZES:
+        if size < family.size:
+            yield dict(img_size=size), size
+
+
+def _create(family: Family, kwargs: Dict[str, Any]) -> Optional[nn.Module]:
+    try:
+        return family.create(**kwargs)
+    except CANNOT_RUN:
+        return None
+
+
+def _runs(model: nn.Module, size: int) -> bool:
+    try:
+        with evaluation_mode(model):
+            model(torch.zeros(2, 3, size, size))
+    except CANNOT_RUN:
+        return False
+    return True

@@ -1,0 +1,229 @@
+"""Every family of heads in timm, as student of NORM and as teacher.
+
+Models have random weights and run at the smallest size that they take. Those over 60 M parameters are marked slow;
+those over 140 M are tested by shapes alone, on the meta device, as their memory and time exceed what a suite may take.
+"""
+import json
+from dataclasses import dataclass
+from typing import Any, Dict, Tuple
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import REPO_DIR
+from families import CLASSES, HUGE_M, Built, Family, build_small, family_params, list_families
+
+from timm_distill import DistillTask, Teacher, create_distill_task, merge_student
+from timm_distill.probing import RawFeature
+from timm_distill.taps import (
+    Features,
+    classifier_linear,
+    last_stage_feature,
+    resolve_feature_layout,
+    resolve_stages,
+)
+
+SHARED_LIST = REPO_DIR.parent / 'shared' / 'timm_heads.json'
+TEACHER_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages'})
+BATCH = 2
+DOUBLE_M = 15.  # million parameters up to which a whole model runs in float64
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A task after one step, and what the step gave."""
+    task: DistillTask
+    result: Dict[str, torch.Tensor]
+    gradients: Dict[str, float]
+    images: torch.Tensor
+
+
+@pytest.fixture(scope='module', params=family_params())
+def built(request: pytest.FixtureRequest) -> Built:
+    family: Family = request.param
+    if family.params_m > HUGE_M:
+        pytest.skip(f'{family.name} has {family.params_m:.0f} M parameters: too large to run in a test suite')
+    return build_small(family)
+
+
+@pytest.fixture(scope='module')
+def trained(built: Built) -> Trained:
+    """The model as student after one step, two where a classifier that starts at zero holds gradients back."""
+    torch.manual_seed(0)
+    task = create_distill_task(
+        built.model, 'test_resnet', kd='norm', kd_kwargs={'norm.segments': 2}, teacher_pretrained=False,
+        num_classes=CLASSES, input_size=built.input_size, verbose=False).train()
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
+    images = torch.randn(BATCH, *built.input_size)
+    result, gradients = train_step(task, images, optimizer)
+    if not all(gradients.values()):
+        result, gradients = train_step(task, images, optimizer)
+    return Trained(task, result, gradients, images)
+
+
+def train_step(
+        task: DistillTask,
+        images: torch.Tensor,
+        optimizer: torch.optim.Optimizer,
+) -> Tuple[Dict[str, torch.Tensor], Dict[str, float]]:
+    """Train once; return what the task gave and the adapters' gradient norms, nan for a missing one."""
+    result = task(images, torch.arange(BATCH))
+    optimizer.zero_grad()
+    result['loss'].backward()
+    named = task.module.adapters.named_parameters()
+    gradients = {name: float('nan') if p.grad is None else p.grad.norm().item() for name, p in named}
+    # some architectures start with gradients that a bare step would make infinite weights of
+    nn.utils.clip_grad_norm_(task.get_trainable_module().parameters(), 1.)
+    optimizer.step()
+    return result, gradients
+
+
+def first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def to_double(raw: RawFeature) -> RawFeature:
+    return raw.double() if isinstance(raw, torch.Tensor) else type(raw)(part.double() for part in raw)
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference relative to the logits' spread."""
+    spread = (expected - expected.mean()).abs().max()
+    return ((actual - expected).abs().max() / spread).item()
+
+
+# As student
+
+def test_one_step_has_a_finite_loss_and_a_gradient_in_every_adapter_parameter(trained: Trained) -> None:
+    assert all(torch.isfinite(value).all() for value in trained.result.values())
+    assert trained.result['norm_loss'] > 0
+    assert trained.gradients
+    assert {name: norm for name, norm in trained.gradients.items() if not 0 < norm < float('inf')} == {}
+
+
+@torch.no_grad()
+def test_merged_logits_equal_unmerged(trained: Trained) -> None:
+    expected = trained.task.module.eval()(trained.images)
+    actual = first(merge_student(trained.task)(trained.images))
+    assert actual.shape == (BATCH, CLASSES)
+    assert difference(actual, expected) < 1e-4
+
+
+@torch.no_grad()
+def test_merged_logits_equal_unmerged_in_float64(
+        trained: Trained, built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, images = trained.task.module.eval(), trained.images
+    head_alone = built.family.params_m > DOUBLE_M and not module.tap.inside
+    if head_alone:
+        raw = to_double(module.student.forward_features(images))
+        monkeypatch.setattr(module.student, 'forward_features', lambda images: raw)
+    try:
+        merged = module.double().merged_copy()
+        actual = merged.forward_head(raw) if head_alone else merged(images.double())
+        assert difference(first(actual), module(images.double())) < 1e-9
+    finally:
+        module.float()
+
+
+def test_merged_weights_load_strictly_into_the_stock_architecture(trained: Trained, stock: nn.Module) -> None:
+    state = trained.task.get_checkpoint_state()['state_dict']
+    assert list(state) == list(stock.state_dict())
+    stock.load_state_dict(state, strict=True)
+
+
+# As teacher
+
+@pytest.fixture(scope='module')
+def stock(built: Built) -> nn.Module:
+    return built.family.create(**built.kwargs)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A teacher, a batch and what it gives for it."""
+    teacher: Teacher
+    images: torch.Tensor
+    features: Features
+
+
+@pytest.fixture(scope='module')
+def taught(built: Built, stock: nn.Module) -> Taught:
+    teacher, images = Teacher(stock, built.input_size), torch.randn(BATCH, *built.input_size)
+    return Taught(teacher, images, teacher(images, TEACHER_OUTPUTS))
+
+
+def test_teacher_gives_finite_feature_map_pre_logits_and_logits(taught: Taught) -> None:
+    teacher, features = taught.teacher, taught.features
+    assert features.feature.ndim == 4
+    assert features.feature.shape[:2] == (BATCH, teacher.tap_channels('features'))
+    assert features.pre_logits.shape == (BATCH, teacher.tap_channels('pre_logits'))
+    assert features.logits.shape == (BATCH, CLASSES)
+    assert all(torch.isfinite(x).all() for x in (features.feature, features.pre_logits, features.logits))
+
+
+@torch.no_grad()
+def test_teachers_logits_are_those_of_its_model(taught: Taught) -> None:
+    expected = first(taught.teacher.model(taught.teacher.prepare(taught.images)))
+    torch.testing.assert_close(taught.features.logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@torch.no_grad()
+def test_teachers_map_is_the_grid_without_prefix_tokens(taught: Taught) -> None:
+    teacher, feature = taught.teacher, taught.features.feature
+    raw = last_stage_feature(teacher.model.forward_features(teacher.prepare(taught.images)), teacher.model)
+    if raw.ndim == 4:
+        assert feature.shape == teacher.layout.to_positions(raw).shape
+        return
+    tokens = raw.shape[teacher.layout.fmt.index('L')]
+    assert feature.shape[2] * feature.shape[3] == tokens - teacher.layout.num_prefix_tokens
+    declared = getattr(teacher.model, 'num_prefix_tokens', None)
+    if declared is not None and declared < tokens:
+        assert teacher.layout.num_prefix_tokens == declared
+
+
+@torch.no_grad()
+def test_teachers_stages_are_the_deepest_map_of_every_grid(taught: Taught) -> None:
+    teacher, stages = taught.teacher, taught.features.stages
+    if not hasattr(teacher.model, 'forward_intermediates'):
+        assert stages == ()
+        return
+    maps = teacher.model.forward_intermediates(
+        teacher.prepare(taught.images), output_fmt='NCHW', intermediates_only=True)
+    deepest = {tuple(map_.shape[2:]): map_ for map_ in maps}
+    assert stages and [tuple(stage.shape[1:]) for stage in stages] == [stage.shape for stage in teacher.stages]
+    assert {tuple(stage.shape[2:]) for stage in stages} == set(deepest)
+    for stage in stages:
+        torch.testing.assert_close(stage, deepest[tuple(stage.shape[2:])])
+
+
+def test_classifier_for_methods_that_reuse_it_has_a_row_for_every_class(taught: Taught) -> None:
+    classifier = classifier_linear(taught.teacher.model)
+    if classifier is not None:
+        assert classifier.weight.shape[0] == CLASSES
+
+
+# Too large to run
+
+@pytest.mark.parametrize('family', [pytest.param(f, id=f.name) for f in list_families() if f.params_m > HUGE_M])
+def test_huge_models_have_a_layout_and_stages_on_the_meta_device(family: Family) -> None:
+    with torch.device('meta'):
+        model = family.create()
+        layout = resolve_feature_layout(model, (3, family.size, family.size))
+        stages = resolve_stages(model, (3, family.size, family.size))
+    assert layout.channels == model.num_features
+    assert stages and stages[-1].shape[0] == layout.channels
+
+
+# The list
+
+def test_list_holds_every_family_once() -> None:
+    families = list_families()
+    assert len({family.name for family in families}) == len(families) == 119
+
+
+def test_list_is_that_of_the_survey() -> None:
+    if not SHARED_LIST.is_file():
+        pytest.skip('the survey of timm\'s heads is not beside the repository')
+    rows = json.loads(SHARED_LIST.read_text(encoding='utf-8'))['families']
+    surveyed = {(row['representative'], row['module'], row['input_size'][1], row['params_m']) for row in rows}
+    assert {(f.name, f.module, f.size, f.params_m) for f in list_families()} == surveyed

@@ -1,0 +1,91 @@
+"""Folding an affine map of a feature into the layers of a model that read it.
+
+Knows names of layers and tensors; what folds where is found and measured in `taps.py`.
+"""
+from dataclasses import dataclass
+from typing import Dict, Mapping, Optional, Sequence
+
+import torch
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .linalg import AffineMap, batch_norm_affine, compose, fold_into_weight, to_float64
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A linear layer that an affine map of the tapped feature folds into.
+
+    Attributes:
+        linear: Name of the layer in the model.
+        pre_norm: Name of a batch norm between tap and layer: it folds into the layer too and becomes the identity.
+        post_norm: Name of a batch norm behind a layer without bias: its running mean takes the offset.
+        offset: Whether the layer can take an offset at all: one without bias and norm takes only linear maps.
+    """
+    linear: str
+    pre_norm: Optional[str] = None
+    post_norm: Optional[str] = None
+    offset: bool = True
+
+    def __str__(self) -> str:
+        before = f'{self.pre_norm} + ' if self.pre_norm else ''
+        after = f' (offset in {self.post_norm})' if self.post_norm else '' if self.offset else ' (no offset)'
+        return f'{before}{self.linear}{after}'
+
+
+def fold_affine(
+        model: nn.Module,
+        tensors: Mapping[str, torch.Tensor],
+        consumers: Sequence[Consumer],
+        affine: AffineMap,
+) -> Dict[str, torch.Tensor]:
+    """Fold an affine map in front of the consumers into them.
+
+    Args:
+        model: Model that the names belong to; only its structure is read.
+        tensors: The model's parameters and buffers by name.
+        consumers: Layers that read the mapped feature.
+        affine: Map of the feature's channels, float64; its bias must be zero for consumers without offset.
+
+    Returns:
+        The changed tensors by name, in float64; every other tensor stays as it is.
+    """
+    changed: Dict[str, torch.Tensor] = {}
+    for consumer in consumers:
+        inner = affine
+        if consumer.pre_norm:
+            inner = compose(_norm_as_map(model, tensors, consumer.pre_norm), affine)
+            changed.update(_identity_norm(model, tensors, consumer.pre_norm))
+        weight, offset = fold_into_weight(tensors[f'{consumer.linear}.weight'], inner)
+        changed[f'{consumer.linear}.weight'] = weight
+        if consumer.post_norm:
+            mean = f'{consumer.post_norm}.running_mean'
+            changed[mean] = to_float64(tensors[mean]) - offset
+        elif consumer.offset:
+            changed[f'{consumer.linear}.bias'] = to_float64(tensors[f'{consumer.linear}.bias']) + offset
+    return changed
+
+
+def _norm_as_map(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> AffineMap:
+    scale, shift = batch_norm_affine(
+        tensors[f'{name}.running_mean'],
+        tensors[f'{name}.running_var'],
+        tensors.get(f'{name}.weight'),
+        tensors.get(f'{name}.bias'),
+        _batch_norm(model, name).eps,
+    )
+    return AffineMap(torch.diag(scale), shift)
+
+
+def _identity_norm(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> Dict[str, torch.Tensor]:
+    values = {'running_mean': 0., 'running_var': 1. - _batch_norm(model, name).eps, 'weight': 1., 'bias': 0.}
+    return {
+        f'{name}.{key}': torch.full_like(to_float64(tensors[f'{name}.{key}']), value)
+        for key, value in values.items() if f'{name}.{key}' in tensors
+    }
+
+
+def _batch_norm(model: nn.Module, name: str) -> _BatchNorm:
+    module = model.get_submodule(name)
+    assert isinstance(module, _BatchNorm)
+    return module

@@ -1,0 +1,248 @@
+"""Checking a pair before training: what fits where, what it costs, whether it merges. No data and no weights needed."""
+import logging
+import os
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+
+import timm
+import torch
+import torch.nn as nn
+
+from .errors import UsageError
+from .merge import MERGE_TOLERANCE
+from .probing import random_images
+from .task import DistillTask, create_distill_task
+from .teacher import Teacher
+
+_logger = logging.getLogger(__name__)
+
+_TIMED_STEPS = 3
+_LARGEST_BATCH = 1024
+_USABLE_MEMORY = 0.8  # leaves room for workspaces and the loader
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What a check of a teacher and a student found.
+
+    Attributes:
+        teacher: Name of the teacher.
+        student: Name of the student.
+        kd: Methods.
+        ok: Whether the pair can be trained and saved.
+        reason: Why not, '' where it can.
+        tap: Where the adapters sit and why, '' for methods without one.
+        point: 'features', 'pre_logits', 'side' or ''.
+        student_shapes: Shape of every tapped feature of the student for one image.
+        teacher_shape: Shape of the teacher's counterpart, (C, H, W).
+        adapter_params: Parameters of the adapters, none of which are in the saved student.
+        adapter_macs: Their multiply-adds per image, forward.
+        consumers: Layers that the adapters fold into.
+        merge_error: Largest logit difference between the student as trained and as saved, relative to their spread.
+        teacher_share: Part of a training step that the teacher takes.
+        step_seconds: Duration of a training step.
+        batch_size: Images in that step.
+        memory: Bytes that the step needs: measured on CUDA; elsewhere weights, gradients, momentum and what autograd
+            keeps.
+        suggested_batch_size: Largest power of two whose step fits the free memory of the device.
+    """
+    teacher: str
+    student: str
+    kd: str
+    ok: bool
+    reason: str = ''
+    tap: str = ''
+    point: str = ''
+    student_shapes: Tuple[Tuple[int, ...], ...] = ()
+    teacher_shape: Tuple[int, ...] = ()
+    adapter_params: int = 0
+    adapter_macs: int = 0
+    consumers: Tuple[str, ...] = ()
+    merge_error: float = 0.
+    teacher_share: float = 0.
+    step_seconds: float = 0.
+    batch_size: int = 0
+    memory: int = 0
+    suggested_batch_size: int = 0
+
+    def __str__(self) -> str:
+        lines = [f'{self.teacher} -> {self.student} with --kd {self.kd}: {"works" if self.ok else "does not work"}']
+        if self.reason:
+            return '\n'.join([*lines, f'  {self.reason}'])
+        if self.tap:
+            lines += [
+                f'  tap                {self.tap}',
+                f'  student feature    {"; ".join(str(list(shape)) for shape in self.student_shapes)}',
+                f'  teacher feature    {list(self.teacher_shape)}',
+                f'  adapter            {self.adapter_params:,} parameters, {self.adapter_macs / 1e6:,.1f} M '
+                'multiply-adds per image',
+                f'  consumer           {", ".join(self.consumers) or "none, dropped at save"}',
+                f"  merge error        {self.merge_error:.1e} of the logits' spread",
+            ]
+        return '\n'.join([
+            *lines,
+            f"  teacher's share    {100 * self.teacher_share:.0f} % of a step of {self.step_seconds:.2f} s at "
+            f'{self.batch_size} images',
+            f'  memory of it       {self.memory / 2 ** 20:,.0f} MiB',
+            f'  batch size         up to {self.suggested_batch_size} fits',
+        ])
+
+
+def check_pair(
+        teacher: Union[str, nn.Module, Teacher],
+        student: Union[str, nn.Module],
+        kd: str = 'norm',
+        batch_size: int = 8,
+        teacher_kwargs: Optional[Dict[str, Any]] = None,
+        teacher_pretrained: bool = True,
+        device: Union[str, torch.device] = 'cpu',
+        **task_kwargs: Any,
+) -> PairReport:
+    """Build a pair with random weights, train a few steps on noise, merge, and report.
+
+    Args:
+        teacher: timm architecture or module.
+        student: timm architecture or module.
+        kd: Methods, joined by '+'.
+        batch_size: Images of the measured step.
+        teacher_kwargs: More arguments of `timm.create_model` for the teacher.
+        teacher_pretrained: Give the teacher the class count of its pretrained weights, which are not loaded.
+        device: Where to measure.
+        task_kwargs: More arguments of `create_distill_task`.
+
+    Returns:
+        A report; `ok` is False, with the reason, where the pair cannot be trained or does not merge.
+    """
+    names = [model if isinstance(model, str) else type(model).__name__ for model in (teacher, student)]
+    try:
+        kwargs = dict(teacher_kwargs or {})
+        if isinstance(teacher, str) and not task_kwargs.get('teacher_checkpoint'):
+            kwargs.setdefault('num_classes', _teacher_classes(teacher, teacher_pretrained))
+            if kwargs['num_classes'] is None:
+                del kwargs['num_classes']
+        task = create_distill_task(
+            student, teacher, kd, teacher_kwargs=kwargs, teacher_pretrained=False, device=device, verbose=False,
+            **task_kwargs)
+        return _measure(task, names[0], names[1], kd, batch_size)
+    except UsageError as e:
+        return PairReport(names[0], names[1], kd, ok=False, reason=str(e))
+
+
+def _teacher_classes(name: str, pretrained: bool) -> Optional[int]:
+    """Return the class count of the pretrained weights of an architecture, None where it has none."""
+    if not pretrained or not timm.is_model(name) or not timm.is_model_pretrained(name):
+        return None
+    return timm.get_pretrained_cfg(name).num_classes
+
+
+def _measure(task: DistillTask, teacher: str, student: str, kd: str, batch_size: int) -> PairReport:
+    module = task.module
+    images = random_images(module, task.input_size, batch_size).to(task.device)
+    num_classes = int(getattr(module.student, 'num_classes', 1))
+    target = torch.arange(batch_size, device=task.device) % num_classes
+    module.train()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
+    memory = _step_memory(task, images, target)
+    seconds = _time(lambda: _step(task, optimizer, images, target), task.device)
+    teacher_seconds = 0.
+    if task.teacher is not None:
+        teacher_seconds = _time(lambda: task.teacher_features(images), task.device)
+    error = module.merge_error(images[:4]) if module.adapters else 0.
+    merges = error <= MERGE_TOLERANCE[images.dtype]
+    fixed = _fixed_memory(task)
+    return PairReport(
+        teacher, student, kd,
+        ok=merges,
+        reason='' if merges else f"The merged student's logits differ from the trained one's by {error:.1e}.",
+        memory=fixed + memory,
+        merge_error=error,
+        teacher_share=teacher_seconds / seconds,
+        step_seconds=seconds,
+        batch_size=batch_size,
+        suggested_batch_size=_suggest_batch_size(fixed, memory / batch_size, task.device),
+        **_describe_tap(task, images),
+    )
+
+
+def _describe_tap(task: DistillTask, images: torch.Tensor) -> Dict[str, Any]:
+    tap, adapters = task.module.tap, task.module.adapters
+    if tap is None:
+        return {}
+    matched = task.teacher_features(images[:1]).tap
+    shapes = [site.shape for site in tap.sites]
+    positions = [site.layout.to_positions(torch.empty(1, *site.shape)).flatten(2).shape[2] for site in tap.sites]
+    return dict(
+        tap=str(tap),
+        point=tap.point,
+        student_shapes=tuple(shapes),
+        teacher_shape=tuple(matched.shape[1:]) if matched is not None else (),
+        adapter_params=sum(p.numel() for p in adapters.parameters()),
+        adapter_macs=sum(
+            n * sum(p.numel() for p in adapter.parameters() if p.ndim > 1) for n, adapter in zip(positions, adapters)),
+        consumers=tuple(str(consumer) for consumer in tap.consumers),
+    )
+
+
+def _step(
+        task: DistillTask,
+        optimizer: torch.optim.Optimizer,
+        images: torch.Tensor,
+        target: torch.Tensor,
+) -> None:
+    task(images, target)['loss'].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _time(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the median duration of a call, after one call to warm up."""
+    durations: List[float] = []
+    for _ in range(_TIMED_STEPS + 1):
+        start = time.perf_counter()
+        run()
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        durations.append(time.perf_counter() - start)
+    return sorted(durations[1:])[_TIMED_STEPS // 2]
+
+
+def _step_memory(task: DistillTask, images: torch.Tensor, target: torch.Tensor) -> int:
+    """Return the bytes that one forward and backward needs on top of what stays between steps."""
+    if task.device.type == 'cuda':
+        task(images, target)['loss'].backward()  # allocates the gradients
+        torch.cuda.reset_peak_memory_stats(task.device)
+        before = torch.cuda.memory_allocated(task.device)
+        task(images, target)['loss'].backward()
+        return torch.cuda.max_memory_allocated(task.device) - before
+    own = {p.untyped_storage().data_ptr() for p in task.parameters()}
+    kept: Dict[int, int] = {}
+
+    def _keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(_keep, lambda tensor: tensor):
+        task(images, target)['loss'].backward()
+    return sum(kept.values())
+
+
+def _fixed_memory(task: DistillTask) -> int:
+    """Return the bytes of weights, and of gradients and momentum of what trains."""
+    trained = sum(p.numel() * p.element_size() for p in task.module.parameters())
+    everything = sum(t.numel() * t.element_size() for t in [*task.parameters(), *task.buffers()])
+    return everything + 2 * trained
+
+
+def _suggest_batch_size(fixed: int, per_image: float, device: torch.device) -> int:
+    if device.type == 'cuda':
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    images = (_USABLE_MEMORY * free - fixed) / max(per_image, 1.)
+    batch_size = 0
+    while max(1, 2 * batch_size) <= min(images, _LARGEST_BATCH):
+        batch_size = max(1, 2 * batch_size)
+    return batch_size
