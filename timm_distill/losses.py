@@ -44,6 +44,24 @@ def standardize_logits(logits: torch.Tensor, scale: float, eps: float = 1e-7) ->
     return scale * F.layer_norm(logits, logits.shape[-1:], eps=eps)
 
 
+def n_to_one_loss(expanded: torch.Tensor, teacher: torch.Tensor, segments: int) -> torch.Tensor:
+    """Sum over the segments of each one's mean squared error against the teacher's feature.
+
+    NORM: Knowledge Distillation via N-to-One Representation Matching (Liu et al., ICLR 2023).
+
+    Args:
+        expanded: Student's expanded feature, [B, N * Ct, H, W]; channel j is matched with channel j mod Ct.
+        teacher: Teacher's feature, [B, Ct, H, W], treated as constant.
+        segments: N.
+
+    Returns:
+        Scalar.
+    """
+    expanded = to_full_precision(expanded).unflatten(1, (segments, -1))  # [B, N, Ct, H, W]
+    teacher = to_full_precision(teacher.detach()).unsqueeze(1)
+    return segments * (expanded - teacher).square().mean()
+
+
 def match_grids(
         student: torch.Tensor,
         teacher: torch.Tensor,

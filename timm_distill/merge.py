@@ -96,11 +96,16 @@ class AdaptedLinear(nn.Linear):
     a deep copy of student and adapter together still belongs together.
     """
     _adapter: List[nn.Module]
+    _target: Optional[torch.Tensor] = None
     adapted: AdapterOutput
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        self.adapted = self._adapter[0](input)
+        self.adapted = self._adapter[0](input, self._target)
         return super().forward(self.adapted.output)
+
+    def match_with(self, target: Optional[torch.Tensor]) -> None:
+        """Set what the adapter matches with in the next forward: the teacher's feature, [B, Ct, H, W]."""
+        self._target = target
 
 
 def adapt_linear(model: nn.Module, name: str, adapter: nn.Module) -> None:
@@ -115,7 +120,7 @@ def plain_linear(model: nn.Module, name: str) -> None:
     linear = model.get_submodule(name)
     if isinstance(linear, AdaptedLinear):
         linear.__class__ = nn.Linear  # type: ignore[assignment]
-        for key in ('_adapter', 'adapted'):
+        for key in ('_adapter', '_target', 'adapted'):
             linear.__dict__.pop(key, None)
 
 

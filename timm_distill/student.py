@@ -8,10 +8,10 @@ import torch
 import torch.nn as nn
 from timm.models import group_parameters
 
-from .adapters import Adapter, AdapterOutput
+from .adapters import Adapter, AdapterOutput, Match
 from .errors import UsageError
 from .layouts import FeatureLayout
-from .merge import adapt_linear, merge_error, merged_copy, merged_state_dict, merged_tensors
+from .merge import AdaptedLinear, adapt_linear, merge_error, merged_copy, merged_state_dict, merged_tensors
 from .probing import resize_images
 from .taps import Features, StudentTap
 
@@ -62,7 +62,7 @@ class AdaptedStudent(nn.Module):
         Returns:
             Logits [B, K]; with a teacher (logits, logits for the task loss, each method's named unweighted terms).
         """
-        features = self.forward_with_features(images)
+        features = self.forward_with_features(images, teacher)
         if teacher is None or target is None:
             return features.logits  # type: ignore[return-value]
         logits = features.logits
@@ -70,31 +70,35 @@ class AdaptedStudent(nn.Module):
         terms = {name: method(features, teacher, target) for name, method in self.methods.items()}
         return logits, features.logits, terms  # type: ignore[return-value]
 
-    def forward_with_features(self, images: torch.Tensor) -> Features:
-        """Run the student and keep what the adapters give."""
+    def forward_with_features(self, images: torch.Tensor, teacher: Optional[Features] = None) -> Features:
+        """Run the student; the adapters match with the teacher's counterpart of the tap, where there is one."""
         if self.resize_to is not None:
             images = resize_images(images, self.resize_to)
+        target = None if teacher is None else teacher.tap
         if self.tap is None:
             return Features(logits=self.student(images))
         if self.tap.inside:
-            logits = self.student(images)
-            adapted: AdapterOutput = self.student.get_submodule(self.tap.inside).adapted  # type: ignore[assignment]
-            return Features(logits=logits, expanded=(adapted.expanded,), segments=adapted.segments)
-        return self._forward_tapped(self.tap, images)
+            return self._forward_inside(self.tap, images, target)
+        return self._forward_tapped(self.tap, images, target)
 
-    def _forward_tapped(self, tap: StudentTap, images: torch.Tensor) -> Features:
+    def _forward_inside(self, tap: StudentTap, images: torch.Tensor, target: Optional[torch.Tensor]) -> Features:
+        linear: AdaptedLinear = self.student.get_submodule(tap.inside)  # type: ignore[assignment]
+        linear.match_with(target)
+        logits = self.student(images)
+        return Features(logits=logits, matched=_losses([linear.adapted]))
+
+    def _forward_tapped(self, tap: StudentTap, images: torch.Tensor, target: Optional[torch.Tensor]) -> Features:
         feature = self.student.forward_features(images)
         head = self.student.forward_head
         if tap.point == 'pre_logits':
             feature = self.student.forward_head(feature, pre_logits=True)
             head = self.student.get_classifier()
-        outputs, expanded = [], []
-        for adapter, site, tensor in zip(self.adapters, tap.sites, tap.read(feature)):
-            adapted = adapter(site.layout.to_positions(tensor))
-            outputs.append(site.layout.from_positions(adapted.output))
-            expanded.append(site.layout.to_map(adapted.expanded))
-        logits = head(tap.write(feature, outputs))
-        return Features(logits=logits, expanded=tuple(expanded), segments=adapted.segments)
+        adapted = [
+            adapter(site.layout.to_positions(tensor), None if target is None else Match(target, site.layout.to_map))
+            for adapter, site, tensor in zip(self.adapters, tap.sites, tap.read(feature))
+        ]
+        outputs = [site.layout.from_positions(a.output) for site, a in zip(tap.sites, adapted)]
+        return Features(logits=head(tap.write(feature, outputs)), matched=_losses(adapted))
 
     def transform_logits(self, logits: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
         """Apply the methods' maps of the logits, which the task loss and all methods see."""
@@ -172,7 +176,11 @@ class _InsideAdapter(nn.Module):
         self.adapter = adapter
         self.layout = layout
 
-    def forward(self, input: torch.Tensor) -> AdapterOutput:
-        adapted = self.adapter(self.layout.to_positions(input))
-        output, expanded = self.layout.from_positions(adapted.output), self.layout.to_map(adapted.expanded)
-        return AdapterOutput(output, expanded, adapted.segments)
+    def forward(self, input: torch.Tensor, target: Optional[torch.Tensor]) -> AdapterOutput:
+        match = None if target is None else Match(target, self.layout.to_map)
+        adapted = self.adapter(self.layout.to_positions(input), match)
+        return AdapterOutput(self.layout.from_positions(adapted.output), adapted.loss)
+
+
+def _losses(adapted: Sequence[AdapterOutput]) -> Tuple[torch.Tensor, ...]:
+    return tuple(a.loss for a in adapted if a.loss is not None)

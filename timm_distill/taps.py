@@ -48,16 +48,14 @@ class Features:
         pre_logits: The classifier's input, [B, D].
         stages: Intermediate features as maps, [B, C, H, W] each, shallow to deep.
         tap: Teacher's counterpart of the student's insertion point, [B, C, H, W] or [B, D, 1, 1].
-        expanded: Each adapter's expanded feature as a map (student only), [B, N * Ct, H, W].
-        segments: N, the number of segments in `expanded`.
+        matched: Each adapter's loss against the teacher's counterpart (student only), scalars.
     """
     logits: Optional[torch.Tensor] = None
     feature: Optional[torch.Tensor] = None
     pre_logits: Optional[torch.Tensor] = None
     stages: Tuple[torch.Tensor, ...] = ()
     tap: Optional[torch.Tensor] = None
-    expanded: Tuple[torch.Tensor, ...] = ()
-    segments: int = 0
+    matched: Tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

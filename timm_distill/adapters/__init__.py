@@ -4,9 +4,9 @@ Each lives in one file of this package, which is imported when the names are fir
 """
 from typing import Any, List
 
-from .base import ADAPTERS, Adapter, AdapterOutput, register_adapter
+from .base import ADAPTERS, Adapter, AdapterOutput, Match, register_adapter
 
-__all__ = ['ADAPTERS', 'Adapter', 'AdapterOutput', 'create_adapter', 'list_adapters', 'register_adapter']
+__all__ = ['ADAPTERS', 'Adapter', 'AdapterOutput', 'Match', 'create_adapter', 'list_adapters', 'register_adapter']
 
 
 def list_adapters() -> List[str]:

@@ -1,6 +1,6 @@
 """The contract of an adapter: channels in, channels out, affine at inference."""
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Optional
 
 import torch
 import torch.nn as nn
@@ -17,18 +17,27 @@ def register_adapter(name: str) -> Callable[[type], type]:
 
 
 @dataclass
+class Match:
+    """What an adapter matches its expansion with.
+
+    Attributes:
+        teacher: Teacher's feature, [B, Ct, H, W].
+        to_map: Turns the adapter's positions, prefix tokens included, into a map: [B, C, L, 1] -> [B, C, H, W].
+    """
+    teacher: torch.Tensor
+    to_map: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass
 class AdapterOutput:
     """What an adapter returns for one batch.
 
     Attributes:
         output: Feature that replaces the adapter's input on the student's path, [B, Cs, H, W].
-        expanded: Feature that a method matches with the teacher's, [B, N * Ct, H, W]: N segments of Ct channels,
-            one after the other.
-        segments: The number N.
+        loss: Loss of the match, scalar; None without one.
     """
     output: torch.Tensor
-    expanded: torch.Tensor
-    segments: int
+    loss: Optional[torch.Tensor] = None
 
 
 class Adapter(nn.Module):
@@ -48,8 +57,8 @@ class Adapter(nn.Module):
         self.student_channels = student_channels
         self.teacher_channels = teacher_channels
 
-    def forward(self, x: torch.Tensor) -> AdapterOutput:
-        """Transform a feature, [B, Cs, H, W]."""
+    def forward(self, x: torch.Tensor, match: Optional[Match] = None) -> AdapterOutput:
+        """Transform a feature, [B, Cs, H, W], and match it if there is something to match it with."""
         raise NotImplementedError
 
     def affine(self) -> AffineMap:

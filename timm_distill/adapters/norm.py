@@ -7,14 +7,35 @@ Two linear layers with nothing in between: the first expands the student's featu
 the second contracts it back. `batch_norm=True, residual=True` is the published code (a batch norm behind each layer, a
 residual connection around both); `batch_norm=False` is the plain linear pair of the paper's text.
 """
+import logging
 from typing import Optional, Tuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UsageError
 from ..linalg import AffineMap, add_identity, batch_norm_affine, compose, scale_shift, to_float64
-from .base import Adapter, AdapterOutput, register_adapter
+from ..losses import match_grids, n_to_one_loss, to_full_precision
+from ..moments import (
+    Expansion,
+    Moments,
+    TeacherMoments,
+    compute_moments,
+    compute_teacher_moments,
+    expand_moments,
+    share_moments,
+)
+from .base import Adapter, AdapterOutput, Match, register_adapter
+
+_logger = logging.getLogger(__name__)
+
+
+_FORMS = ('auto', 'direct', 'moments')
+_POOLS = ('avg', 'max')
+_DIRECT_BYTES = 2 ** 30  # activations of the direct form above which 'auto' leaves it
 
 
 class BatchScale2d(nn.BatchNorm2d):
@@ -25,17 +46,13 @@ class BatchScale2d(nn.BatchNorm2d):
         self.register_parameter('bias', None)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input) + self.mean_response(input)[:, None, None]
-
-    def mean_response(self, input: torch.Tensor) -> torch.Tensor:
-        """Return what a batch norm subtracts from the scaled input, [C]."""
-        return batch_norm_mean_response(self, input)
+        return super().forward(input) + batch_norm_mean_response(self, input)[:, None, None]
 
 
-def batch_norm_mean_response(norm: nn.BatchNorm2d, input: torch.Tensor) -> torch.Tensor:
+def batch_norm_mean_response(norm: nn.Module, input: torch.Tensor) -> torch.Tensor:
     """Return scale * mean, [C], of a batch norm for the statistics that it uses for this input, [B, C, H, W]."""
     if norm.training:
-        var, mean = torch.var_mean(input.float(), dim=(0, 2, 3), correction=0)
+        var, mean = torch.var_mean(to_full_precision(input), dim=(0, 2, 3), correction=0)
     else:
         var, mean = norm.running_var, norm.running_mean  # type: ignore[assignment]
     return norm.weight * mean * (var + norm.eps).rsqrt()
@@ -53,12 +70,15 @@ class NToOneTransform(Adapter):
         segments: N, how many segments of the expanded feature are matched with the teacher's.
         batch_norm: Put a batch norm behind each layer; else the layers have biases.
         residual: Add the input to the output.
+        pool: How the larger of two grids is pooled to the smaller for the match, 'avg' or 'max'.
+        form: 'direct' computes e; 'moments' gets loss and output from the batch's moments, exactly and without any
+            activation of N * Ct channels; 'auto' takes the cheaper for the batch. Parameters are the same.
         offset: Let the output have an offset. Without, y is a linear map of x at inference, for consumers that cannot
             take an offset: the contraction reads e without its offset, and BN2 only scales.
         side: Expand for the loss alone and leave the student's path as it is.
 
     Raises:
-        UsageError: If `segments` is below 1.
+        UsageError: If a value is not allowed.
     """
 
     def __init__(
@@ -68,14 +88,24 @@ class NToOneTransform(Adapter):
             segments: int = 8,
             batch_norm: bool = True,
             residual: bool = True,
+            pool: str = 'avg',
+            form: str = 'auto',
             offset: bool = True,
             side: bool = False,
     ):
         super().__init__(student_channels, teacher_channels)
         if segments < 1:
             raise UsageError(f'norm.segments={segments} must be at least 1 (--kd-kwargs norm.segments=8).')
+        for option, value, known in (('pool', pool, _POOLS), ('form', form, _FORMS)):
+            if value not in known:
+                raise UsageError(f"norm.{option}={value!r} must be one of {', '.join(known)} "
+                                 f'(--kd-kwargs norm.{option}={known[0]}).')
         self.segments = segments
+        self.batch_norm = batch_norm
         self.residual = residual
+        self.pool = pool
+        self.form = form
+        self._logged_form = ''
         self.offset = offset
         width = segments * teacher_channels
         self.expand = nn.Conv2d(student_channels, width, 1, bias=not batch_norm)
@@ -95,23 +125,152 @@ class NToOneTransform(Adapter):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: torch.Tensor) -> AdapterOutput:
+    def forward(self, x: torch.Tensor, match: Optional[Match] = None) -> AdapterOutput:
+        if self._choose_form(x, match) == 'moments':
+            # moments in float32, whatever the precision around
+            with torch.autocast(x.device.type, enabled=False):
+                affine, loss = self._from_moments(to_full_precision(x), match)
+            return AdapterOutput(self._map_positions(x, affine), loss)
+        output, expanded = self._expand_contract(x)
+        if match is None:
+            return AdapterOutput(output)
+        student, teacher = match_grids(match.to_map(expanded), match.teacher, self.pool)
+        return AdapterOutput(output, n_to_one_loss(student, teacher, self.segments))
+
+    def _choose_form(self, x: torch.Tensor, match: Optional[Match]) -> str:
+        max_pooled = self.pool == 'max' and match is not None and _pools_student(match.to_map(x), match.teacher)
+        form = self.form
+        if form == 'auto':
+            form = 'direct' if max_pooled or not self._moments_are_cheaper(x) else 'moments'
+            if form != self._logged_form and self.training:
+                _logger.info(f'The N-to-one transform takes the {form} form at {_count_positions(x)} positions.')
+                self._logged_form = form
+        elif form == 'moments' and max_pooled:
+            raise UsageError("norm.form=moments cannot max-pool the student's side: take norm.pool=avg or "
+                             'norm.form=direct.')
+        return form
+
+    def _moments_are_cheaper(self, x: torch.Tensor) -> bool:
+        """Compare the multiply-adds of a forward and backward pass, and what the direct form keeps."""
+        positions, cs, ct = _count_positions(x), self.student_channels, self.teacher_channels
+        width = self.segments * ct
+        direct = 6 * positions * width * cs
+        moments = 7 * width * cs ** 2 + positions * (6 * cs ** 2 + 3 * cs * ct)
+        return moments < direct or 5 * positions * width * x.element_size() > _DIRECT_BYTES
+
+    def _expand_contract(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return output, [B, Cs, H, W], and expanded feature, [B, N * Ct, H, W]: the reference."""
         linear = self.expand(x)
-        expanded = self.expand_bn(linear)  # [B, N * Ct, H, W]
+        expanded = self.expand_bn(linear)
         if self.contract is None:
-            return AdapterOutput(x, expanded, self.segments)
-        output = self.contract(expanded)  # [B, Cs, H, W]
+            return x, expanded
+        output = self.contract(expanded)
         if not self.offset:
             output = output - (self.contract.weight.flatten(1) @ self._expansion_offset(linear))[:, None, None]
         output = self.contract_bn(output)
-        return AdapterOutput(x + output if self.residual else output, expanded, self.segments)
+        return x + output if self.residual else output, expanded
 
     def _expansion_offset(self, linear: torch.Tensor) -> torch.Tensor:
         """Return the offset of e, [N * Ct]: what it is for x = 0."""
-        if isinstance(self.expand_bn, nn.BatchNorm2d):
+        if self.batch_norm:
             return self.expand_bn.bias - batch_norm_mean_response(self.expand_bn, linear)
         assert self.expand.bias is not None
         return self.expand.bias
+
+    def _map_positions(self, x: torch.Tensor, affine: Optional[AffineMap]) -> torch.Tensor:
+        if affine is None:
+            return x
+        output = F.conv2d(x, affine.weight[:, :, None, None].to(x.dtype), affine.bias.to(x.dtype))
+        return x + output if self.residual else output
+
+    def _from_moments(
+            self,
+            x: torch.Tensor,
+            match: Optional[Match],
+    ) -> Tuple[Optional[AffineMap], Optional[torch.Tensor]]:
+        """Return the map that the transform is for this batch, without the residual, and the loss."""
+        moments, matched, teacher = self._moments(x, match)
+        batch_stats = self.batch_norm and self.training
+        scale, offset = self._expansion_scale(batch_stats)
+        shift = None
+        if matched is not None:
+            shift = matched.mean - moments.mean if batch_stats else matched.mean
+        expansion = expand_moments(
+            self.expand.weight.flatten(1),
+            None if self.contract is None else self.contract.weight.flatten(1),
+            scale,
+            offset,
+            moments.cov if batch_stats else None,
+            float(self.expand_bn.eps) if self.batch_norm else 0.,  # type: ignore[arg-type]
+            matched,
+            shift,
+            teacher,
+        )
+        if batch_stats:
+            mean = self.expand.weight.detach().flatten(1) @ moments.mean.detach()
+            _update_running(self.expand_bn, mean, expansion.variance, self._num_positions)
+        loss = expansion.loss if match is not None else None
+        return (None if self.contract is None else self._contract(expansion, moments, offset, batch_stats)), loss
+
+    def _moments(
+            self,
+            x: torch.Tensor,
+            match: Optional[Match],
+    ) -> Tuple[Moments, Optional[Moments], Optional[TeacherMoments]]:
+        """Return the moments of the batch norms' positions, those of the matched positions, and the teacher's."""
+        self._num_positions = _count_positions(x)
+        if match is None:
+            return self._share(compute_moments(x)), None, None
+        student, teacher = match_grids(match.to_map(x), to_full_precision(match.teacher), self.pool)
+        matched = compute_moments(student, teacher)
+        moments = matched if student is x else compute_moments(x)
+        return self._share(moments), matched, compute_teacher_moments(teacher)
+
+    def _share(self, moments: Moments) -> Moments:
+        """Take the moments over all ranks where the batch norms are synchronised."""
+        if not (self.training and isinstance(self.expand_bn, nn.SyncBatchNorm) and dist.is_initialized()):
+            return moments
+        moments, self._num_positions = share_moments(moments, self._num_positions, self.expand_bn.process_group)
+        return moments
+
+    def _expansion_scale(self, batch_stats: bool) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return scale and offset of the expansion for `expand_moments`."""
+        norm = self.expand_bn
+        if batch_stats:
+            return norm.weight, norm.bias  # type: ignore[return-value]
+        if not self.batch_norm:
+            assert self.expand.bias is not None
+            return torch.ones_like(self.expand.bias), self.expand.bias
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        return scale, norm.bias - scale * norm.running_mean
+
+    def _contract(
+            self,
+            expansion: Expansion,
+            moments: Moments,
+            offset: torch.Tensor,
+            batch_stats: bool,
+    ) -> AffineMap:
+        """Return the contracted map with the second batch norm."""
+        assert self.contract is not None
+        weight, norm = expansion.contracted, self.contract_bn
+        if batch_stats:
+            variance = (weight @ moments.cov * weight).sum(1)
+            with torch.no_grad():
+                mean = self.contract.weight.flatten(1) @ offset if self.offset else weight @ moments.mean
+                _update_running(norm, mean, variance.detach(), self._num_positions)
+            weight = (norm.weight * (variance + norm.eps).rsqrt())[:, None] * weight
+            return AffineMap(weight, norm.bias - weight @ moments.mean if self.offset else torch.zeros_like(variance))
+        bias = torch.zeros_like(weight[0])
+        if self.offset:
+            bias = self.contract.weight.flatten(1) @ offset
+        if self.batch_norm:
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            weight = scale[:, None] * weight
+            bias = scale * (bias - norm.running_mean) + norm.bias if self.offset else bias
+        elif self.offset:
+            bias = bias + self.contract.bias
+        return AffineMap(weight, bias)
 
     def affine(self) -> AffineMap:
         if self.contract is None:
@@ -122,7 +281,7 @@ class NToOneTransform(Adapter):
         return add_identity(affine) if self.residual else affine
 
     def extra_repr(self) -> str:
-        return f'segments={self.segments}, residual={self.residual}'
+        return f'segments={self.segments}, residual={self.residual}, form={self.form}'
 
 
 def _layer_affine(conv: nn.Conv2d, norm: nn.Module) -> AffineMap:
@@ -137,3 +296,21 @@ def _conv_tensors(conv: nn.Conv2d) -> Tuple[torch.Tensor, torch.Tensor]:
     weight = to_float64(conv.weight).flatten(1)
     bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else to_float64(conv.bias)
     return weight, bias
+
+
+def _count_positions(x: torch.Tensor) -> int:
+    return x.numel() // x.shape[1]
+
+
+def _pools_student(student: torch.Tensor, teacher: torch.Tensor) -> bool:
+    return student.shape[-2] > teacher.shape[-2] or student.shape[-1] > teacher.shape[-1]
+
+
+@torch.no_grad()
+def _update_running(norm: nn.Module, mean: torch.Tensor, variance: torch.Tensor, num_positions: int) -> None:
+    """Update running statistics as a batch norm does, from a biased variance."""
+    assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+    norm.num_batches_tracked.add_(1)
+    unbiased = variance * (num_positions / max(num_positions - 1, 1))
+    for running, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        running.lerp_(value.to(running.dtype), float(norm.momentum))  # type: ignore[arg-type]
