@@ -1,14 +1,16 @@
 """The trainable module: student, adapter and methods in one forward."""
 import copy
-from typing import Any, Dict, Tuple
+from typing import Any, Callable, Dict, Tuple
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 from timm.optim import create_optimizer_v2
+from tiny_models import CHANNELS, Plain, TwoScales, WithClassifier
 
 from timm_distill import UsageError, create_adapter
+from timm_distill.merge import AdaptedLinear
 from timm_distill.methods import DistillMethod
 from timm_distill.student import AdaptedStudent
 from timm_distill.taps import Features, resolve_student_tap
@@ -182,3 +184,122 @@ def test_adapters_checkpoint_cannot_resume_a_plain_student() -> None:
     plain = AdaptedStudent(create_student('nchw'))
     with pytest.raises(UsageError, match='holds an adapter'):
         plain.load_task_state(module.merged_state_dict(), module.task_state())
+
+
+# Several adapters, adapters on the side, adapters inside a forward
+
+def create_custom(factory: Callable[[], nn.Module], point: str = 'auto', **options: Any) -> AdaptedStudent:
+    torch.manual_seed(0)
+    student = factory().double()
+    tap = resolve_student_tap(student, SIZE, point)
+    adapters = [
+        create_adapter('norm', site.layout.channels, 3, segments=2, side=point == 'side', **options)
+        for site in tap.sites
+    ]
+    module = AdaptedStudent(student, adapters, tap).double()
+    for parameter in module.adapters.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def images_and_logits(module: AdaptedStudent) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch and the logits of a plain student with the merged weights."""
+    images = torch.randn(2, *SIZE, dtype=torch.float64)
+    return images, module.merged_copy()(images)
+
+
+def test_every_site_has_an_adapter_and_an_expanded_feature_of_its_own_size() -> None:
+    module = create_custom(TwoScales).eval()
+    features = module.forward_with_features(torch.randn(2, *SIZE, dtype=torch.float64))
+    assert [tuple(e.shape) for e in features.expanded] == [(2, 6, 8, 8), (2, 6, 3, 3)]
+    assert [adapter.student_channels for adapter in module.adapters] == [4, CHANNELS]
+
+
+@pytest.mark.parametrize('factory', [TwoScales, Plain, WithClassifier])
+def test_custom_models_merge_exactly(factory: Callable[[], nn.Module]) -> None:
+    module = create_custom(factory).eval()
+    images, merged = images_and_logits(module)
+    torch.testing.assert_close(module(images), merged, rtol=1e-11, atol=1e-11)
+    assert not torch.allclose(factory().double().eval()(images), merged, rtol=1e-2)
+    assert module.merge_error(images) < 1e-10
+
+
+def test_adapters_of_several_sites_change_each_heads_own_tensors() -> None:
+    module = create_custom(TwoScales)
+    assert set(module.task_state()['student']) == {'fc.0.weight', 'fc.0.bias', 'fc.1.weight', 'fc.1.bias'}
+    assert {name.split('.')[0] for name in module.task_state()['adapter']} == {'0', '1'}
+
+
+def test_side_adapter_leaves_the_students_logits_and_weights_untouched() -> None:
+    module = create_custom(TwoScales, 'side').eval()
+    images, merged = images_and_logits(module)
+    assert torch.equal(module(images), module.student(images)) and torch.equal(module(images), merged)
+    state = module.merged_state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in module.student.state_dict().items())
+    assert list(state) == list(module.student.state_dict())
+    assert module.task_state()['student'] == {}
+
+
+def test_side_adapters_loss_reaches_the_trunk_and_not_the_head() -> None:
+    module = create_custom(TwoScales, 'side').train()
+    (expanded,) = module.forward_with_features(torch.randn(4, *SIZE, dtype=torch.float64)).expanded
+    expanded.square().sum().backward()
+    reached = {name for name, p in module.student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert reached >= {'stem.0.weight', 'stem.1.weight'} and not any(name.startswith('fc') for name in reached)
+    assert all(p.grad is not None for p in module.adapters.parameters())
+
+
+@pytest.mark.parametrize('factory', [Plain, WithClassifier])
+def test_adapter_inside_a_forward_keeps_the_students_names(factory: Callable[[], nn.Module]) -> None:
+    module = create_custom(factory)
+    assert isinstance(module.student.fc, AdaptedLinear)
+    assert list(module.student.state_dict()) == list(factory().state_dict())
+    assert [n for n, _ in module.student.named_modules()] == [n for n, _ in factory().named_modules()]
+    assert {name.split('.')[0] for name in module.state_dict()} == {'student', 'adapters'}
+    assert len({id(p) for p in module.parameters()}) == len(list(module.parameters()))
+
+
+@pytest.mark.parametrize('factory', [Plain, WithClassifier])
+def test_adapter_inside_a_forward_is_gone_from_the_merged_copy(factory: Callable[[], nn.Module]) -> None:
+    module = create_custom(factory).train()
+    module(torch.randn(4, *SIZE, dtype=torch.float64)).sum().backward()
+    merged = module.merged_copy()
+    assert type(merged.fc) is nn.Linear
+    assert not {'_adapter', 'adapted'} & set(merged.fc.__dict__)
+    assert isinstance(module.student.fc, AdaptedLinear)
+    factory().double().load_state_dict(merged.state_dict(), strict=True)
+
+
+def test_adapter_inside_a_forward_sees_the_classifiers_input() -> None:
+    module = create_custom(Plain).eval()
+    images = torch.randn(2, *SIZE, dtype=torch.float64)
+    pooled = module.student.run_stem(images).mean((2, 3))
+    adapted = module.adapters[0](pooled[:, :, None, None])
+    features = module.forward_with_features(images)
+    torch.testing.assert_close(features.expanded, (adapted.expanded,))
+    fc = module.student.fc
+    torch.testing.assert_close(
+        features.logits, nn.functional.linear(adapted.output.flatten(1), fc.weight, fc.bias))
+
+
+def test_deep_copy_runs_its_own_adapter_inside_a_forward() -> None:
+    module = create_custom(Plain).train()
+    images = torch.randn(4, *SIZE, dtype=torch.float64)
+    module(images).sum().backward()
+    clone = copy.deepcopy(module.eval())
+    expected = clone(images)
+    for parameter in module.adapters.parameters():
+        nn.init.zeros_(parameter)
+    assert torch.equal(clone(images), expected)
+    assert not torch.allclose(module(images), expected)
+
+
+def test_adapter_inside_a_forward_follows_dtype_and_state() -> None:
+    module, fresh = create_custom(Plain), create_custom(Plain)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(1.)
+    fresh.load_task_state(module.merged_state_dict(), module.task_state())
+    images = torch.randn(2, *SIZE, dtype=torch.float64)
+    assert torch.equal(fresh.eval()(images), module.eval()(images))
+    assert module.float()(images.float()).dtype == torch.float32

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from tiny_models import Plain, TwoScales, WithClassifier, WithoutLinear
 
 from timm_distill import UsageError
 from timm_distill.folding import Consumer, fold_affine
@@ -82,6 +83,10 @@ AFFINE_HEADS: Dict[str, Tuple[Callable[[], TinyNet], Tuple[Consumer, ...]]] = {
         lambda: TinyNet(8, pool=nn.AdaptiveAvgPool2d(1), conv=nn.Conv2d(CHANNELS, 8, 1, bias=False),
                         norm=nn.BatchNorm2d(8), act=nn.ReLU(), flat=nn.Flatten()),
         (Consumer('head.conv', post_norm='head.norm'),)),
+    'bias_free_conv': (
+        lambda: TinyNet(8, conv=nn.Conv2d(CHANNELS, 8, 1, bias=False), act=nn.ReLU(), pool=pool()),
+        (Consumer('head.conv', offset=False),)),
+    'bias_free_classifier': (lambda: TinyNet(bias=False, pool=pool()), (Consumer('fc', offset=False),)),
     'two_heads': (TwoHeads, (Consumer('fc'), Consumer('fc_dist'))),
 }
 
@@ -96,9 +101,9 @@ def create_net(factory: Callable[[], nn.Module]) -> nn.Module:
     return net
 
 
-def random_map(channels: int) -> AffineMap:
-    return AffineMap(
-        torch.randn(channels, channels, dtype=torch.float64), torch.randn(channels, dtype=torch.float64))
+def random_map(channels: int, offset: bool = True) -> AffineMap:
+    bias = torch.randn(channels, dtype=torch.float64)
+    return AffineMap(torch.randn(channels, channels, dtype=torch.float64), bias if offset else torch.zeros_like(bias))
 
 
 def tensors_of(net: nn.Module) -> Dict[str, torch.Tensor]:
@@ -107,17 +112,24 @@ def tensors_of(net: nn.Module) -> Dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def fold_error(net: nn.Module, tap: StudentTap, size: Tuple[int, ...] = SIZE) -> float:
-    """Return the logit difference between a random map at the tap and the map folded into a strict copy."""
-    affine, x = random_map(tap.layout.channels), torch.randn(2, *size, dtype=torch.float64)
+    """Return the logit difference between a random map at each site and the maps folded into a strict copy."""
+    x = torch.randn(2, *size, dtype=torch.float64)
     feature = net.forward_features(x)
     if tap.point == 'pre_logits':
         feature = net.forward_head(feature, pre_logits=True)
-    mapped = tap.layout.from_positions(affine(tap.layout.to_positions(feature)))
     head = net.forward_head if tap.point == 'features' else net.get_classifier()
-    expected = head(mapped)
-    net.load_state_dict({**net.state_dict(), **fold_affine(net, tensors_of(net), tap.consumers, affine)})
-    actual = net(x)
-    return ((actual - expected).abs().max() / expected.std()).item()
+    mapped, folded = [], {}
+    for site, tensor in zip(tap.sites, tap.read(feature)):
+        affine = random_map(site.layout.channels, site.offset)
+        mapped.append(site.layout.from_positions(affine(site.layout.to_positions(tensor))))
+        folded.update(fold_affine(net, tensors_of(net), site.consumers, affine))
+    expected = first(head(tap.write(feature, mapped)))
+    net.load_state_dict({**net.state_dict(), **folded})
+    return ((first(net(x)) - expected).abs().max() / expected.std()).item()
+
+
+def first(logits: Any) -> torch.Tensor:
+    return logits[0] if isinstance(logits, (tuple, list)) else logits
 
 
 @pytest.mark.parametrize('kind', AFFINE_HEADS)
@@ -186,7 +198,6 @@ NONLINEAR_HEADS: Dict[str, Callable[[], TinyNet]] = {
     'max_pool': lambda: TinyNet(pool=nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())),
     'layer_norm': lambda: TinyNet(pool=pool(), norm=nn.LayerNorm(CHANNELS)),
     'padded_conv': lambda: TinyNet(8, conv=nn.Conv2d(CHANNELS, 8, 3, padding=1), act=nn.ReLU(), pool=pool()),
-    'bias_free_conv': lambda: TinyNet(8, conv=nn.Conv2d(CHANNELS, 8, 1, bias=False), act=nn.ReLU(), pool=pool()),
 }
 
 
@@ -240,38 +251,159 @@ def test_gate_that_is_zero_at_initialisation_does_not_hide_what_does_not_fold() 
         resolve_student_tap(GatedHead().eval(), SIZE, 'features')
 
 
-def test_zero_classifier_does_not_hide_that_pre_logits_are_not_its_input() -> None:
-    class EarlyPreLogits(TinyNet):
-        """A head whose pre-logits are not yet what the classifier reads."""
+class EarlyPreLogits(TinyNet):
+    """A head whose pre-logits are not yet what the classifier reads."""
 
-        def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-            x = x.mean((2, 3))
-            return x if pre_logits else self.fc(x.tanh())
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = x.mean((2, 3))
+        return x if pre_logits else self.fc(x.tanh())
 
-    net = EarlyPreLogits().eval()
-    with pytest.raises(UsageError, match='not at pre_logits: '):
-        resolve_student_tap(net, SIZE)
-    nn.init.zeros_(net.fc.weight)
-    with pytest.raises(UsageError, match='not at pre_logits: '):
-        resolve_student_tap(net, SIZE)
 
+def test_pre_logits_that_the_classifier_does_not_read_are_not_mistaken_for_its_input() -> None:
+    tap = resolve_student_tap(EarlyPreLogits().eval(), SIZE)
+    assert (tap.point, tap.inside, tap.consumers) == ('pre_logits', 'fc', (Consumer('fc'),))
+
+
+@pytest.mark.parametrize('factory', [EarlyPreLogits, Plain, WithClassifier])
+def test_classifier_that_starts_at_zero_is_tapped_inside_all_the_same(factory: Callable[[], nn.Module]) -> None:
+    net = factory().eval()
+    nn.init.zeros_(net.get_parameter('fc.weight'))
+    nn.init.zeros_(net.get_parameter('fc.bias'))
+    assert resolve_student_tap(net, SIZE).inside == 'fc'
+
+
+def test_classifier_with_a_norm_in_front_of_its_linear_layer_is_tapped_behind_the_norm() -> None:
+    class NormClassifier(TinyNet):
+        """A classifier that is a norm and a linear layer."""
+
+        def __init__(self) -> None:
+            super().__init__(pool=pool())
+            self.fc = nn.Sequential(nn.LayerNorm(CHANNELS), nn.Linear(CHANNELS, CLASSES))
+
+    tap = resolve_student_tap(NormClassifier().eval(), SIZE)
+    assert (tap.point, tap.inside) == ('pre_logits', 'fc.1')
+
+
+# Several tensors, a map on the side, classifiers inside a forward
+
+def test_every_tensor_of_a_list_that_a_head_reads_is_a_site() -> None:
+    net = create_net(TwoScales)
+    tap = resolve_student_tap(net, SIZE)
+    assert [(site.index, site.shape, site.consumers) for site in tap.sites] == [
+        (0, (4, 8, 8), (Consumer('fc.0'),)), (1, (CHANNELS, 3, 3), (Consumer('fc.1'),))]
+    assert fold_error(net, tap) < 1e-10
+
+
+def test_tensor_of_a_list_that_no_linear_layer_reads_is_no_site() -> None:
+    class SkipsFine(TwoScales):
+        """A head that reads the second branch through its linear layer alone."""
+
+        def forward_head(self, x: Any, pre_logits: bool = False) -> torch.Tensor:
+            return self.fc[1](x[1].mean((2, 3))) + x[0].mean((1, 2, 3)).square()[:, None]
+
+    net = create_net(SkipsFine)
+    tap = resolve_student_tap(net, SIZE)
+    assert [site.index for site in tap.sites] == [1]
+    assert fold_error(net, tap) < 1e-10
+
+
+def test_feature_is_read_and_written_at_the_sites_alone() -> None:
+    net = create_net(TwoScales)
+    tap = resolve_student_tap(net, SIZE)
+    feature = net.forward_features(torch.randn(2, *SIZE, dtype=torch.float64))
+    new = [torch.zeros_like(tensor) for tensor in tap.read(feature)]
+    written = tap.write((*feature, 'kept'), new)
+    assert written[0] is new[0] and written[1] is new[1] and written[2] == 'kept' and isinstance(written, tuple)
+
+
+def test_crossvits_branches_have_a_site_each() -> None:
+    net = timm.create_model(
+        'crossvit_tiny_240', num_classes=CLASSES, img_size=48, img_scale=(1., 1.), patch_size=(12, 16),
+        embed_dim=(24, 48), depth=((1, 1, 0),), num_heads=(2, 2), mlp_ratio=(1., 1., 1.)).double().eval()
+    tap = resolve_student_tap(net, (3, 48, 48))
+    assert [(s.index, s.layout.fmt, s.layout.num_prefix_tokens, s.shape[1]) for s in tap.sites] == [
+        (0, 'NLC', 1, 24), (1, 'NLC', 1, 48)]
+    assert [c.linear for c in tap.consumers] == ['head.0', 'head.1']
+    assert fold_error(net, tap, (3, 48, 48)) < 1e-9
+
+
+@pytest.mark.parametrize('factory', [TwoHeads, lambda: TinyNet(act=nn.ReLU(), pool=pool())])
+def test_side_tap_is_the_map_of_any_model_and_has_no_consumer(factory: Callable[[], nn.Module]) -> None:
+    tap = resolve_student_tap(create_net(factory), SIZE, 'side')
+    assert (tap.point, tap.shape, tap.layout.fmt, tap.consumers) == ('side', (CHANNELS, 3, 3), 'NCHW', ())
+    assert 'for the loss alone' in str(tap)
+
+
+def test_side_tap_is_never_chosen_by_itself() -> None:
+    with pytest.raises(UsageError, match='--kd-tap side'):
+        resolve_student_tap(WithoutLinear().eval(), SIZE)
+
+
+def test_side_tap_of_a_list_is_its_last_tensor() -> None:
+    tap = resolve_student_tap(create_net(TwoScales), SIZE, 'side')
+    assert [(site.index, site.shape) for site in tap.sites] == [(1, (CHANNELS, 3, 3))]
+
+
+@pytest.mark.parametrize('factory', [Plain, WithClassifier])
+@pytest.mark.parametrize('point', ['auto', 'pre_logits'])
+def test_classifier_of_a_model_with_a_forward_alone_is_tapped_inside(
+        factory: Callable[[], nn.Module], point: str) -> None:
+    tap = resolve_student_tap(create_net(factory), SIZE, point)
+    assert (tap.point, tap.inside, tap.shape, tap.consumers) == ('pre_logits', 'fc', (CHANNELS,), (Consumer('fc'),))
+
+
+@pytest.mark.parametrize('point', ['features', 'side'])
+def test_map_of_a_model_with_a_forward_alone_is_refused_with_the_reason(point: str) -> None:
+    with pytest.raises(UsageError, match=rf'not at {point}: the model has no forward_features'):
+        resolve_student_tap(Plain().eval(), SIZE, point)
+
+
+def test_linear_layer_of_a_sequence_is_tapped_inside() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2)).double()
+    assert resolve_student_tap(net, SIZE).inside == '1'
+
+
+def test_classifier_that_runs_twice_is_refused() -> None:
+    class Twice(Plain):
+        """A classifier that reads two inputs."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            feature = self.run_stem(x)
+            return self.fc(feature.mean((2, 3))) + self.fc(feature.amax((2, 3)))
+
+    with pytest.raises(UsageError, match='fc is not run once'):
+        resolve_student_tap(Twice().eval(), SIZE)
+
+
+# Error texts
 
 def test_student_that_no_tap_fits_is_named_with_every_reason() -> None:
     with pytest.raises(UsageError) as error:
-        resolve_student_tap(TinyNet(bias=False, pool=pool()).eval(), SIZE)
-    for part in ('TinyNet', 'not at features: ', 'not at pre_logits: ', '--student'):
+        resolve_student_tap(WithoutLinear().eval(), SIZE)
+    for part in ('WithoutLinear', 'not at features: ', 'not at pre_logits: ', '--student', '--kd-tap side', '--kd'):
         assert part in str(error.value)
 
 
-def test_module_without_timms_interface_is_refused() -> None:
-    with pytest.raises(UsageError, match='forward_features'):
-        resolve_student_tap(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2)), SIZE)
-    with pytest.raises(UsageError, match='forward_features'):
-        last_stage_feature(nn.Linear(2, 2), torch.zeros(1, 2))
+def test_features_without_a_tensor_are_refused() -> None:
+    with pytest.raises(UsageError, match='without tensors'):
+        last_stage_feature([], nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize('name', ['test_vit', 'test_resnet', 'test_convnext', 'test_efficientnet'])
+def test_model_built_without_its_classifier_asks_for_the_number_of_classes(name: str) -> None:
+    with pytest.raises(UsageError, match='has no classifier: give --num-classes'):
+        resolve_student_tap(timm.create_model(name, num_classes=0), SIZE)
+
+
+def test_encoder_that_takes_no_classifier_is_refused_clearly() -> None:
+    with torch.device('meta'):
+        encoder = timm.create_model('qwen3_vit_88m_enc')
+    with pytest.raises(UsageError, match=f'{type(encoder).__name__} has no classifier.*encoder'):
+        resolve_student_tap(encoder, SIZE)
 
 
 def test_unknown_tap_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match='--kd-tap takes: auto, features, pre_logits'):
+    with pytest.raises(UsageError, match='--kd-tap takes: auto, features, pre_logits, side'):
         resolve_student_tap(create_net(AFFINE_HEADS['linear'][0]), SIZE, 'logits')
 
 

@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import pytest
 import timm
@@ -17,9 +17,12 @@ from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
+from tiny_models import Plain, TwoScales
 
 from timm_distill import DistillTask, MergeError, Teacher, UsageError, create_distill_task, merge_student
+from timm_distill.losses import match_grids
 from timm_distill.methods import create_method
+from timm_distill.methods.norm import n_to_one_loss
 from timm_distill.student import AdaptedStudent
 from timm_distill.taps import Features
 from timm_distill.task import parse_kd
@@ -33,8 +36,14 @@ def create_model(name: str = 'test_resnet', seed: int = 0, **kwargs: Any) -> nn.
     return timm.create_model(name, **{'num_classes': CLASSES, **kwargs})
 
 
-def create_task(kd: str = 'norm+kd', seed: int = 0, teacher: Optional[nn.Module] = None, **options: Any) -> DistillTask:
-    student, teacher = create_model(seed=seed), teacher or create_model('test_convnext', seed=7)
+def create_task(
+        kd: str = 'norm+kd',
+        seed: int = 0,
+        teacher: Optional[nn.Module] = None,
+        student: Optional[nn.Module] = None,
+        **options: Any,
+) -> DistillTask:
+    student, teacher = student or create_model(seed=seed), teacher or create_model('test_convnext', seed=7)
     kd_kwargs = options.pop('kd_kwargs', {'norm.segments': 2} if 'norm' in kd else None)
     return create_distill_task(
         student, teacher, kd=kd, kd_kwargs=kd_kwargs, input_size=SIZE, verbose=False, **options).train()
@@ -217,6 +226,50 @@ def test_pre_logits_tap_is_matched_with_the_teachers_pre_logits() -> None:
     torch.testing.assert_close(task(images, target)['norm_loss'], expected)
 
 
+def test_several_adapters_losses_are_summed() -> None:
+    task = create_task('norm', student=TwoScales())
+    images, target = create_batch()
+    features, teacher = task.module.forward_with_features(images), task.teacher(images, frozenset({'feature'}))
+    expected = sum(
+        n_to_one_loss(*match_grids(expanded, teacher.feature, 'avg'), 2) for expanded in features.expanded)
+    assert len(features.expanded) == 2
+    torch.testing.assert_close(task(images, target)['norm_loss'], expected)
+
+
+def test_side_adapter_is_matched_with_the_teachers_map_and_is_in_no_checkpoints_weights() -> None:
+    task = create_task('norm', kd_tap='side')
+    images, target = create_batch()
+    (expanded,) = task.module.forward_with_features(images).expanded
+    teacher = task.teacher(images, frozenset({'feature'})).feature
+    torch.testing.assert_close(
+        task(images, target)['norm_loss'], n_to_one_loss(*match_grids(expanded, teacher, 'avg'), 2))
+    train(task)
+    state = task.get_checkpoint_state()
+    assert_same(state['state_dict'], state_of(task.module.student))
+    assert state['task_state']['student'] == {} and state['task_state']['adapter']
+
+
+@pytest.mark.parametrize('kd_tap', ['auto', 'features', 'pre_logits', 'side'])
+def test_models_without_a_classifier_by_default_get_the_one_asked_for(kd_tap: str) -> None:
+    kwargs = dict(img_size=32, embed_dim=24, depth=1, num_heads=2)
+    name = 'vit_tiny_patch16_dinov3_qkvb'
+    assert timm.create_model(name, **kwargs).num_classes == 0
+    task = create_distill_task(
+        name, name, kd='norm+kd', kd_tap=kd_tap, num_classes=CLASSES, student_kwargs=kwargs, teacher_kwargs=kwargs,
+        teacher_pretrained=False, input_size=SIZE, verbose=False).train()
+    assert task(*create_batch())['output'].shape == (4, CLASSES)
+    assert task.module.student.num_classes == task.teacher.num_classes == CLASSES
+
+
+@pytest.mark.parametrize('name,kwargs', [
+    ('test_resnet', dict(num_classes=0)),
+    ('vit_tiny_patch16_dinov3_qkvb', dict(img_size=32, embed_dim=24, num_heads=2)),
+])
+def test_student_without_a_classifier_asks_for_the_number_of_classes(name: str, kwargs: Dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match='has no classifier: give --num-classes'):
+        create_task('norm', student=timm.create_model(name, **kwargs))
+
+
 # Schedules and logit scale
 
 def test_schedule_weighs_the_loss_and_not_the_term() -> None:
@@ -345,6 +398,21 @@ def test_teacher_is_bit_identical_after_training_and_only_outside_of_what_is_sav
 def test_clipping_can_leave_out_the_students_classifier() -> None:
     task = create_task()
     head = {id(p) for p in task.module.student.get_classifier().parameters()}
+    kept = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
+    assert head and kept == {id(p) for p in task.get_trainable_module().parameters()} - head
+
+
+def create_distilled_deit() -> nn.Module:
+    return create_model('deit_tiny_distilled_patch16_224', img_size=32, embed_dim=24, depth=1, num_heads=2)
+
+
+@pytest.mark.parametrize('factory,names', [
+    (Plain, ['fc']), (TwoScales, ['fc']), (create_distilled_deit, ['head', 'head_dist']),
+])
+def test_clipping_can_leave_out_every_kind_of_classifier(
+        factory: Callable[[], nn.Module], names: List[str]) -> None:
+    task = create_task('norm', student=factory())
+    head = {id(p) for name in names for p in task.module.student.get_submodule(name).parameters()}
     kept = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
     assert head and kept == {id(p) for p in task.get_trainable_module().parameters()} - head
 

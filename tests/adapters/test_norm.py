@@ -21,9 +21,11 @@ CASES = golden_cases('norm_ft', having='x')
 OPTIONS = [(bn, residual) for bn in (True, False) for residual in (True, False)]
 
 
-def create_random(batch_norm: bool = True, residual: bool = True, channels: int = 6) -> NToOneTransform:
+def create_random(
+        batch_norm: bool = True, residual: bool = True, channels: int = 6, **options: bool) -> NToOneTransform:
     """Return an adapter none of whose tensors is at its initial value."""
-    adapter = create_adapter('norm', channels, 5, segments=3, batch_norm=batch_norm, residual=residual).double()
+    adapter = create_adapter(
+        'norm', channels, 5, segments=3, batch_norm=batch_norm, residual=residual, **options).double()
     for name, tensor in adapter.state_dict().items():
         if tensor.is_floating_point():
             tensor.copy_(torch.rand_like(tensor) + 0.5 if 'var' in name else torch.randn_like(tensor))
@@ -105,6 +107,123 @@ def test_there_is_no_activation_so_the_plain_transform_is_linear() -> None:
     a, b = torch.randn(2, 2, 6, 3, 3, dtype=torch.float64)
     zero = adapter(torch.zeros_like(a)).output
     torch.testing.assert_close(adapter(a + b).output, adapter(a).output + adapter(b).output - zero)
+
+
+# Without offset
+
+SHAPES = {'map': (4, 6, 3, 4), 'tokens': (4, 6, 9, 1), 'vector': (4, 6, 1, 1)}
+each_option = pytest.mark.parametrize('batch_norm,residual', OPTIONS)
+each_shape = pytest.mark.parametrize('shape', SHAPES.values(), ids=list(SHAPES))
+
+
+@each_option
+@each_shape
+def test_transform_without_offset_is_linear_at_inference(batch_norm: bool, residual: bool, shape: tuple) -> None:
+    adapter = create_random(batch_norm, residual, offset=False).eval()
+    a, b = torch.randn(2, *shape, dtype=torch.float64)
+    assert adapter(torch.zeros_like(a)).output.abs().max() < 1e-12
+    expected = 2 * adapter(a).output - 3 * adapter(b).output
+    torch.testing.assert_close(adapter(2 * a - 3 * b).output, expected, rtol=1e-10, atol=1e-11)
+
+
+@each_option
+@each_shape
+def test_affine_without_offset_has_bias_zero_and_is_the_eval_forward(
+        batch_norm: bool, residual: bool, shape: tuple) -> None:
+    adapter = create_random(batch_norm, residual, offset=False).eval()
+    x = torch.randn(shape, dtype=torch.float64)
+    assert (adapter.affine().bias == 0).all()
+    torch.testing.assert_close(adapter.affine()(x), adapter(x).output, rtol=1e-11, atol=1e-11)
+
+
+@each_option
+@each_shape
+def test_expanded_feature_keeps_its_offset_where_the_output_has_none(
+        batch_norm: bool, residual: bool, shape: tuple) -> None:
+    adapter, plain = create_random(batch_norm, residual, offset=False), create_random(batch_norm, residual)
+    plain.load_state_dict(adapter.state_dict(), strict=False)
+    x = torch.randn(shape, dtype=torch.float64)
+    for mode in (True, False):
+        torch.testing.assert_close(adapter.train(mode)(x).expanded, plain.train(mode)(x).expanded)
+
+
+@pytest.mark.parametrize('residual', [True, False])
+@each_shape
+def test_training_output_without_offset_is_scaled_by_the_batchs_deviation_alone(residual: bool, shape: tuple) -> None:
+    adapter, x = create_random(True, residual, offset=False).train(), torch.randn(shape, dtype=torch.float64)
+    expand, contract = adapter.expand.weight.flatten(1), adapter.contract.weight.flatten(1)
+    linear = torch.einsum('oc,bchw->bohw', expand, x)
+    scaled = _scale_by_batch(linear, adapter.expand_bn)
+    output = _scale_by_batch(torch.einsum('oc,bchw->bohw', contract, scaled), adapter.contract_bn)
+    torch.testing.assert_close(adapter(x).output, x + output if residual else output, rtol=1e-10, atol=1e-10)
+
+
+def _scale_by_batch(x: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
+    deviation = (x.var((0, 2, 3), correction=0) + norm.eps).sqrt()
+    return x * (norm.weight / deviation)[:, None, None]
+
+
+@each_shape
+def test_running_statistics_without_offset_are_those_of_plain_batch_norms_and_move_once(shape: tuple) -> None:
+    adapter, x = create_random(offset=False).train(), torch.randn(shape, dtype=torch.float64)
+    before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    adapter(x)
+    linear = adapter.expand(x)
+    offset = adapter.expand_bn.bias - _batch_scale(linear, adapter.expand_bn) * linear.mean((0, 2, 3))
+    contracted = adapter.contract(_scale_by_batch(linear, adapter.expand_bn) + offset[:, None, None])
+    contracted = contracted - (adapter.contract.weight.flatten(1) @ offset)[:, None, None]
+    for name, input in (('expand_bn', linear), ('contract_bn', contracted)):
+        norm = adapter.get_submodule(name)
+        plain = nn.BatchNorm2d(input.shape[1]).double().train()
+        plain.running_mean.copy_(before[f'{name}.running_mean'])
+        plain.running_var.copy_(before[f'{name}.running_var'])
+        plain(input)
+        torch.testing.assert_close(norm.running_mean, plain.running_mean)
+        torch.testing.assert_close(norm.running_var, plain.running_var)
+        assert norm.num_batches_tracked == before[f'{name}.num_batches_tracked'] + 1
+
+
+def _batch_scale(x: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
+    return norm.weight / (x.var((0, 2, 3), correction=0) + norm.eps).sqrt()
+
+
+def test_eval_without_offset_leaves_running_statistics_alone() -> None:
+    adapter = create_random(offset=False).eval()
+    before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    adapter(torch.randn(4, 6, 3, 3, dtype=torch.float64))
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapter.state_dict().items())
+
+
+def test_transform_without_offset_has_no_bias_behind_the_contraction() -> None:
+    names = set(dict(create_random(offset=False).named_parameters()))
+    assert names == {'expand.weight', 'expand_bn.weight', 'expand_bn.bias', 'contract.weight', 'contract_bn.weight'}
+    names = set(dict(create_random(batch_norm=False, offset=False).named_parameters()))
+    assert names == {'expand.weight', 'expand.bias', 'contract.weight'}
+
+
+@pytest.mark.parametrize('batch_norm', [True, False])
+def test_every_parameter_without_offset_gets_its_gradient(batch_norm: bool) -> None:
+    adapter, x = create_random(batch_norm, offset=False), torch.randn(4, 6, 3, 3, dtype=torch.float64)
+    for mode in (True, False):
+        assert torch.autograd.gradcheck(
+            lambda x: adapter.train(mode)(x).output, x[:2, :, :2, :2].clone().requires_grad_())  # noqa: B023
+    result = adapter.train()(x)
+    (result.output.square().sum() + result.expanded.square().sum()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
+
+
+# On the side
+
+def test_side_transform_expands_and_leaves_its_input_as_it_is() -> None:
+    side, x = create_random(side=True), torch.randn(2, 6, 3, 3, dtype=torch.float64)
+    result = side(x)
+    assert result.output is x and result.expanded.shape == (2, 15, 3, 3)
+    assert set(dict(side.named_parameters())) == {'expand.weight', 'expand_bn.weight', 'expand_bn.bias'}
+
+
+def test_side_transform_has_nothing_to_merge() -> None:
+    with pytest.raises(ValueError, match='nothing to merge'):
+        create_random(side=True).affine()
 
 
 def test_number_of_segments_must_be_positive() -> None:
