@@ -10,7 +10,6 @@ import torch
 import torch.nn as nn
 from torch.func import functional_call
 
-from .adapters import AdapterOutput
 from .folding import fold_affine
 from .probing import evaluation_mode
 from .taps import StudentTap
@@ -97,15 +96,21 @@ class AdaptedLinear(nn.Linear):
     """
     _adapter: List[nn.Module]
     _target: Optional[torch.Tensor] = None
-    adapted: AdapterOutput
+    _loss: Optional[torch.Tensor] = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        self.adapted = self._adapter[0](input, self._target)
-        return super().forward(self.adapted.output)
+        adapted = self._adapter[0](input, self._target)
+        self._loss = adapted.loss
+        return super().forward(adapted.output)
 
     def match_with(self, target: Optional[torch.Tensor]) -> None:
         """Set what the adapter matches with in the next forward: the teacher's feature, [B, Ct, H, W]."""
         self._target = target
+
+    def pop_loss(self) -> Optional[torch.Tensor]:
+        """Return the loss of the last forward; nothing of a batch stays behind, so that the module can be copied."""
+        loss, self._loss, self._target = self._loss, None, None
+        return loss
 
 
 def adapt_linear(model: nn.Module, name: str, adapter: nn.Module) -> None:
@@ -120,7 +125,7 @@ def plain_linear(model: nn.Module, name: str) -> None:
     linear = model.get_submodule(name)
     if isinstance(linear, AdaptedLinear):
         linear.__class__ = nn.Linear  # type: ignore[assignment]
-        for key in ('_adapter', '_target', 'adapted'):
+        for key in ('_adapter', '_target', '_loss'):
             linear.__dict__.pop(key, None)
 
 

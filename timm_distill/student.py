@@ -85,7 +85,8 @@ class AdaptedStudent(nn.Module):
         linear: AdaptedLinear = self.student.get_submodule(tap.inside)  # type: ignore[assignment]
         linear.match_with(target)
         logits = self.student(images)
-        return Features(logits=logits, matched=_losses([linear.adapted]))
+        loss = linear.pop_loss()
+        return Features(logits=logits, matched=() if loss is None else (loss,))
 
     def _forward_tapped(self, tap: StudentTap, images: torch.Tensor, target: Optional[torch.Tensor]) -> Features:
         feature = self.student.forward_features(images)

@@ -306,6 +306,13 @@ def classifier_linear(model: nn.Module) -> Optional[nn.Module]:
     return None
 
 
+def classifier_parameters(model: nn.Module) -> List[nn.Parameter]:
+    """Return the parameters of a model's classifier or classifiers; none where it does not name them."""
+    classifier = getattr(model, 'get_classifier', lambda: ())()
+    heads = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
+    return [p for head in heads if isinstance(head, nn.Module) for p in head.parameters()]
+
+
 def _measure_point(student: nn.Module, input_size: Sequence[int], point: str) -> StudentTap:
     images = random_images(student, input_size)
     if not has_head(student):
@@ -323,7 +330,10 @@ def _measure_point(student: nn.Module, input_size: Sequence[int], point: str) ->
     if not classifier_reads_pre_logits(student, raw):
         return _measure_inside(student, images)
     pre_logits = student.forward_head(raw, pre_logits=True)
-    return StudentTap(point, _measure_sites(student, Head(student, point), pre_logits, 1.))
+    try:
+        return StudentTap(point, _measure_sites(student, Head(student, point), pre_logits, 1.))
+    except _NoTap:  # something other than a linear layer comes first in the classifier
+        return _measure_inside(student, images)
 
 
 def _last_index(raw: RawFeature) -> Optional[int]:
@@ -521,6 +531,8 @@ def _inside_error(student: nn.Module, images: torch.Tensor, site: TapSite) -> fl
     affine = AffineMap(affine.weight.to(images.device), affine.bias.to(images.device))
     layout = site.layout
     linear = model.get_submodule(site.consumers[0].linear)
+    for parameter in linear.parameters():  # a classifier that starts at zero would agree with everything
+        parameter.copy_(torch.randn(parameter.shape, generator=private_generator()))
     unmapped = _logits(model(images))
     handle = linear.register_forward_pre_hook(
         lambda module, args: (layout.from_positions(affine(layout.to_positions(args[0]))),))

@@ -16,7 +16,7 @@ from .merge import MERGE_TOLERANCE
 from .methods import DistillMethod, create_method
 from .probing import random_images, runnable_size
 from .student import AdaptedStudent
-from .taps import Features, StudentTap, resolve_student_tap
+from .taps import Features, StudentTap, classifier_parameters, resolve_student_tap
 from .teacher import Teacher, create_teacher
 
 _logger = logging.getLogger(__name__)
@@ -116,9 +116,7 @@ class DistillTask(TrainingTask):
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
         """Return the parameters to clip; `exclude_head` leaves out the student's classifier (for AGC)."""
-        head = set()
-        if exclude_head:
-            head = {id(p) for p in self.module.student.get_classifier().parameters()}
+        head = {id(p) for p in classifier_parameters(self.module.student)} if exclude_head else set()
         return [p for p in self.trainable_module.parameters() if id(p) not in head]
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'DistillTask':

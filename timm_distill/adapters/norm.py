@@ -38,17 +38,6 @@ _POOLS = ('avg', 'max')
 _DIRECT_BYTES = 2 ** 30  # activations of the direct form above which 'auto' leaves it
 
 
-class BatchScale2d(nn.BatchNorm2d):
-    """Batch norm that only scales: divides by the deviation and multiplies by the weight, without any offset."""
-
-    def __init__(self, num_features: int):
-        super().__init__(num_features)
-        self.register_parameter('bias', None)
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input) + batch_norm_mean_response(self, input)[:, None, None]
-
-
 def batch_norm_mean_response(norm: nn.Module, input: torch.Tensor) -> torch.Tensor:
     """Return scale * mean, [C], of a batch norm for the statistics that it uses for this input, [B, C, H, W]."""
     if norm.training:
@@ -113,8 +102,9 @@ class NToOneTransform(Adapter):
         self.contract: Optional[nn.Conv2d] = None
         if not side:
             self.contract = nn.Conv2d(width, student_channels, 1, bias=offset and not batch_norm)
-            contract_bn = nn.BatchNorm2d if offset else BatchScale2d
-            self.contract_bn = contract_bn(student_channels) if batch_norm else nn.Identity()
+            self.contract_bn = nn.BatchNorm2d(student_channels) if batch_norm else nn.Identity()
+            if batch_norm and not offset:
+                self.contract_bn.register_parameter('bias', None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -131,7 +121,7 @@ class NToOneTransform(Adapter):
             with torch.autocast(x.device.type, enabled=False):
                 affine, loss = self._from_moments(to_full_precision(x), match)
             return AdapterOutput(self._map_positions(x, affine), loss)
-        output, expanded = self._expand_contract(x)
+        output, expanded = self.expand_contract(x)
         if match is None:
             return AdapterOutput(output)
         student, teacher = match_grids(match.to_map(expanded), match.teacher, self.pool)
@@ -140,6 +130,8 @@ class NToOneTransform(Adapter):
     def _choose_form(self, x: torch.Tensor, match: Optional[Match]) -> str:
         max_pooled = self.pool == 'max' and match is not None and _pools_student(match.to_map(x), match.teacher)
         form = self.form
+        if not self.offset and isinstance(self.expand_bn, nn.SyncBatchNorm):
+            form = 'moments'  # only these know the offset over all ranks
         if form == 'auto':
             form = 'direct' if max_pooled or not self._moments_are_cheaper(x) else 'moments'
             if form != self._logged_form and self.training:
@@ -158,7 +150,7 @@ class NToOneTransform(Adapter):
         moments = 7 * width * cs ** 2 + positions * (6 * cs ** 2 + 3 * cs * ct)
         return moments < direct or 5 * positions * width * x.element_size() > _DIRECT_BYTES
 
-    def _expand_contract(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def expand_contract(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return output, [B, Cs, H, W], and expanded feature, [B, N * Ct, H, W]: the reference."""
         linear = self.expand(x)
         expanded = self.expand_bn(linear)
@@ -167,7 +159,9 @@ class NToOneTransform(Adapter):
         output = self.contract(expanded)
         if not self.offset:
             output = output - (self.contract.weight.flatten(1) @ self._expansion_offset(linear))[:, None, None]
-        output = self.contract_bn(output)
+        contracted, output = output, self.contract_bn(output)
+        if self.batch_norm and not self.offset:
+            output = output + batch_norm_mean_response(self.contract_bn, contracted)[:, None, None]
         return x + output if self.residual else output, expanded
 
     def _expansion_offset(self, linear: torch.Tensor) -> torch.Tensor:
