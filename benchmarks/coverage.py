@@ -46,11 +46,16 @@ def main() -> None:
         run_worker(args.worker, args.max_params)
         return
     names = args.names or timm.list_models()
-    done = {row['name'] for row in read_rows(args.output)}
+    done = {row['name'] for row in read_rows(args.output) if not is_due(row, args.max_params)}
     run_chunks([name for name in names if name not in done], args)
     if args.markdown:
         with open(args.markdown, 'w') as f:
             f.write(render_markdown(read_rows(args.output)))
+
+
+def is_due(row: Dict[str, str], max_params: float) -> bool:
+    """Whether a row is of a model that was too large for an earlier run and is not for this one."""
+    return row['how'] == 'meta' and float(row['params_m'] or 0) <= max_params
 
 
 def parse_args() -> argparse.Namespace:
@@ -121,6 +126,8 @@ def measure(name: str, max_params: float) -> Dict[str, Any]:
     size = small_input(model) if row['how'] == 'trained' else model.pretrained_cfg['input_size']
     size = (size[0], kwargs['img_size'], kwargs['img_size']) if kwargs else size
     row['input_size'] = 'x'.join(map(str, size))
+    if row['how'] == 'trained':
+        settle_batch_norms(model, size)
     row.update(as_student(name, model, size, kwargs) if row['how'] == 'trained' else as_meta_student(model, size))
     row.update(as_teacher(model, size, row['how']))
     row['seconds'] = round(time.monotonic() - start, 1)
@@ -139,6 +146,19 @@ def create_small(name: str) -> Tuple[torch.nn.Module, Dict[str, Any]]:
         except ERRORS:
             pass
     return timm.create_model(name, num_classes=NUM_CLASSES), {}
+
+
+def settle_batch_norms(model: torch.nn.Module, size: Sequence[int]) -> None:
+    """Give batch norms the statistics of a batch: with those of a new model, deep ones overflow in eval mode."""
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.
+    with torch.no_grad():
+        model.train()(random_images(model, size, 4))
+    model.eval()
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
 
 
 def small_input(model: torch.nn.Module) -> Tuple[int, ...]:
@@ -170,6 +190,7 @@ def as_student(name: str, model: torch.nn.Module, size: Sequence[int], kwargs: D
         missing = [n for n, p in module.adapters.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
         if missing or not result['loss'].isfinite():
             raise RuntimeError(f'loss {result["loss"].item()}, no finite gradient in {missing}')
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.)  # random weights can have huge gradients
         optimizer.step()
         state = module.merged_state_dict()
         error = module.merge_error(images)
@@ -223,7 +244,7 @@ def read_rows(path: str) -> List[Dict[str, str]]:
     if not os.path.exists(path):
         return []
     with open(path, newline='') as f:
-        return list(csv.DictReader(f))
+        return list({row['name']: row for row in csv.DictReader(f)}.values())  # the last row of a name counts
 
 
 def append_rows(path: str, rows: Sequence[Dict[str, Any]]) -> None:

@@ -7,16 +7,18 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import AbstractSet, Any, Dict, List, Optional
+from typing import AbstractSet, Any, Dict, List, Optional, Sequence, Tuple
 
+import pytest
 import torch
 import torch.nn as nn
 from safetensors import safe_open
 
-from timm_distill.adapters import Adapter, AdapterOutput, create_adapter
+from timm_distill.adapters import Adapter, AdapterOutput, Match, create_adapter
 from timm_distill.folding import Consumer
 from timm_distill.layouts import FeatureLayout
 from timm_distill.linalg import AffineMap
+from timm_distill.losses import match_grids, n_to_one_loss
 from timm_distill.taps import Features, StudentTap, TapSite
 
 _TESTS = Path(__file__).resolve().parent
@@ -95,22 +97,50 @@ def assert_golden(actual: torch.Tensor, expected: torch.Tensor, rtol: float = RT
 
 class NoTransform(Adapter):
     """The official students' FT with one segment: there is none."""
+    segments = 1
 
-    def forward(self, x: torch.Tensor) -> AdapterOutput:
-        return AdapterOutput(x, x, 1)
+    def forward(self, x: torch.Tensor, match: Optional[Match] = None) -> AdapterOutput:
+        if match is None:
+            return AdapterOutput(x)
+        return AdapterOutput(x, n_to_one_loss(*match_grids(match.to_map(x), match.teacher, 'max'), 1))
+
+    def expand_contract(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        return x, x
 
     def affine(self) -> AffineMap:
         eye = torch.eye(self.student_channels, dtype=torch.float64)
         return AffineMap(eye, eye.new_zeros(self.student_channels))
 
 
-def create_golden_adapter(case: GoldenCase) -> Adapter:
+def golden_forms(cases: Sequence[GoldenCase]) -> List[Any]:
+    """Return (case, form) parameters: every case directly, and from moments where these can compute it.
+
+    They cannot where the student's side is max-pooled, and need not where the official student has no transform.
+    """
+    parameters = []
+    for case in cases:
+        moments = 'expand.conv.weight' in case and not _pools_student(case)
+        forms = ('direct', 'moments') if moments else ('direct',)
+        parameters += [pytest.param(case, form, id=f'{case.name}-{form}') for form in forms]
+    return parameters
+
+
+def _pools_student(case: GoldenCase) -> bool:
+    return any(s > t for s, t in zip(case['x'].shape[2:], case['t'].shape[2:]))
+
+
+def golden_match(case: GoldenCase) -> Match:
+    """Return what the adapter of a case is matched with."""
+    return Match(case['t'], lambda positions: positions)
+
+
+def create_golden_adapter(case: GoldenCase, form: str = 'direct') -> Adapter:
     """Create the adapter of a case with its stored weights; none where the official student has none."""
     channels = case['x'].shape[1]
     if 'expand.conv.weight' not in case:
         return NoTransform(channels, channels)
     segments = case.hparams['co_sponge']
-    adapter = create_adapter('norm', channels, case['t'].shape[1], segments=segments).double()
+    adapter = create_adapter('norm', channels, case['t'].shape[1], segments=segments, pool='max', form=form).double()
     adapter.load_state_dict(adapter_state(case), strict=False)  # batch counters start at 0
     return adapter
 

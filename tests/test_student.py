@@ -10,6 +10,8 @@ from timm.optim import create_optimizer_v2
 from tiny_models import CHANNELS, Plain, TwoScales, WithClassifier
 
 from timm_distill import UsageError, create_adapter
+from timm_distill.adapters import Match
+from timm_distill.losses import match_grids, n_to_one_loss
 from timm_distill.merge import AdaptedLinear
 from timm_distill.methods import DistillMethod
 from timm_distill.student import AdaptedStudent
@@ -68,21 +70,43 @@ def test_adapter_that_is_the_identity_gives_the_students_logits(kind: str) -> No
         torch.testing.assert_close(module(images), module.student(images))
 
 
+each_form = pytest.mark.parametrize('form', ['direct', 'moments'])
+
+
+@each_form
 @pytest.mark.parametrize('kind', STUDENTS)
-def test_expanded_feature_is_a_map_of_segments_times_the_teachers_channels(kind: str) -> None:
-    features = create_module(kind).forward_with_features(torch.randn(2, *SIZE))
-    (expanded,) = features.expanded
-    assert features.segments == 2
+def test_adapter_matches_with_the_teachers_counterpart_of_the_tap(kind: str, form: str) -> None:
+    module, images = create_module(kind, form=form).eval(), torch.randn(2, *SIZE)
+    (site,), (adapter,) = module.tap.sites, module.adapters
+    feature = module.student.forward_features(images)
+    if module.tap.point == 'pre_logits':
+        feature = module.student.forward_head(feature, pre_logits=True)
+    positions = site.layout.to_positions(feature)
+    expanded = site.layout.to_map(adapter.expand_contract(positions)[1])
     assert expanded.ndim == 4 and expanded.shape[:2] == (2, 12)
+    teacher = torch.randn(2, 6, 2, 2)
+    (loss,) = module.forward_with_features(images, Features(tap=teacher)).matched
+    torch.testing.assert_close(loss, n_to_one_loss(*match_grids(expanded, teacher), 2))
 
 
-def test_expanded_feature_of_tokens_leaves_prefix_tokens_out() -> None:
-    module = create_module('tokens').eval()
-    images = torch.randn(2, *SIZE)
-    features = module.forward_with_features(images)
+@each_form
+@pytest.mark.parametrize('kind', STUDENTS)
+def test_nothing_is_matched_without_a_teacher_or_its_counterpart(kind: str, form: str) -> None:
+    module, images = create_module(kind, form=form).eval(), torch.randn(2, *SIZE)
+    alone = module.forward_with_features(images)
+    without_tap = module.forward_with_features(images, Features(logits=torch.randn(2, CLASSES)))
+    assert alone.matched == without_tap.matched == ()
+    assert torch.equal(alone.logits, without_tap.logits)
+
+
+@each_form
+def test_prefix_tokens_are_matched_with_nothing(form: str) -> None:
+    module, images = create_module('tokens', form=form).eval(), torch.randn(2, *SIZE)
     tokens = module.student.forward_features(images)[:, 1:]
-    expected = module.adapters[0](tokens.transpose(1, 2).unflatten(2, (2, 2))).expanded
-    torch.testing.assert_close(features.expanded, (expected,))
+    teacher = torch.randn(2, 6, 2, 2)
+    (loss,) = module.forward_with_features(images, Features(tap=teacher)).matched
+    _, expanded = module.adapters[0].expand_contract(tokens.transpose(1, 2).unflatten(2, (2, 2)))
+    torch.testing.assert_close(loss, n_to_one_loss(expanded, teacher, 2))
 
 
 def test_forward_without_a_teacher_gives_logits() -> None:
@@ -208,11 +232,17 @@ def images_and_logits(module: AdaptedStudent) -> Tuple[torch.Tensor, torch.Tenso
     return images, module.merged_copy()(images)
 
 
-def test_every_site_has_an_adapter_and_an_expanded_feature_of_its_own_size() -> None:
-    module = create_custom(TwoScales).eval()
-    features = module.forward_with_features(torch.randn(2, *SIZE, dtype=torch.float64))
-    assert [tuple(e.shape) for e in features.expanded] == [(2, 6, 8, 8), (2, 6, 3, 3)]
+@each_form
+def test_every_site_has_an_adapter_of_its_own_width_and_a_loss(form: str) -> None:
+    module = create_custom(TwoScales, form=form).eval()
     assert [adapter.student_channels for adapter in module.adapters] == [4, CHANNELS]
+    images, teacher = torch.randn(2, *SIZE, dtype=torch.float64), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    losses = module.forward_with_features(images, Features(tap=teacher)).matched
+    expected = [
+        n_to_one_loss(*match_grids(adapter.expand_contract(feature)[1], teacher), 2)
+        for adapter, feature in zip(module.adapters, module.student.forward_features(images))
+    ]
+    torch.testing.assert_close(losses, tuple(expected))
 
 
 @pytest.mark.parametrize('factory', [TwoScales, Plain, WithClassifier])
@@ -240,10 +270,12 @@ def test_side_adapter_leaves_the_students_logits_and_weights_untouched() -> None
     assert module.task_state()['student'] == {}
 
 
-def test_side_adapters_loss_reaches_the_trunk_and_not_the_head() -> None:
-    module = create_custom(TwoScales, 'side').train()
-    (expanded,) = module.forward_with_features(torch.randn(4, *SIZE, dtype=torch.float64)).expanded
-    expanded.square().sum().backward()
+@each_form
+def test_side_adapters_loss_reaches_the_trunk_and_not_the_head(form: str) -> None:
+    module = create_custom(TwoScales, 'side', form=form).train()
+    teacher = Features(tap=torch.randn(4, 3, 3, 3, dtype=torch.float64))
+    (loss,) = module.forward_with_features(torch.randn(4, *SIZE, dtype=torch.float64), teacher).matched
+    loss.backward()
     reached = {name for name, p in module.student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached >= {'stem.0.weight', 'stem.1.weight'} and not any(name.startswith('fc') for name in reached)
     assert all(p.grad is not None for p in module.adapters.parameters())
@@ -274,9 +306,10 @@ def test_adapter_inside_a_forward_sees_the_classifiers_input() -> None:
     module = create_custom(Plain).eval()
     images = torch.randn(2, *SIZE, dtype=torch.float64)
     pooled = module.student.run_stem(images).mean((2, 3))
-    adapted = module.adapters[0](pooled[:, :, None, None])
-    features = module.forward_with_features(images)
-    torch.testing.assert_close(features.expanded, (adapted.expanded,))
+    teacher = torch.randn(2, 3, 1, 1, dtype=torch.float64)
+    adapted = module.adapters[0](pooled[:, :, None, None], Match(teacher, lambda positions: positions))
+    features = module.forward_with_features(images, Features(tap=teacher))
+    torch.testing.assert_close(features.matched, (adapted.loss,))
     fc = module.student.fc
     torch.testing.assert_close(
         features.logits, nn.functional.linear(adapted.output.flatten(1), fc.weight, fc.bias))
@@ -303,3 +336,15 @@ def test_adapter_inside_a_forward_follows_dtype_and_state() -> None:
     images = torch.randn(2, *SIZE, dtype=torch.float64)
     assert torch.equal(fresh.eval()(images), module.eval()(images))
     assert module.float()(images.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize('factory', [Plain, WithClassifier])
+def test_adapter_inside_a_forward_keeps_nothing_of_a_batch(factory: Callable[[], nn.Module]) -> None:
+    module, images = create_custom(factory).train(), torch.randn(4, *SIZE, dtype=torch.float64)
+    teacher = Features(tap=torch.randn(4, 3, 1, 1, dtype=torch.float64))
+    (loss,) = module.forward_with_features(images, teacher).matched
+    assert loss.requires_grad
+    copy.deepcopy(module)  # refuses tensors that are not leaves
+    assert module.forward_with_features(images).matched == ()
+    module(images)
+    copy.deepcopy(module)

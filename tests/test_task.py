@@ -20,9 +20,8 @@ from timm.task import ClassificationTask
 from tiny_models import Plain, TwoScales
 
 from timm_distill import DistillTask, MergeError, Teacher, UsageError, create_distill_task, merge_student
-from timm_distill.losses import match_grids
+from timm_distill.losses import match_grids, n_to_one_loss
 from timm_distill.methods import create_method
-from timm_distill.methods.norm import n_to_one_loss
 from timm_distill.student import AdaptedStudent
 from timm_distill.taps import Features
 from timm_distill.task import parse_kd
@@ -217,29 +216,40 @@ def test_ignored_tap_warns(caplog: pytest.LogCaptureFixture) -> None:
     assert '--kd-tap features is ignored' in caplog.text
 
 
+def expanded_features(task: DistillTask, images: torch.Tensor) -> List[torch.Tensor]:
+    """Return each adapter's expanded feature as a map, from the reference form."""
+    module = copy.deepcopy(task.module)
+    tap, feature = module.tap, module.student.forward_features(images)
+    if tap.point == 'pre_logits':
+        feature = module.student.forward_head(feature, pre_logits=True)
+    return [
+        site.layout.to_map(adapter.expand_contract(site.layout.to_positions(tensor))[1])
+        for adapter, site, tensor in zip(module.adapters, tap.sites, tap.read(feature))
+    ]
+
+
 def test_pre_logits_tap_is_matched_with_the_teachers_pre_logits() -> None:
     task = create_task('norm', kd_tap='pre_logits')
     images, target = create_batch()
-    features = task.module.forward_with_features(images)
     teacher = task.teacher(images, frozenset({'pre_logits'})).pre_logits
-    expected = 2 * (features.expanded[0].unflatten(1, (2, -1)) - teacher[:, None, :, None, None]).square().mean()
+    (expanded,) = expanded_features(task, images)
+    expected = 2 * (expanded.unflatten(1, (2, -1)) - teacher[:, None, :, None, None]).square().mean()
     torch.testing.assert_close(task(images, target)['norm_loss'], expected)
 
 
 def test_several_adapters_losses_are_summed() -> None:
     task = create_task('norm', student=TwoScales())
     images, target = create_batch()
-    features, teacher = task.module.forward_with_features(images), task.teacher(images, frozenset({'feature'}))
-    expected = sum(
-        n_to_one_loss(*match_grids(expanded, teacher.feature, 'avg'), 2) for expanded in features.expanded)
-    assert len(features.expanded) == 2
-    torch.testing.assert_close(task(images, target)['norm_loss'], expected)
+    maps, teacher = expanded_features(task, images), task.teacher(images, frozenset({'feature'})).feature
+    losses = [n_to_one_loss(*match_grids(expanded, teacher, 'avg'), 2) for expanded in maps]
+    assert len(losses) == 2
+    torch.testing.assert_close(task(images, target)['norm_loss'], sum(losses))
 
 
 def test_side_adapter_is_matched_with_the_teachers_map_and_is_in_no_checkpoints_weights() -> None:
     task = create_task('norm', kd_tap='side')
     images, target = create_batch()
-    (expanded,) = task.module.forward_with_features(images).expanded
+    (expanded,) = expanded_features(task, images)
     teacher = task.teacher(images, frozenset({'feature'})).feature
     torch.testing.assert_close(
         task(images, target)['norm_loss'], n_to_one_loss(*match_grids(expanded, teacher, 'avg'), 2))
@@ -406,15 +416,19 @@ def create_distilled_deit() -> nn.Module:
     return create_model('deit_tiny_distilled_patch16_224', img_size=32, embed_dim=24, depth=1, num_heads=2)
 
 
-@pytest.mark.parametrize('factory,names', [
-    (Plain, ['fc']), (TwoScales, ['fc']), (create_distilled_deit, ['head', 'head_dist']),
-])
+@pytest.mark.parametrize('factory,names', [(TwoScales, ['fc']), (create_distilled_deit, ['head', 'head_dist'])])
 def test_clipping_can_leave_out_every_kind_of_classifier(
         factory: Callable[[], nn.Module], names: List[str]) -> None:
     task = create_task('norm', student=factory())
     head = {id(p) for name in names for p in task.module.student.get_submodule(name).parameters()}
     kept = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
     assert head and kept == {id(p) for p in task.get_trainable_module().parameters()} - head
+
+
+def test_clipping_takes_everything_of_a_student_that_does_not_name_its_classifier() -> None:
+    task = create_task('norm', student=Plain())
+    kept = {id(p) for p in task.get_clip_parameters(exclude_head=True)}
+    assert kept == {id(p) for p in task.get_trainable_module().parameters()}
 
 
 # Checkpoints

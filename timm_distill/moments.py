@@ -3,7 +3,7 @@
 With x [P, Cs] the student's positions and t [P, Ct] the teacher's, the expanded feature of NORM (Liu et al., ICLR 2023)
 is e = A x + k, where A = diag(a) W1 and a depends on the batch only through Cov[x]. The loss is quadratic in e, so that
 it needs Cov[x] and Cov[t, x] alone; the contraction needs W2 A, a matrix of Cs x Cs. Pure functions of tensors; the
-backward passes are written by hand so that both keep only what is alive anyway and work one segment at a time.
+backward passes are written by hand so that both keep only what is alive anyway and work on a few rows at a time.
 """
 from contextlib import contextmanager
 from typing import Any, Iterator, NamedTuple, Optional, Tuple
@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-_PART_SIZE = 2 ** 21  # numbers worked on at a time: large enough for fast products, small enough for caches
+_PART_SIZE = 2 ** 20  # numbers worked on at a time: large enough for fast products, small enough for caches
 
 
 class Moments(NamedTuple):
@@ -209,7 +209,7 @@ def expand_moments(
 
 
 class _ExpansionFunction(Function):
-    """One segment of Ct rows at a time, in both directions."""
+    """Some rows of W1 at a time, in both directions."""
 
     @staticmethod
     def forward(
@@ -228,7 +228,6 @@ class _ExpansionFunction(Function):
             same: bool,
     ) -> Tuple[torch.Tensor, ...]:
         batch_stats, matching = cov.numel() > 0, cross.numel() > 0
-        rows = _rows_at_a_time(expand, cross.shape[0] if matching else 1)
         channels = expand.shape[1]
         contracted = expand.new_zeros(channels, channels) if contract.numel() else expand.new_empty(0)
         variance, factor = torch.zeros_like(scale), scale.clone()
@@ -237,8 +236,7 @@ class _ExpansionFunction(Function):
         # W1 times the covariance that is needed again in the backward pass; its memory becomes the gradient's there
         product = torch.empty_like(expand) if batch_stats else None
         with full_float32():
-            for start in range(0, expand.shape[0], rows):
-                part = slice(start, start + rows)
+            for part, rows in _parts(expand, cross.shape[0] if matching else expand.shape[0]):
                 weight = expand[part]
                 if matching and not same:
                     spread = _mm(weight, matched_cov)
@@ -253,8 +251,9 @@ class _ExpansionFunction(Function):
                     product[part] = spread
                 scaled = factor[part, None] * weight  # a segment of A
                 if matching:
-                    residual[part] = scaled @ shift + offset[part] - teacher_mean.repeat(len(weight) // len(cross))
-                    total += scaled.view(-1, *cross.shape).sum(0)
+                    segments = scaled.view(-1, *cross[rows].shape)  # of this part, or the part is of one segment
+                    residual[part] = scaled @ shift + offset[part] - teacher_mean[rows].repeat(len(segments))
+                    total[rows] += segments.sum(0)
                 if contract.numel():
                     contracted += _mm(contract[:, part], scaled)
         loss = expand.new_zeros(())
@@ -263,7 +262,7 @@ class _ExpansionFunction(Function):
         ctx.save_for_backward(expand, contract, scale, cov, matched_cov, cross, shift, variance, factor,
                               matched_variance, residual, total)
         ctx.product = product
-        ctx.options = (eps, same, rows)
+        ctx.options = (eps, same)
         ctx.mark_non_differentiable(variance)
         return contracted, loss, variance
 
@@ -277,7 +276,7 @@ class _ExpansionFunction(Function):
     ) -> Tuple[Optional[torch.Tensor], ...]:
         (expand, contract, scale, cov, matched_cov, cross, shift, variance, factor, matched_variance, residual,
          total) = ctx.saved_tensors
-        eps, same, rows = ctx.options
+        eps, same = ctx.options
         product, ctx.product = ctx.product, None  # a second pass over a retained graph computes it again
         batch_stats, matching = cov.numel() > 0, cross.numel() > 0
         unit = grad_loss / cross.shape[0] if matching else grad_loss
@@ -287,17 +286,15 @@ class _ExpansionFunction(Function):
         grad_scale, grad_shift = torch.empty_like(scale), torch.zeros_like(shift)
         grad_offset = 2 * unit * residual if matching else torch.zeros_like(scale)
         matched_slope = unit * factor.square() if matching else torch.zeros_like(scale)  # d loss / d matched variance
-        slope_of_cross = cross * (-2 * unit)
         with full_float32():
-            for start in range(0, expand.shape[0], rows):
-                part = slice(start, start + rows)
+            for part, rows in _parts(expand, cross.shape[0] if matching else expand.shape[0]):
                 weight = expand[part]
                 # with respect to a segment of A
                 grad = _mm_tn(contract[:, part], grad_contracted) if contract.numel() else torch.zeros_like(weight)
                 if contract.numel():
                     grad_contract[:, part] = _mm_nt(grad_contracted, factor[part, None] * weight)
                 if matching:
-                    grad.view(-1, *cross.shape).add_(slope_of_cross)
+                    grad.view(-1, *cross[rows].shape).add_(cross[rows] * (-2 * unit))
                     grad.addr_(grad_offset[part], shift)
                     grad_shift += weight.t() @ (factor[part] * grad_offset[part])
                 slope = _row_products(grad, weight)  # d / d a
@@ -338,9 +335,21 @@ def _row_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vecdot(a, b)
 
 
-def _rows_at_a_time(expand: torch.Tensor, segment: int) -> int:
-    """Return how many rows to work on at a time: whole segments, a few million numbers."""
-    return segment * max(1, _PART_SIZE // (segment * expand.shape[1]))
+def _parts(expand: torch.Tensor, segment: int) -> Iterator[Tuple[slice, slice]]:
+    """Yield the rows of W1 to work on at a time, and which rows of each segment these are.
+
+    A part is several whole segments or a piece of one.
+    """
+    rows = max(1, _PART_SIZE // expand.shape[1])
+    if rows >= segment:
+        rows -= rows % segment
+        for start in range(0, expand.shape[0], rows):
+            yield slice(start, start + rows), slice(None)
+        return
+    for start in range(0, expand.shape[0], segment):
+        for row in range(0, segment, rows):
+            end = min(row + rows, segment)
+            yield slice(start + row, start + end), slice(row, end)
 
 
 def _loss(

@@ -1,5 +1,6 @@
 """The N-to-one transform against the official code's numbers, its initialisation and its algebra."""
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from golden_data import (
     case_id,
     create_golden_adapter,
     golden_cases,
+    golden_forms,
+    golden_match,
 )
 
 from timm_distill import UsageError, create_adapter
+from timm_distill.adapters import Match
 from timm_distill.adapters.norm import NToOneTransform
 
 CASES = golden_cases('norm_ft', having='x')
@@ -22,7 +26,7 @@ OPTIONS = [(bn, residual) for bn in (True, False) for residual in (True, False)]
 
 
 def create_random(
-        batch_norm: bool = True, residual: bool = True, channels: int = 6, **options: bool) -> NToOneTransform:
+        batch_norm: bool = True, residual: bool = True, channels: int = 6, **options: Any) -> NToOneTransform:
     """Return an adapter none of whose tensors is at its initial value."""
     adapter = create_adapter(
         'norm', channels, 5, segments=3, batch_norm=batch_norm, residual=residual, **options).double()
@@ -32,12 +36,13 @@ def create_random(
     return adapter
 
 
-@pytest.mark.parametrize('case', CASES, ids=case_id)
-def test_training_outputs_and_running_statistics_equal_the_official_codes(case: GoldenCase) -> None:
-    adapter = create_golden_adapter(case).train()
-    result = adapter(case['x'])
-    assert result.segments == case.hparams['co_sponge']
-    assert_golden(result.expanded, case['fea'])
+@pytest.mark.parametrize('matching', [True, False], ids=['matching', 'alone'])
+@pytest.mark.parametrize('case,form', golden_forms(CASES))
+def test_training_outputs_and_running_statistics_equal_the_official_codes(
+        case: GoldenCase, form: str, matching: bool) -> None:
+    adapter = create_golden_adapter(case, form).train()
+    assert adapter.segments == case.hparams['co_sponge']
+    result = adapter(case['x'], golden_match(case) if matching else None)
     assert_golden(result.output, case['out'])
     assert_golden(GoldenStudent(case).forward_head(result.output), case['logits'])
     state = adapter.state_dict()
@@ -46,11 +51,19 @@ def test_training_outputs_and_running_statistics_equal_the_official_codes(case: 
 
 
 @pytest.mark.parametrize('case', CASES, ids=case_id)
-def test_eval_outputs_equal_the_official_codes(case: GoldenCase) -> None:
-    result = create_golden_adapter(case).eval()(case['x'])
-    assert_golden(result.expanded, case['eval.fea'])
-    assert_golden(result.output, case['eval.out'])
-    assert_golden(result.output.mean((2, 3)), case['eval.pooled'])
+def test_reference_gives_the_official_codes_expanded_feature(case: GoldenCase) -> None:
+    adapter = create_golden_adapter(case)
+    for mode, prefix in ((False, 'eval.'), (True, '')):
+        output, expanded = adapter.train(mode).expand_contract(case['x'])
+        assert_golden(expanded, case[f'{prefix}fea'])
+        assert_golden(output, case[f'{prefix}out'])
+
+
+@pytest.mark.parametrize('case,form', golden_forms(CASES))
+def test_eval_outputs_equal_the_official_codes(case: GoldenCase, form: str) -> None:
+    output = create_golden_adapter(case, form).eval()(case['x']).output
+    assert_golden(output, case['eval.out'])
+    assert_golden(output.mean((2, 3)), case['eval.pooled'])
 
 
 @pytest.mark.parametrize('case', CASES, ids=case_id)
@@ -144,7 +157,7 @@ def test_expanded_feature_keeps_its_offset_where_the_output_has_none(
     plain.load_state_dict(adapter.state_dict(), strict=False)
     x = torch.randn(shape, dtype=torch.float64)
     for mode in (True, False):
-        torch.testing.assert_close(adapter.train(mode)(x).expanded, plain.train(mode)(x).expanded)
+        torch.testing.assert_close(adapter.train(mode).expand_contract(x)[1], plain.train(mode).expand_contract(x)[1])
 
 
 @pytest.mark.parametrize('residual', [True, False])
@@ -199,6 +212,7 @@ def test_transform_without_offset_has_no_bias_behind_the_contraction() -> None:
     assert names == {'expand.weight', 'expand_bn.weight', 'expand_bn.bias', 'contract.weight', 'contract_bn.weight'}
     names = set(dict(create_random(batch_norm=False, offset=False).named_parameters()))
     assert names == {'expand.weight', 'expand.bias', 'contract.weight'}
+    assert create_random(offset=False).contract_bn.bias is None
 
 
 @pytest.mark.parametrize('batch_norm', [True, False])
@@ -207,17 +221,21 @@ def test_every_parameter_without_offset_gets_its_gradient(batch_norm: bool) -> N
     for mode in (True, False):
         assert torch.autograd.gradcheck(
             lambda x: adapter.train(mode)(x).output, x[:2, :, :2, :2].clone().requires_grad_())  # noqa: B023
-    result = adapter.train()(x)
-    (result.output.square().sum() + result.expanded.square().sum()).backward()
+    output, expanded = adapter.train().expand_contract(x)
+    (output.square().sum() + expanded.square().sum()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
 
 
 # On the side
 
-def test_side_transform_expands_and_leaves_its_input_as_it_is() -> None:
-    side, x = create_random(side=True), torch.randn(2, 6, 3, 3, dtype=torch.float64)
-    result = side(x)
-    assert result.output is x and result.expanded.shape == (2, 15, 3, 3)
+@pytest.mark.parametrize('form', ['direct', 'moments'])
+def test_side_transform_expands_and_leaves_its_input_as_it_is(form: str) -> None:
+    side, x = create_random(side=True, form=form), torch.randn(2, 6, 3, 3, dtype=torch.float64)
+    teacher = torch.randn(2, 5, 3, 3, dtype=torch.float64)
+    result = side(x, Match(teacher, lambda positions: positions))
+    assert result.output is x and result.loss > 0
+    output, expanded = side.expand_contract(x)
+    assert output is x and expanded.shape == (2, 15, 3, 3)
     assert set(dict(side.named_parameters())) == {'expand.weight', 'expand_bn.weight', 'expand_bn.bias'}
 
 

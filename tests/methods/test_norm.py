@@ -13,12 +13,15 @@ from golden_data import (
     case_id,
     create_golden_adapter,
     golden_cases,
+    golden_forms,
+    golden_match,
     golden_tap,
 )
 
-from timm_distill import DistillTask, UsageError, create_method
-from timm_distill.losses import match_grids, standardize_logits
-from timm_distill.methods.norm import SCHEDULES, n_to_one_loss
+from timm_distill import DistillTask, UsageError, create_adapter, create_method
+from timm_distill.adapters import Match
+from timm_distill.losses import match_grids, n_to_one_loss, standardize_logits
+from timm_distill.methods.norm import SCHEDULES
 from timm_distill.student import AdaptedStudent
 from timm_distill.taps import Features
 
@@ -35,12 +38,12 @@ def schedule_name(case: GoldenCase) -> str:
     return case.hparams['dataset'].rstrip('0123456789')
 
 
-@pytest.mark.parametrize('case', FT_CASES, ids=case_id)
-def test_loss_and_gradients_equal_the_official_codes(case: GoldenCase) -> None:
-    adapter = create_golden_adapter(case).train()
+@pytest.mark.parametrize('case,form', golden_forms(FT_CASES))
+def test_loss_and_gradients_equal_the_official_codes(case: GoldenCase, form: str) -> None:
+    adapter = create_golden_adapter(case, form).train()
     x = case['x'].clone().requires_grad_()
-    result = adapter(x)
-    loss = official_loss(result.expanded, case['t'], result.segments)
+    result = adapter(x, golden_match(case))
+    loss = result.loss
     total = loss + (result.output * case['G']).sum()
     parameters = {**dict(adapter.named_parameters()), 'x': x}
 
@@ -51,12 +54,12 @@ def test_loss_and_gradients_equal_the_official_codes(case: GoldenCase) -> None:
     _compare_gradients(case, 'grad.', dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())))))
 
 
-@pytest.mark.parametrize('case', FT_CASES, ids=case_id)
-def test_contracting_half_gets_no_gradient_from_the_loss(case: GoldenCase) -> None:
-    adapter = create_golden_adapter(case).train()
-    result = adapter(case['x'].clone().requires_grad_())
-    official_loss(result.expanded, case['t'], result.segments).backward()
-    assert all(p.grad is None for name, p in adapter.named_parameters() if name.startswith('contract'))
+@pytest.mark.parametrize('case,form', golden_forms(FT_CASES))
+def test_contracting_half_gets_no_gradient_from_the_loss(case: GoldenCase, form: str) -> None:
+    adapter = create_golden_adapter(case, form).train()
+    adapter(case['x'].clone().requires_grad_(), golden_match(case)).loss.backward()
+    contracting = [p.grad for name, p in adapter.named_parameters() if name.startswith('contract')]
+    assert all(gradient is None or not gradient.any() for gradient in contracting)
 
 
 @pytest.mark.parametrize('case', STAGE_CASES, ids=case_id)
@@ -72,9 +75,9 @@ def test_several_stages_sum_from_the_deepest_upwards(case: GoldenCase) -> None:
         assert_golden(official_loss(student[-1], teacher[-1], segments), case['loss_last_only'])
 
 
-@pytest.mark.parametrize('case', golden_cases('norm_total'), ids=case_id)
-def test_complete_training_loss_and_gradients_equal_the_official_codes(case: GoldenCase) -> None:
-    task = _golden_task(case)
+@pytest.mark.parametrize('case,form', golden_forms(golden_cases('norm_total')))
+def test_complete_training_loss_and_gradients_equal_the_official_codes(case: GoldenCase, form: str) -> None:
+    task = _golden_task(case, form)
     x = case['x'].clone().requires_grad_()
     result = task(x, case['target'])
     assert_golden(result['loss'], case['loss'])
@@ -153,10 +156,30 @@ def test_no_gradient_goes_to_the_teacher() -> None:
 @pytest.mark.parametrize('pool', ['avg', 'max'])
 @pytest.mark.parametrize('student,teacher', [(8, 4), (4, 8), (7, 3), (3, 7), (4, 4)])
 def test_spatial_mismatch_is_pooled_both_ways(pool: str, student: int, teacher: int) -> None:
-    method = create_method('norm', segments=2, pool=pool)
-    features = Features(expanded=(torch.randn(2, 6, student, student),), segments=2)
-    loss = method(features, Features(tap=torch.randn(2, 3, teacher, teacher)), torch.zeros(2))['norm_loss']
-    assert loss.ndim == 0 and torch.isfinite(loss)
+    adapter = create_adapter('norm', 4, 3, segments=2, pool=pool).train()
+    x, target = torch.randn(2, 4, student, student), torch.randn(2, 3, teacher, teacher)
+    loss = adapter(x, Match(target, lambda positions: positions)).loss
+    expected = n_to_one_loss(*match_grids(adapter.expand_contract(x)[1], target, pool), 2)
+    assert loss.ndim == 0
+    torch.testing.assert_close(loss, expected)
+
+
+def test_losses_of_several_adapters_are_summed() -> None:
+    losses = torch.rand(3)
+    result = create_method('norm')(Features(matched=tuple(losses)), Features(), torch.zeros(2))
+    assert result['norm_loss'] == losses.sum()
+
+
+def test_student_without_adapter_is_an_error() -> None:
+    with pytest.raises(ValueError, match='needs a student with its adapter'):
+        create_method('norm')(Features(), Features(), torch.zeros(2))
+
+
+def test_methods_options_are_the_adapters() -> None:
+    method = create_method('norm', segments=2, batch_norm=False, residual=False, pool='max', form='direct')
+    adapter = create_adapter(method.adapter, 4, 3, **method.adapter_options)
+    actual = (adapter.segments, adapter.batch_norm, adapter.residual, adapter.pool, adapter.form)
+    assert actual == (2, False, False, 'max', 'direct')
 
 
 def test_logit_standardisation_is_off_by_default() -> None:
@@ -165,7 +188,6 @@ def test_logit_standardisation_is_off_by_default() -> None:
 
 
 @pytest.mark.parametrize('options,names', [
-    (dict(pool='median'), ['norm.pool', 'avg', 'max']),
     (dict(schedule='imagenet22k'), ['norm.schedule', 'const', 'imagenet', 'cifar']),
     (dict(logit_scale=-1.), ['norm.logit_scale', '-1']),
     (dict(segment=4), ['norm.segment', 'norm.segments']),
@@ -176,15 +198,23 @@ def test_wrong_option_names_value_and_what_is_allowed(options: Dict[str, Any], n
     assert all(name in str(error.value) for name in names)
 
 
-def _golden_task(case: GoldenCase) -> DistillTask:
+@pytest.mark.parametrize('option,known', [('pool', ['avg', 'max']), ('form', ['auto', 'direct', 'moments'])])
+def test_wrong_option_of_the_adapter_names_value_and_what_is_allowed(option: str, known: List[str]) -> None:
+    method = create_method('norm', **{option: 'median'})
+    with pytest.raises(UsageError) as error:
+        create_adapter(method.adapter, 4, 3, **method.adapter_options)
+    assert all(name in str(error.value) for name in (f"norm.{option}='median'", '--kd-kwargs', *known))
+
+
+def _golden_task(case: GoldenCase, form: str) -> DistillTask:
     hparams = case.hparams
     methods = {
-        'norm': create_method('norm', segments=hparams['co_sponge'], pool='max', schedule=schedule_name(case),
+        'norm': create_method('norm', segments=hparams['co_sponge'], schedule=schedule_name(case),
                               logit_scale=float(hparams['ceta'])),
         'kd': create_method('kd', temperature=float(hparams['kd_T'])),
     }
     module = AdaptedStudent(
-        GoldenStudent(case), [create_golden_adapter(case)], golden_tap(case['x'].shape[1]), methods).train()
+        GoldenStudent(case), [create_golden_adapter(case, form)], golden_tap(case['x'].shape[1]), methods).train()
     task = DistillTask(module, GoldenTeacher(case), nn.CrossEntropyLoss(),
                        {'norm': hparams['beta'], 'kd': hparams['alpha']}, hparams['gamma'], verbose=False)
     task.set_epoch(hparams['epoch'])

@@ -1,0 +1,471 @@
+"""The N-to-one transform from moments against its direct form."""
+import copy
+import logging
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Optional, Tuple
+
+import pytest
+import torch
+import torch.nn as nn
+
+from timm_distill import UsageError, create_adapter, moments
+from timm_distill.adapters import AdapterOutput, Match
+from timm_distill.adapters.norm import NToOneTransform
+from timm_distill.layouts import FeatureLayout
+
+CS, CT, SEGMENTS = 6, 5, 3
+TOLERANCE = 1e-9
+OPTIONS = {
+    f'{"bn" if batch_norm else "plain"}-{"residual" if residual else "straight"}-{path}': dict(
+        batch_norm=batch_norm, residual=residual, offset=path != 'linear', side=path == 'side')
+    for batch_norm in (True, False) for residual in (True, False) for path in ('offset', 'linear', 'side')
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the student's positions and the teacher's are.
+
+    Attributes:
+        student: Shape of the adapter's input without channels, (B, H, W).
+        teacher: Shape of the teacher's map without channels.
+        to_map: The adapter's positions as a map.
+    """
+    student: Tuple[int, int, int]
+    teacher: Tuple[int, int, int]
+    to_map: Callable[[torch.Tensor], torch.Tensor] = lambda positions: positions
+
+
+def tokens(grid: Tuple[int, int], prefix: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return FeatureLayout('NLC', CS, prefix, aspect=grid[0] / grid[1]).to_map
+
+
+GRIDS = {
+    'same': Grid((4, 4, 3), (4, 4, 3)),
+    'student larger': Grid((3, 6, 4), (3, 3, 2)),
+    'student larger, uneven': Grid((3, 7, 5), (3, 3, 2)),
+    'teacher larger': Grid((3, 3, 4), (3, 7, 8)),
+    'each larger in one': Grid((3, 6, 3), (3, 3, 5)),
+    'tokens': Grid((3, 12, 1), (3, 4, 3), tokens((4, 3), 0)),
+    'tokens with prefix': Grid((3, 14, 1), (3, 4, 3), tokens((4, 3), 2)),
+    'tokens with prefix, pooled': Grid((3, 17, 1), (3, 2, 2), tokens((4, 4), 1)),
+    'vector': Grid((16, 1, 1), (16, 1, 1)),
+    'vector against map': Grid((16, 1, 1), (16, 4, 4)),
+}
+each_option = pytest.mark.parametrize('options', OPTIONS.values(), ids=list(OPTIONS))
+each_grid = pytest.mark.parametrize('grid', GRIDS.values(), ids=[name.replace(' ', '_') for name in GRIDS])
+
+
+def create_random(form: str = 'direct', dtype: torch.dtype = torch.float64, **options: Any) -> NToOneTransform:
+    """Return an adapter none of whose tensors is at its initial value."""
+    adapter = create_adapter('norm', CS, CT, **{'segments': SEGMENTS, **options}, form=form).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in adapter.state_dict().items():
+        if tensor.is_floating_point():
+            random = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.copy_(random.abs() + 0.5 if 'var' in name else random)
+    return adapter
+
+
+def create_batch(grid: Grid, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tuple[torch.Tensor, Match]:
+    """Return an adapter's input, with means and deviations that differ by channel, and what it is matched with."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape: Tuple[int, int, int], channels: int) -> torch.Tensor:
+        batch, height, width = shape
+        scale, mean = torch.rand(2, channels, 1, 1, generator=generator, dtype=torch.float64) * 3
+        noise = torch.randn(batch, channels, height, width, generator=generator, dtype=torch.float64)
+        return (mean + scale * noise).to(dtype)
+
+    return draw(grid.student, CS), Match(draw(grid.teacher, CT), grid.to_map)
+
+
+def run(adapter: nn.Module, x: torch.Tensor, match: Optional[Match], loss_weight: float = 1.7) -> Dict[str, Any]:
+    """Return loss, output, every gradient of a loss that reads both, and the state behind a forward."""
+    adapter.zero_grad()
+    x = x.detach().requires_grad_()
+    result: AdapterOutput = adapter(x, match)
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(x.shape, generator=generator).bfloat16().to(result.output.dtype)  # exact everywhere
+    total = (result.output * direction).sum()
+    if result.loss is not None:
+        total = total + loss_weight * result.loss
+    total.backward()
+    gradients = {name: p.grad for name, p in adapter.named_parameters()}
+    state = {name: tensor for name, tensor in adapter.state_dict().items() if 'running' in name or 'num_' in name}
+    return {'output': result.output, 'loss': result.loss, 'grad x': x.grad, **gradients, **state}
+
+
+def assert_equal(
+        actual: Dict[str, Optional[torch.Tensor]],
+        expected: Dict[str, Optional[torch.Tensor]],
+        tolerance: float = TOLERANCE,
+) -> None:
+    """Compare relative to each entry, and to the largest of its tensor; nothing is as good as zeros."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        value = actual[name]
+        if tensor is None or value is None:
+            assert not any(t is not None and t.any() for t in (tensor, value)), name
+            continue
+        assert value.dtype == tensor.dtype and value.shape == tensor.shape, name
+        scale = max(tensor.abs().max().item(), 1e-3)
+        torch.testing.assert_close(
+            value.detach(), tensor.detach(), rtol=tolerance, atol=tolerance * scale, msg=lambda m: f'{name}: {m}')  # noqa: B023
+
+
+def assert_forms_equal(
+        x: torch.Tensor,
+        match: Optional[Match],
+        training: bool = True,
+        tolerance: float = TOLERANCE,
+        **options: Any,
+) -> None:
+    results = [run(create_random(form, x.dtype, **options).train(training), x, match) for form in ('moments', 'direct')]
+    assert_equal(*results, tolerance=tolerance)
+
+
+# Equality
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@each_grid
+@each_option
+def test_both_forms_are_equal(options: Dict[str, bool], grid: Grid, training: bool) -> None:
+    assert_forms_equal(*create_batch(grid), training=training, **options)
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@each_option
+def test_both_forms_are_equal_without_a_match(options: Dict[str, bool], training: bool) -> None:
+    x, _ = create_batch(GRIDS['same'])
+    assert_forms_equal(x, None, training=training, **options)
+
+
+@pytest.mark.parametrize('name', ['same', 'teacher larger'])
+def test_both_forms_are_equal_where_the_teacher_is_max_pooled(name: str) -> None:
+    assert_forms_equal(*create_batch(GRIDS[name]), pool='max')
+
+
+@each_option
+def test_both_forms_are_equal_in_channels_last(options: Dict[str, bool]) -> None:
+    x, match = create_batch(GRIDS['same'])
+    match = Match(match.teacher.to(memory_format=torch.channels_last), match.to_map)
+    assert_forms_equal(x.to(memory_format=torch.channels_last), match, **options)
+
+
+@pytest.mark.parametrize('segments', [1, 2, 7])
+def test_both_forms_are_equal_for_any_number_of_segments(segments: int) -> None:
+    assert_forms_equal(*create_batch(GRIDS['same']), segments=segments)
+
+
+@pytest.mark.parametrize('name', ['same', 'student larger', 'tokens with prefix'])
+@pytest.mark.parametrize('part_size', [1, CT * CS, 2 * CT * CS, 10 ** 9])
+@pytest.mark.parametrize('batch_norm', [True, False])
+def test_parts_do_not_change_the_result(
+        batch_norm: bool, part_size: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, '_PART_SIZE', part_size)
+    for segments in (1, 3, 4):
+        assert_forms_equal(*create_batch(GRIDS[name]), batch_norm=batch_norm, segments=segments)
+
+
+@pytest.mark.parametrize('part_size', [1, 10 ** 9])
+@each_grid
+def test_products_as_convolutions_do_not_change_the_result(
+        grid: Grid, part_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, '_PART_SIZE', part_size)
+    monkeypatch.setattr(moments, '_use_onednn', lambda x: True)
+    assert_forms_equal(*create_batch(grid))
+
+
+def test_running_statistics_are_equal_over_several_batches_and_then_serve_the_eval_mode() -> None:
+    adapters = [create_random(form).train() for form in ('moments', 'direct')]
+    for seed in range(5):
+        x, match = create_batch(GRIDS['student larger'], seed=seed)
+        for adapter in adapters:
+            adapter(x, match)
+    x, match = create_batch(GRIDS['same'], seed=7)
+    assert adapters[0].expand_bn.num_batches_tracked == adapters[0].contract_bn.num_batches_tracked == 5
+    assert_equal(*[run(adapter.eval(), x, match) for adapter in adapters])
+
+
+@pytest.mark.parametrize('form', ['direct', 'moments'])
+def test_eval_mode_leaves_running_statistics_alone(form: str) -> None:
+    adapter = create_random(form).eval()
+    before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    adapter(*create_batch(GRIDS['same']))
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapter.state_dict().items())
+
+
+@pytest.mark.parametrize('form', ['direct', 'moments'])
+def test_prefix_tokens_count_for_the_batch_norms_and_not_for_the_loss(form: str) -> None:
+    x, match = create_batch(GRIDS['tokens with prefix'])
+    other = x.clone()
+    other[:, :, :2] += 3.
+    evaluated, trained = create_random(form).eval(), create_random(form).train()
+    assert torch.equal(evaluated(x, match).loss, evaluated(other, match).loss)
+    statistics = [copy.deepcopy(trained), copy.deepcopy(trained)]
+    losses = [adapter(batch, match).loss for adapter, batch in zip(statistics, (x, other))]
+    assert not torch.allclose(*losses)
+    assert not torch.allclose(*[adapter.expand_bn.running_mean for adapter in statistics])
+
+
+@pytest.mark.parametrize('form', ['direct', 'moments'])
+def test_no_gradient_goes_to_the_teacher(form: str) -> None:
+    x, match = create_batch(GRIDS['same'])
+    match.teacher.requires_grad_()
+    create_random(form)(x.requires_grad_(), match).loss.backward()
+    assert x.grad is not None and match.teacher.grad is None
+
+
+@pytest.mark.parametrize('form', ['direct', 'moments'])
+def test_moving_both_features_means_with_the_transforms_offset_changes_nothing(form: str) -> None:
+    """A shift of the student's feature is taken out by the first batch norm."""
+    adapter = create_random(form).train()
+    x, match = create_batch(GRIDS['same'])
+    torch.testing.assert_close(adapter(x + 2., match).loss, adapter(x, match).loss, rtol=1e-11, atol=0.)
+
+
+# Gradients
+
+def test_gradients_accumulate_over_batches() -> None:
+    results = []
+    for form in ('moments', 'direct'):
+        adapter = create_random(form).train()
+        for seed in range(3):
+            result = adapter(*create_batch(GRIDS['same'], seed=seed))
+            ((result.output ** 2).mean() + result.loss).div(3).backward()
+        results.append({name: p.grad for name, p in adapter.named_parameters()})
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize('name', ['same', 'student larger'])
+def test_second_backward_pass_over_a_kept_graph_gives_the_same_gradients(name: str) -> None:
+    adapter, (x, match) = create_random('moments').train(), create_batch(GRIDS[name])
+    result = adapter(x.requires_grad_(), match)
+    total = (result.output ** 2).mean() + result.loss
+    leaves = [x, *adapter.parameters()]
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    for _ in range(2):
+        second = torch.autograd.grad(total, leaves, retain_graph=True)
+        torch.testing.assert_close(second, tuple(kept), rtol=1e-13, atol=1e-13)
+    assert all(torch.equal(a, b) for a, b in zip(first, kept))
+
+
+def test_loss_and_output_can_be_differentiated_apart() -> None:
+    for part in ('loss', 'output'):
+        results = []
+        for form in ('moments', 'direct'):
+            adapter, (x, match) = create_random(form).train(), create_batch(GRIDS['student larger'])
+            value = getattr(adapter(x.requires_grad_(), match), part)
+            gradients = torch.autograd.grad((value ** 2).sum(), [x, *adapter.parameters()], allow_unused=True)
+            results.append(dict(zip(['x', *dict(adapter.named_parameters())], gradients)))
+        assert_equal(*results)
+
+
+@pytest.mark.parametrize('frozen', ['x', 'expand', 'contract', 'expand_bn', 'contract_bn'])
+def test_frozen_parts_leave_the_other_gradients_as_they_are(frozen: str) -> None:
+    results = []
+    for form in ('moments', 'direct'):
+        adapter, (x, match) = create_random(form).train(), create_batch(GRIDS['same'])
+        x.requires_grad_(frozen != 'x')
+        if frozen != 'x':
+            adapter.get_submodule(frozen).requires_grad_(False)
+        result = adapter(x, match)
+        (result.output.square().mean() + result.loss).backward()
+        gradients: Dict[str, Optional[torch.Tensor]] = {name: p.grad for name, p in adapter.named_parameters()}
+        results.append({**gradients, 'x': x.grad})
+    assert_equal(*results)
+
+
+# Precision
+
+def test_single_precision_forms_agree() -> None:
+    assert_forms_equal(*create_batch(Grid((16, 7, 7), (16, 7, 7)), torch.float32), tolerance=2e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_loss_under_autocast_is_single_precision_and_output_as_the_direct_forms(dtype: torch.dtype) -> None:
+    x, match = create_batch(Grid((8, 7, 7), (8, 7, 7)), torch.float32)
+    for input in (x, x.to(dtype)):
+        results = []
+        for form in ('moments', 'direct'):
+            adapter = create_random(form, torch.float32).train()
+            with torch.autocast('cpu', dtype=dtype):
+                results.append(run(adapter, input, Match(match.teacher.to(dtype), match.to_map)))
+        assert results[0]['loss'].dtype == torch.float32
+        assert_equal(*results, tolerance=0.1)
+
+
+@pytest.mark.parametrize('form', ['direct', 'moments'])
+@pytest.mark.parametrize('options', [{}, dict(batch_norm=False), dict(offset=False), dict(side=True)])
+def test_parameters_in_half_precision_train(form: str, options: Dict[str, bool]) -> None:
+    x, match = create_batch(Grid((8, 7, 7), (8, 7, 7)), torch.bfloat16)
+    for training in (True, False):
+        result = run(create_random(form, torch.bfloat16, **options).train(training), x, match)
+        expected = run(create_random('direct', torch.float64, **options).train(training), x.double(), match)
+        assert result['output'].dtype == torch.bfloat16
+        torch.testing.assert_close(result['loss'].double(), expected['loss'], rtol=0.05, atol=0.)
+
+
+def nearly_matching(noise: float, offset: float, batch: int = 16) -> Tuple[NToOneTransform, torch.Tensor, torch.Tensor]:
+    """Return a transform in float64 whose segments all are the teacher's feature but for noise, with a batch."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 32, 7, 7, generator=generator, dtype=torch.float64).relu() + offset
+    x = x.bfloat16().double()  # the same numbers in every precision
+    weight = torch.randn(24, 32, generator=generator, dtype=torch.float64) / 32 ** 0.5
+    linear = torch.einsum('oc,bchw->bohw', weight, x)
+    teacher = linear + noise * torch.randn(linear.shape, generator=generator, dtype=torch.float64)
+    adapter = create_adapter('norm', 32, 24, segments=4).double().train()
+    variance, mean = torch.var_mean(linear, (0, 2, 3), correction=0)
+    with torch.no_grad():
+        adapter.expand.weight.copy_(weight.repeat(4, 1)[:, :, None, None])
+        adapter.expand_bn.weight.copy_((variance + adapter.expand_bn.eps).sqrt().repeat(4))
+        adapter.expand_bn.bias.copy_(mean.repeat(4))
+    return adapter, x, teacher
+
+
+def with_form(adapter: NToOneTransform, form: str, dtype: torch.dtype) -> NToOneTransform:
+    adapter = copy.deepcopy(adapter).to(dtype)
+    adapter.form = form
+    return adapter
+
+
+@pytest.mark.parametrize('autocast', [False, True], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('offset', [0., 10.])
+@pytest.mark.parametrize('noise', [0., 1e-4, 1e-2])
+def test_loss_of_a_student_that_matches_is_not_lost_to_cancellation(
+        noise: float, offset: float, autocast: bool) -> None:
+    adapter, x, teacher = nearly_matching(noise, offset)
+    match = Match(teacher.float(), lambda positions: positions)
+    reference = Match(match.teacher.double(), match.to_map)
+    # rounding the weights to single precision changes what is computed, so the reference has the rounded ones
+    single = with_form(adapter, 'moments', torch.float32)
+    expected = with_form(single, 'direct', torch.float64)(x, reference).loss
+    with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
+        actual = single(x.to(torch.bfloat16 if autocast else torch.float32), match).loss
+    allowed = 1e-5 * 4 * teacher.square().sum(1).mean() / 24  # of N * tau / Ct
+    assert actual >= 0
+    assert (actual.double() - expected).abs() < allowed
+
+
+@pytest.mark.parametrize('noise', [None, 1e-1, 1e-3])
+def test_gradients_under_bfloat16_autocast_are_as_close_to_double_precision_as_the_direct_forms(
+        noise: Optional[float]) -> None:
+    adapter, x, teacher = nearly_matching(noise or 1., offset=0.)
+    if noise is None:
+        adapter.reset_parameters()
+    match = Match(teacher.bfloat16(), lambda positions: positions)
+    reference = run(with_form(adapter.float(), 'direct', torch.float64), x, Match(match.teacher.double(), match.to_map))
+    errors = {}
+    for form in ('moments', 'direct'):
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            result = run(with_form(adapter, form, torch.float32), x.bfloat16(), match)
+        errors[form] = {name: relative_error(result[name], reference[name])
+                        for name in reference if name == 'grad x' or name.endswith(('weight', 'bias'))}
+    for name, error in errors['moments'].items():
+        assert error <= 1.05 * errors['direct'][name], (name, error, errors['direct'][name])
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+# Choice of the form
+
+def test_parameters_and_checkpoints_are_the_same_in_every_form() -> None:
+    for options in OPTIONS.values():
+        states = [create_random(form, **options).state_dict() for form in ('direct', 'moments', 'auto')]
+        assert list(states[0]) == list(states[1]) == list(states[2])
+
+
+def test_training_goes_on_in_the_other_form() -> None:
+    def train(form: str, adapter: NToOneTransform, seeds: range) -> NToOneTransform:
+        adapter = with_form(adapter, form, torch.float64)
+        optimizer = torch.optim.SGD(adapter.parameters(), lr=0.05)
+        for seed in seeds:
+            result = adapter(*create_batch(GRIDS['same'], seed=seed))
+            optimizer.zero_grad()
+            (result.output.square().mean() + result.loss).backward()
+            optimizer.step()
+        return adapter
+
+    half = train('direct', create_random().train(), range(4))
+    resumed = create_random('moments').train()
+    resumed.load_state_dict(half.state_dict(), strict=True)
+    actual, expected = train('moments', resumed, range(4, 8)), train('direct', half, range(4, 8))
+    assert_equal(actual.state_dict(), expected.state_dict())
+
+
+def chosen_form(adapter: NToOneTransform, grid: Grid, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the form that a forward takes."""
+    chosen = ['moments']
+    expand_contract = adapter.expand_contract
+    monkeypatch.setattr(adapter, 'expand_contract', lambda x: [expand_contract(x), chosen.append('direct')][0])
+    adapter(*create_batch(grid))
+    return chosen[-1]
+
+
+def test_auto_takes_the_direct_form_for_few_positions_and_moments_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen_form(create_random('auto'), Grid((2, 1, 1), (2, 1, 1)), monkeypatch) == 'direct'
+    assert chosen_form(create_random('auto'), Grid((8, 8, 8), (8, 8, 8)), monkeypatch) == 'moments'
+    assert chosen_form(create_random('auto', pool='max'), Grid((8, 8, 8), (8, 8, 8)), monkeypatch) == 'moments'
+
+
+def test_auto_leaves_the_direct_form_where_its_activations_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Grid((2, 1, 1), (2, 1, 1))
+    monkeypatch.setattr('timm_distill.adapters.norm._DIRECT_BYTES', 100)
+    assert chosen_form(create_random('auto'), grid, monkeypatch) == 'moments'
+
+
+@pytest.mark.parametrize('form', ['direct', 'moments'])
+def test_named_form_is_taken_whatever_it_costs(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for grid in (Grid((2, 1, 1), (2, 1, 1)), Grid((8, 8, 8), (8, 8, 8))):
+        assert chosen_form(create_random(form), grid, monkeypatch) == form
+
+
+def test_auto_takes_the_direct_form_where_the_student_is_max_pooled(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Grid((8, 8, 8), (8, 4, 4))
+    assert chosen_form(create_random('auto', pool='max'), grid, monkeypatch) == 'direct'
+    assert chosen_form(create_random('auto', pool='avg'), grid, monkeypatch) == 'moments'
+
+
+def test_moments_of_a_max_pooled_student_are_a_usage_error_that_names_the_options() -> None:
+    x, match = create_batch(Grid((4, 8, 8), (4, 4, 4)))
+    with pytest.raises(UsageError) as error:
+        create_random('moments', pool='max')(x, match)
+    assert all(word in str(error.value) for word in ('norm.form=moments', 'norm.pool=avg', 'norm.form=direct'))
+    create_random('moments', pool='max')(x)  # nothing is pooled without a match
+
+
+def test_unknown_form_is_a_usage_error_that_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError) as error:
+        create_adapter('norm', CS, CT, form='fast')
+    assert all(word in str(error.value) for word in ("norm.form='fast'", 'auto', 'direct', 'moments', '--kd-kwargs'))
+
+
+def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    adapter, (x, match) = create_random('auto').train(), create_batch(Grid((8, 8, 8), (8, 8, 8)))
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            adapter(x, match)
+        adapter.eval()(x[:1, :, :1, :1])
+    lines = [record.getMessage() for record in caplog.records if 'N-to-one' in record.getMessage()]
+    assert lines == ['The N-to-one transform takes the moments form at 512 positions.']
+
+
+@pytest.mark.parametrize('form', ['direct', 'moments'])
+def test_named_form_is_not_logged(form: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        create_random(form).train()(*create_batch(GRIDS['same']))
+    assert not caplog.records
+
+
+def test_deep_copy_behind_a_step_goes_its_own_way() -> None:
+    adapter, (x, match) = create_random('moments').train(), create_batch(GRIDS['same'])
+    result = adapter(x.requires_grad_(), match)
+    clone = copy.deepcopy(adapter)
+    (result.output.sum() + result.loss).backward()
+    before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    clone(x, match).loss.backward()
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapter.state_dict().items())
