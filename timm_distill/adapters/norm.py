@@ -152,24 +152,32 @@ class NToOneTransform(Adapter):
 
     def expand_contract(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return output, [B, Cs, H, W], and expanded feature, [B, N * Ct, H, W]: the reference."""
+        if x.shape[-1] == 1 and x.shape[-2] > 1:
+            # Tokens, [B, Cs, L, 1], fit both memory formats, and torch's batch norm on the CPU then gives wrong gradients
+            # where input and gradient differ in theirs (seen with 2.15): every position as an image of its own has one.
+            output, expanded = self.expand_contract(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1, 1))
+            return _unflatten_positions(output, x), _unflatten_positions(expanded, x)
         linear = self.expand(x)
         expanded = self.expand_bn(linear)
         if self.contract is None:
             return x, expanded
         output = self.contract(expanded)
         if not self.offset:
-            output = output - (self.contract.weight.flatten(1) @ self._expansion_offset(linear))[:, None, None]
+            offset = _matrix(self.contract) @ self._expansion_offset(linear)
+            output = output - offset[:, None, None].to(output.dtype)
         contracted, output = output, self.contract_bn(output)
         if self.batch_norm and not self.offset:
-            output = output + batch_norm_mean_response(self.contract_bn, contracted)[:, None, None]
+            response = batch_norm_mean_response(self.contract_bn, contracted)
+            output = output + response[:, None, None].to(output.dtype)
         return x + output if self.residual else output, expanded
 
     def _expansion_offset(self, linear: torch.Tensor) -> torch.Tensor:
         """Return the offset of e, [N * Ct]: what it is for x = 0."""
         if self.batch_norm:
-            return self.expand_bn.bias - batch_norm_mean_response(self.expand_bn, linear)
+            bias = to_full_precision(self.expand_bn.bias)  # type: ignore[arg-type]
+            return bias - batch_norm_mean_response(self.expand_bn, linear)
         assert self.expand.bias is not None
-        return self.expand.bias
+        return to_full_precision(self.expand.bias)
 
     def _map_positions(self, x: torch.Tensor, affine: Optional[AffineMap]) -> torch.Tensor:
         if affine is None:
@@ -190,8 +198,8 @@ class NToOneTransform(Adapter):
         if matched is not None:
             shift = matched.mean - moments.mean if batch_stats else matched.mean
         expansion = expand_moments(
-            self.expand.weight.flatten(1),
-            None if self.contract is None else self.contract.weight.flatten(1),
+            _matrix(self.expand),
+            None if self.contract is None else _matrix(self.contract),
             scale,
             offset,
             moments.cov if batch_stats else None,
@@ -201,7 +209,7 @@ class NToOneTransform(Adapter):
             teacher,
         )
         if batch_stats:
-            mean = self.expand.weight.detach().flatten(1) @ moments.mean.detach()
+            mean = _matrix(self.expand).detach() @ moments.mean.detach()
             _update_running(self.expand_bn, mean, expansion.variance, self._num_positions)
         loss = expansion.loss if match is not None else None
         return (None if self.contract is None else self._contract(expansion, moments, offset, batch_stats)), loss
@@ -230,13 +238,15 @@ class NToOneTransform(Adapter):
     def _expansion_scale(self, batch_stats: bool) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return scale and offset of the expansion for `expand_moments`."""
         norm = self.expand_bn
-        if batch_stats:
-            return norm.weight, norm.bias  # type: ignore[return-value]
         if not self.batch_norm:
             assert self.expand.bias is not None
-            return torch.ones_like(self.expand.bias), self.expand.bias
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        return scale, norm.bias - scale * norm.running_mean
+            bias = to_full_precision(self.expand.bias)
+            return torch.ones_like(bias), bias
+        weight, bias = to_full_precision(norm.weight), to_full_precision(norm.bias)  # type: ignore[arg-type]
+        if batch_stats:
+            return weight, bias
+        scale = weight * (to_full_precision(norm.running_var) + norm.eps).rsqrt()  # type: ignore[arg-type]
+        return scale, bias - scale * norm.running_mean
 
     def _contract(
             self,
@@ -251,13 +261,13 @@ class NToOneTransform(Adapter):
         if batch_stats:
             variance = (weight @ moments.cov * weight).sum(1)
             with torch.no_grad():
-                mean = self.contract.weight.flatten(1) @ offset if self.offset else weight @ moments.mean
+                mean = _matrix(self.contract) @ offset if self.offset else weight @ moments.mean
                 _update_running(norm, mean, variance.detach(), self._num_positions)
             weight = (norm.weight * (variance + norm.eps).rsqrt())[:, None] * weight
             return AffineMap(weight, norm.bias - weight @ moments.mean if self.offset else torch.zeros_like(variance))
         bias = torch.zeros_like(weight[0])
         if self.offset:
-            bias = self.contract.weight.flatten(1) @ offset
+            bias = _matrix(self.contract) @ offset
         if self.batch_norm:
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
             weight = scale[:, None] * weight
@@ -290,6 +300,16 @@ def _conv_tensors(conv: nn.Conv2d) -> Tuple[torch.Tensor, torch.Tensor]:
     weight = to_float64(conv.weight).flatten(1)
     bias = weight.new_zeros(weight.shape[0]) if conv.bias is None else to_float64(conv.bias)
     return weight, bias
+
+
+def _unflatten_positions(positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return [B * L, C, 1, 1] as [B, C, L, 1], with B and L of `x`."""
+    return positions.view(x.shape[0], x.shape[2], 1, -1).permute(0, 3, 1, 2)
+
+
+def _matrix(conv: nn.Conv2d) -> torch.Tensor:
+    """Return the weight of a 1x1 convolution as [C_out, C_in], in float32 or better."""
+    return to_full_precision(conv.weight).flatten(1)
 
 
 def _count_positions(x: torch.Tensor) -> int:
