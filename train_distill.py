@@ -215,12 +215,12 @@ def fit_input_size(args: argparse.Namespace, student: nn.Module, data_config: Di
     wanted = data_config['input_size']
     size, reason = runnable_size(student, wanted)
     if reason:
-        raise UsageError(f"The student '{args.model}' cannot run on the input {list(wanted)}: {reason}. Change --img-size, "
-                         '--in-chans or --model-kwargs img_size=N.')
+        raise UsageError(f"The student '{args.model}' cannot run on the input {list(wanted)}: {reason}. Change "
+                         '--img-size, --in-chans or --model-kwargs img_size=N.')
     if size is None:
         return data_config
-    _logger.warning(f"The student '{args.model}' takes {size[0]}x{size[1]} alone: images are loaded at that size, not at "
-                    f'{wanted[1]}x{wanted[2]}. --model-kwargs img_size=N builds some models for other sizes.')
+    _logger.warning(f"The student '{args.model}' takes {size[0]}x{size[1]} alone: images are loaded at that size, not "
+                    f'at {wanted[1]}x{wanted[2]}. --model-kwargs img_size=N builds some models for other sizes.')
     return {**data_config, 'input_size': (wanted[0], *size)}
 
 

@@ -541,7 +541,7 @@ def loss_curve(folder: Path, form: str, perturbation: float = 0.) -> torch.Tenso
 
 
 @pytest.mark.slow
-def test_loss_curves_of_both_forms_agree_over_200_steps_as_far_as_rounding_lets_training_agree(digits_dir: Path) -> None:
+def test_loss_curves_of_both_forms_agree_over_200_steps_as_far_as_rounding_allows(digits_dir: Path) -> None:
     direct, moments = loss_curve(digits_dir, 'direct'), loss_curve(digits_dir, 'moments')
     # training amplifies the last bit: how far, the direct form shows from weights that differ in it
     rounding = loss_curve(digits_dir, 'direct', perturbation=1e-7)

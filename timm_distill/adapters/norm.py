@@ -153,8 +153,9 @@ class NToOneTransform(Adapter):
     def expand_contract(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return output, [B, Cs, H, W], and expanded feature, [B, N * Ct, H, W]: the reference."""
         if x.shape[-1] == 1 and x.shape[-2] > 1:
-            # Tokens, [B, Cs, L, 1], fit both memory formats, and torch's batch norm on the CPU then gives wrong gradients
-            # where input and gradient differ in theirs (seen with 2.15): every position as an image of its own has one.
+            # Tokens, [B, Cs, L, 1], fit both memory formats, and torch's batch norm on the CPU then gives wrong
+            # gradients where input and gradient differ in theirs (seen with 2.15). As images of one position each
+            # they have a single format.
             output, expanded = self.expand_contract(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1], 1, 1))
             return _unflatten_positions(output, x), _unflatten_positions(expanded, x)
         linear = self.expand(x)
