@@ -160,7 +160,7 @@ def test_gradients_of_two_graphs_do_not_share_memory() -> None:
     first = torch.autograd.grad(run(*inputs).contracted.sum(), inputs, allow_unused=True)
     kept = [None if gradient is None else gradient.clone() for gradient in first]
     torch.autograd.grad(run(*[2 * tensor for tensor in inputs]).contracted.sum(), inputs, allow_unused=True)
-    assert all(a is None or torch.equal(a, b) for a, b in zip(first, kept))  # type: ignore[arg-type]
+    assert all(a is None or torch.equal(a, b) for a, b in zip(first, kept))
 
 
 def test_variances_are_those_of_the_expanded_feature_and_not_differentiable() -> None:
