@@ -113,6 +113,11 @@ def _use_onednn(x: torch.Tensor) -> bool:
     return torch.get_num_threads() > 1  # torch takes oneDNN for one image only with several threads
 
 
+def _centre(x: torch.Tensor) -> torch.Tensor:
+    """Subtract each channel's mean from a feature map, [B, C, H, W]."""
+    return x - x.mean(dim=(0, 2, 3))[:, None, None]
+
+
 class _MomentsFunction(Function):
     """x, t -> E[x], Cov[x], Cov[t, x]. Saves its inputs, which are alive anyway, instead of centred copies."""
 
@@ -121,9 +126,12 @@ class _MomentsFunction(Function):
         mean = x.mean(dim=(0, 2, 3))
         num_positions = x.numel() // x.shape[1]
         with full_float32():
-            centred = x - mean[:, None, None]
+            centred = _centre(x)
             cov = _products(centred, centred).div_(num_positions)
-            cross = _products(teacher, centred).div_(num_positions) if teacher.numel() else cov.new_empty(0)
+            cross = cov.new_empty(0)
+            if teacher.numel():
+                # centred too: a large mean would multiply what rounding leaves of the other one
+                cross = _products(_centre(teacher), centred).div_(num_positions)
         ctx.save_for_backward(x, teacher, mean)
         return mean, cov, cross
 
@@ -142,8 +150,7 @@ class _MomentsFunction(Function):
         with full_float32():
             if teacher.numel():
                 cross = grad_cross.t() / num_positions
-                constant -= cross @ teacher.mean(dim=(0, 2, 3))
-                grad = F.conv2d(teacher, cross[:, :, None, None])
+                grad = F.conv2d(_centre(teacher), cross[:, :, None, None])
                 grad += F.conv2d(x, weight[:, :, None, None], constant)
             else:
                 grad = F.conv2d(x, weight[:, :, None, None], constant)
