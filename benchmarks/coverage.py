@@ -259,6 +259,7 @@ def append_rows(path: str, rows: Sequence[Dict[str, Any]]) -> None:
 def render_markdown(rows: Sequence[Dict[str, str]]) -> str:
     """Return the table: per module how many architectures are tapped where, and what fails with the reason."""
     total = summarize(rows)
+    small = sum(is_due(row, 120) for row in rows)
     lines = [
         '# Coverage',
         '',
@@ -266,8 +267,8 @@ def render_markdown(rows: Sequence[Dict[str, str]]) -> str:
         '`python benchmarks/coverage.py --output coverage.csv --markdown docs/coverage.md` on random weights.',
         '',
         f'- {total["trained"]} were trained for a step, merged (largest logit difference {total["worst"]:.0e} of the',
-        f'  spread in float32) and compared key by key with the stock architecture; {total["meta"]} larger ones had',
-        '  their tap measured on the meta device.',
+        f'  spread in float32) and compared key by key with the stock architecture; {total["meta"]} others, {small} of them',
+        '  up to 120 M parameters, had their tap measured on the meta device.',
         f'- As student: {total["features"]} keep the spatial map (features), {total["pre_logits"]} are tapped at the',
         f'  pre-logits, {total["student failed"]} cannot be students.',
         f'- As teacher: {total["teacher ok"]} work, {total["teacher failed"]} do not.',
