@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch.func import functional_call
 
 from .folding import fold_affine
+from .moments import full_float32
 from .probing import evaluation_mode
 from .taps import StudentTap
 
@@ -79,13 +80,8 @@ def merge_error(adapted: nn.Module, student: nn.Module, merged: Dict[str, torch.
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Run outside autocast and without TF32, whose rounding would hide a wrong merge."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+    with full_float32(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 class AdaptedLinear(nn.Linear):

@@ -226,7 +226,8 @@ class NToOneTransform(Adapter):
             return self._share(compute_moments(x)), None, None
         student, teacher = match_grids(match.to_map(x), to_full_precision(match.teacher), self.pool)
         matched = compute_moments(student, teacher)
-        moments = matched if student is x else compute_moments(x)
+        # the map holds all positions unless prefix tokens were dropped or it was pooled
+        moments = matched if _count_positions(student) == _count_positions(x) else compute_moments(x)
         return self._share(moments), matched, compute_teacher_moments(teacher)
 
     def _share(self, moments: Moments) -> Moments:
