@@ -27,7 +27,7 @@ PARSERS = {'train': create_train_parser, 'validate': create_validate_parser}
 EXCEPTIONS = {
     '--device': 'without the flag the scripts take cuda where there is one and the CPU otherwise',
 }
-# timm's flags that neither script acts on yet, with the reason; a new one of timm's has to be added here or to args.py.
+# timm's flags that neither script acts on yet, with the reason; a new one of timm's has to be added here or to args/.
 LEFT_OUT = {
     'train': {
         'needs augmentation splits': ['aug_splits', 'jsd_loss', 'resplit', 'split_bn'],
@@ -107,8 +107,8 @@ def test_timm_flags_are_either_there_or_left_out_with_a_reason(script):
     ours = {a.dest for a in PARSERS[script]()._actions}
     left_out = [dest for dests in LEFT_OUT[script].values() for dest in dests]
     missing = [f['dest'] for f in timm_flags(script) if f['dest'] not in ours and f['dest'] not in left_out]
-    assert not missing, f'add these flags to args.py, or to LEFT_OUT here with the reason: {missing}'
-    assert not ours & set(left_out), 'take flags that args.py has out of LEFT_OUT'
+    assert not missing, f'add these flags to args/, or to LEFT_OUT here with the reason: {missing}'
+    assert not ours & set(left_out), 'take flags that args/ has out of LEFT_OUT'
 
 
 @pytest.mark.parametrize('script', PARSERS)

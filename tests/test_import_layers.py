@@ -76,7 +76,7 @@ def explain_import(module: str, name: str) -> str:
     """Return why `module` must not import `name` and what to do, '' where it may."""
     importer, imported = unit_of(module), unit_of(name)
     if name.startswith('argparse.') and name != 'argparse.Namespace' and importer != 'args':
-        return 'only args.py knows argparse; add the flag there.'
+        return 'only args/ knows argparse; add the flag there.'
     if not imported:
         return ''
     if importer in SCRIPTS and imported not in LAYERS:
@@ -140,8 +140,8 @@ def test_allowed_import_passes(module: str, source: str) -> None:
     ('timm_distill.methods.kd', 'from ..methods import norm', 'never each other'),
     ('timm_distill.methods.base', 'from .kd import KD', 'never each other'),
     ('timm_distill.methods.kd', 'from ..engine import evaluate', 'no loop'),
-    ('timm_distill.methods.kd', 'import argparse\nargparse.ArgumentParser()', 'only args.py'),
-    ('validate', 'from argparse import ArgumentParser', 'only args.py'),
+    ('timm_distill.methods.kd', 'import argparse\nargparse.ArgumentParser()', 'only args'),
+    ('validate', 'from argparse import ArgumentParser', 'only args'),
     ('timm_distill.export', 'from .teacher import Teacher', 'only the student'),
     ('timm_distill.novelty', 'import torch', 'give it one in LAYERS'),
 ])

@@ -1,0 +1,133 @@
+"""What the flags alone can show to be wrong, found before anything is built."""
+import argparse
+import difflib
+import logging
+import math
+from typing import Any, Dict, Optional, Tuple
+
+from timm.optim import list_optimizers
+
+from ..errors import UsageError
+
+_logger = logging.getLogger(__name__)
+INTERPOLATIONS = ('bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')
+SCHEDULES = ('cosine', 'tanh', 'step', 'constant', 'multistep', 'plateau', 'poly', 'wsd', 'rsqrt', 'none')
+_AUTO_AUGMENT = ('rand', 'augmix', 'original', 'originalr', 'v0', 'v0r', '3a')
+# Flags with a fixed set of values that timm's parser leaves open, so that a typo shows up late or not at all.
+_ONE_OF: Dict[str, Tuple[Optional[str], ...]] = {
+    'amp_dtype': ('float16', 'bfloat16'),
+    'model_dtype': (None, '', 'float32', 'float16', 'bfloat16'),
+    'clip_mode': ('norm', 'value', 'agc'),
+    'sched': SCHEDULES,
+    'lr_base_scale': ('', 'linear', 'sqrt'),
+    'train_crop_mode': (None, '', 'rrc', 'rkrc', 'rkrr'),
+    'crop_mode': (None, '', 'center', 'squash', 'border'),
+    'remode': ('pixel', 'rand', 'const'),
+    'mixup_mode': ('batch', 'pair', 'elem'),
+    'interpolation': ('', *INTERPOLATIONS),
+    'train_interpolation': ('', 'random', *INTERPOLATIONS),
+    'dist_bn': ('', 'broadcast', 'reduce'),
+    'worker_seeding': ('all', 'part'),
+    'eval_metric': ('top1', 'top5', 'loss'),
+    'results_format': ('csv', 'json'),
+}
+_AT_LEAST_ONE = (
+    'batch_size', 'validation_batch_size', 'epochs', 'grad_accum_steps', 'num_classes', 'img_size', 'in_chans',
+    'log_interval', 'log_freq', 'val_interval', 'checkpoint_hist', 'recount',
+)
+_NOT_NEGATIVE = (
+    'mixup', 'cutmix', 'workers', 'weight_decay', 'lr', 'lr_base', 'warmup_lr', 'min_lr', 'warmup_epochs',
+    'cooldown_epochs', 'recovery_interval', 'mixup_off_epoch', 'start_epoch', 'aug_repeats', 'epoch_repeats', 'tta',
+    'distill_loss_weight', 'task_loss_weight',
+)
+_PROBABILITIES = (
+    'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
+    'mixup_switch_prob', 'smoothing', 'drop', 'drop_path', 'drop_block', 'model_ema_decay',
+)
+# Settings that only a distillation run reads, with the value that means 'not given'.
+_NEEDS_KD: Dict[str, Any] = {
+    'teacher': None,
+    'teacher_checkpoint': '',
+    'teacher_kwargs': {},
+    'task_loss_weight': None,
+    'distill_loss_weight': None,
+    'kd_tap': 'auto',
+}
+
+
+def check_train_args(args: argparse.Namespace) -> None:
+    """Reject values and combinations that cannot work, warn of those that have no effect.
+
+    Raises:
+        UsageError: Names the value, what is allowed and the flag.
+    """
+    _check_values(args)
+    _check_optimizer(args)
+    _check_augmentation(args)
+    _check_distillation(args)
+    if args.no_resume_opt and not args.resume:
+        _logger.warning('--no-resume-opt has no effect without --resume.')
+    if args.torchcompile_mode and not args.torchcompile:
+        _logger.warning('--torchcompile-mode has no effect without --torchcompile.')
+
+
+def check_validate_args(args: argparse.Namespace) -> None:
+    """As `check_train_args`, for the validation script."""
+    _check_values(args)
+
+
+def _flag(name: str) -> str:
+    return '--' + name.replace('_', '-')
+
+
+def _check_values(args: argparse.Namespace) -> None:
+    """Checks on single values and on the precision, for whichever flags this script has."""
+    for name, allowed in _ONE_OF.items():
+        if getattr(args, name, allowed[0]) not in allowed:
+            words = ', '.join(f"'{v}'" for v in allowed if v)
+            raise UsageError(f"{_flag(name)} '{getattr(args, name)}' must be one of {words}")
+    for names, low, high in ((_AT_LEAST_ONE, 1, math.inf), (_NOT_NEGATIVE, 0, math.inf), (_PROBABILITIES, 0, 1)):
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and not low <= value <= high:
+                raise UsageError(
+                    f'{_flag(name)} {value} must be ' + (f'{low} or more' if high == math.inf else 'between 0 and 1'))
+    if args.amp and args.model_dtype not in (None, '', 'float32'):
+        raise UsageError(f'--model-dtype {args.model_dtype} does not go with --amp, which needs float32 weights: '
+                         'leave out one of the two')
+    channels = args.input_size[0] if args.input_size else args.in_chans or 3
+    for name in ('mean', 'std'):
+        value = getattr(args, name)
+        if value is not None and len(value) not in (1, channels):
+            raise UsageError(f'{_flag(name)} has {len(value)} values: give one, or one for each of {channels} channels')
+
+
+def _check_optimizer(args: argparse.Namespace) -> None:
+    names = [str(name) for name in list_optimizers()]
+    opt = args.opt.lower().split('_')[-1]  # timm takes prefixes such as lookahead_
+    if opt not in names:
+        closest = ', '.join(difflib.get_close_matches(opt, names) or names)
+        raise UsageError(f"--opt '{args.opt}' is not an optimizer of timm; closest: {closest}")
+
+
+def _check_augmentation(args: argparse.Namespace) -> None:
+    if args.aa and args.aa.split('-')[0] not in _AUTO_AUGMENT:
+        raise UsageError(f"--aa '{args.aa}' must begin with one of {', '.join(_AUTO_AUGMENT)}")
+    for name in ('scale', 'ratio', 'cutmix_minmax'):
+        value = getattr(args, name)
+        if value is not None and (len(value) != 2 or not 0 <= value[0] <= value[1]):
+            raise UsageError(f'{_flag(name)} {" ".join(map(str, value))} must be two numbers, smallest first')
+    if (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None) and args.batch_size % 2:
+        raise UsageError(f'--batch-size {args.batch_size} must be even with --mixup or --cutmix, which mix in pairs')
+    if not args.bce_loss and (args.bce_sum or args.bce_target_thresh is not None or args.bce_pos_weight is not None):
+        raise UsageError('--bce-sum, --bce-target-thresh and --bce-pos-weight need --bce-loss')
+
+
+def _check_distillation(args: argparse.Namespace) -> None:
+    """Check what needs no list of methods; the task checks names, weights and options."""
+    if args.kd != 'none' and not args.teacher:
+        raise UsageError(f'--kd {args.kd} needs a teacher: pass --teacher NAME, or --kd none to train without one')
+    if args.kd == 'none':
+        ignored = [_flag(name) for name, unset in _NEEDS_KD.items() if getattr(args, name) != unset]
+        if ignored:
+            _logger.warning(f'{", ".join(ignored)} ignored: --kd none trains the student alone.')

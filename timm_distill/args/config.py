@@ -1,0 +1,99 @@
+"""Parsing a command line over the values of a `--config` file, and writing such a file."""
+import argparse
+import difflib
+from typing import Any, Dict, Optional, Sequence
+
+import yaml
+from timm.utils import ParseKwargs
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Parse a command line; a `--config` file replaces the parser's defaults first.
+
+    Args:
+        parser: A newly created parser; its defaults are changed where there is a config file.
+        argv: Arguments without the program's name, `sys.argv[1:]` if None.
+    """
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f'unrecognized arguments: {" ".join(unknown)}')
+    if hasattr(args, 'config'):
+        parser.set_defaults(**_read_config(parser, args.config))
+        args = parser.parse_args(argv)
+        del args.config
+    return args
+
+
+def args_to_yaml(args: argparse.Namespace) -> str:
+    """YAML text that `--config` reads back to the same arguments. Call it before anything is added to `args`."""
+    return yaml.safe_dump(vars(args), default_flow_style=False)
+
+
+def _read_config(parser: argparse.ArgumentParser, path: str) -> Dict[str, Any]:
+    """Values of a YAML file by argument name, each checked against its flag."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            config = yaml.safe_load(f)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f'cannot read --config {path}: {" ".join(str(error).split())}')
+    if not isinstance(config, dict):
+        parser.error(f'--config {path} must hold lines of the form name: value')
+    actions = _config_actions(parser)
+    unknown = [str(key) for key in config if key not in actions]
+    if unknown:
+        parser.error(f'unknown keys in --config {path}: {", ".join(_with_closest(k, actions) for k in unknown)}')
+    return {actions[key].dest: _config_value(parser, actions[key], key, value) for key, value in config.items()}
+
+
+def _config_actions(parser: argparse.ArgumentParser) -> Dict[str, argparse.Action]:
+    """Every key that a config file may hold: each argument's name, and its other long flags (`student`)."""
+    actions: Dict[str, argparse.Action] = {}
+    for action in parser._actions:  # argparse has no public list
+        if action.dest in ('help', 'config'):
+            continue
+        if action.nargs != 0:  # the second flag of a switch is its opposite
+            actions.update({o[2:].replace('-', '_'): action for o in action.option_strings if o.startswith('--')})
+        actions[action.dest] = action
+    return actions
+
+
+def _with_closest(key: str, valid: Dict[str, argparse.Action]) -> str:
+    closest = difflib.get_close_matches(key.replace('-', '_'), list(valid), n=3)
+    return f"'{key}' (closest: {', '.join(closest)})" if closest else f"'{key}'"
+
+
+def _config_value(parser: argparse.ArgumentParser, action: argparse.Action, key: str, value: Any) -> Any:
+    """Check and convert one value of a config file, which argparse does only for text."""
+    if value is None and action.default is None:
+        return None
+    if action.nargs == 0:
+        valid, words = isinstance(value, bool), 'true or false'
+    elif isinstance(action, ParseKwargs):
+        valid, words = isinstance(value, dict), 'a mapping'
+    elif action.nargs == '+' or isinstance(action.nargs, int):
+        length = action.nargs if isinstance(action.nargs, int) else None
+        valid, words = isinstance(value, list) and length in (None, len(value)), f'a list of {length or "some"} values'
+        if valid:
+            return [_config_scalar(parser, action, key, item) for item in value]
+    else:
+        return _config_scalar(parser, action, key, value)
+    if not valid:
+        parser.error(f'--config: {key} must be {words}, got {value!r}')
+    return value
+
+
+def _config_scalar(parser: argparse.ArgumentParser, action: argparse.Action, key: str, value: Any) -> Any:
+    kind: Any = action.type or str
+    valid = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    if valid:
+        try:
+            converted = kind(value)  # text too: YAML reads 1e-5, for want of a point, as text
+            valid = kind is not int or isinstance(value, str) or converted == value
+        except (ValueError, OverflowError):
+            valid = False
+    if not valid:
+        words = {int: 'a whole number', float: 'a number'}.get(kind, 'text')
+        parser.error(f'--config: {key} must be {words}, got {value!r}')
+    if action.choices is not None and converted not in action.choices:
+        parser.error(f'--config: {key} must be one of {", ".join(map(str, action.choices))}, got {value!r}')
+    return converted

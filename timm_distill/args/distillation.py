@@ -1,0 +1,39 @@
+"""Flags of the teacher and the distillation methods."""
+import argparse
+
+from .parser import ParseKeyValues
+
+
+def add_distillation_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Distillation')
+    group.add_argument('--teacher', metavar='NAME', default=None,
+                       help='teacher: a timm model name, hf-hub:org/name or local-dir:/path')
+    group.add_argument('--teacher-checkpoint', metavar='FILE', default='',
+                       help='teacher weights (.safetensors, .pth or a training checkpoint) instead of pretrained ones')
+    group.add_argument('--teacher-kwargs', nargs='*', default={}, action=ParseKeyValues, metavar='KEY=VALUE',
+                       help='extra arguments for the teacher\'s constructor, e.g. img_size=256')
+    group.add_argument('--teacher-pretrained', action=argparse.BooleanOptionalAction, default=True,
+                       help='start the teacher from its pretrained weights; without them it teaches noise')
+    group.add_argument('--teacher-eval', action=argparse.BooleanOptionalAction, default=None,
+                       help='report the teacher\'s accuracy before training; None: when there is validation data')
+    group.add_argument('--kd', default='none', metavar='NAME[+NAME...]',
+                       help='distillation methods, joined by +, e.g. norm or norm+kd; none trains the student alone')
+    group.add_argument('--kd-weight', nargs='*', default={}, action=ParseKeyValues, metavar='NAME=W',
+                       help='weight of each method\'s loss, e.g. norm=1 kd=0.5; the method\'s own default if absent')
+    group.add_argument('--kd-kwargs', nargs='*', default={}, action=ParseKeyValues, metavar='NAME.KEY=VALUE',
+                       help='method options, e.g. norm.segments=8 kd.temperature=4; --list-kd shows them all')
+    group.add_argument('--kd-tap', default='auto', choices=['auto', 'features', 'pre_logits', 'side'],
+                       help='where features are matched: the last feature map, the classifier\'s input, or the first '
+                            'of the two from which the adapter can be merged away (auto)')
+    group.add_argument('--task-loss-weight', type=float, default=None,
+                       help='factor on the label loss; given alone, the distillation losses get 1 minus it; None: 1')
+    group.add_argument('--distill-loss-weight', type=float, default=None,
+                       help='factor on the sum of all distillation losses; None: 1')
+    group.add_argument('--list-kd', action='store_true', default=False,
+                       help='print the distillation methods with their options and papers, then exit')
+    group.add_argument('--dry-run', action='store_true', default=False,
+                       help='check the pair without data and weights: tap, shapes, cost, merge error; exit code 2 if '
+                            'it does not work')
+    group.add_argument('--demo', action='store_true', default=False,
+                       help='short complete run on handwritten digits; needs no data, no network and no other flag')
+    group.add_argument('--demo-dir', metavar='DIR', default='./output/demo', help='where --demo writes')

@@ -1,0 +1,24 @@
+"""Flags of what a run writes and says, and when."""
+import argparse
+
+
+def add_output_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('Output and logging')
+    group.add_argument('--output', type=str, default='', metavar='PATH',
+                       help='parent folder of the runs; empty: ./output/train')
+    group.add_argument('--experiment', type=str, default='', metavar='NAME',
+                       help='folder name of this run; empty: time, model and size')
+    group.add_argument('--eval-metric', type=str, default='top1', metavar='NAME',
+                       help='what makes a checkpoint the best one: top1, top5 or loss')
+    group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
+    group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
+                       help='updates between two recovery checkpoints inside an epoch; 0: none')
+    group.add_argument('--val-interval', type=int, default=1, metavar='N',
+                       help='epochs between two validations, each followed by a checkpoint')
+    group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between two log lines')
+    group.add_argument('--tta', type=int, default=0, metavar='N',
+                       help='average the outputs of N consecutive inputs in validation; 0: off')
+    group.add_argument('--worker-seeding', type=str, default='all',
+                       help='generators seeded in loader processes: all, or part (not NumPy\'s)')
+    group.add_argument('--use-multi-epochs-loader', action='store_true', default=False,
+                       help='keep loader processes over epochs: faster, but a resumed run sees other augmentations')

@@ -1,0 +1,179 @@
+"""Datasets of the splits, with checks of class folders where timm would go on with other data than the user meant."""
+import os
+import tarfile
+from argparse import Namespace
+from typing import Any, Dict, Optional, Tuple
+
+from timm.data import ImageDataset, create_dataset
+from torch.utils.data import Dataset
+
+from ..errors import UsageError
+from .images import StrictImageDataset
+
+# Readers that bring their own splits and labels; all other datasets are class folders or tar files.
+_READERS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+# Folder names that timm takes for one another when it looks for a split.
+_SPLIT_ALIASES = (
+    ('train', 'training'),
+    ('val', 'valid', 'validation', 'eval', 'evaluation'),
+)
+
+
+def create_datasets(
+        args: Namespace,
+        data_config: Dict[str, Any],
+        num_classes: int,
+) -> Tuple[Dataset, Optional[Dataset]]:
+    """Training and validation dataset; the latter is None where `--val-split` is empty.
+
+    Args:
+        args: Training arguments.
+        data_config: Resolved by `timm.data.resolve_data_config`.
+        num_classes: Outputs of the student.
+
+    Raises:
+        UsageError: For a missing folder or split, and for class folders that do not fit `num_classes` or each other.
+    """
+    dataset_train = _create_split(
+        args,
+        data_config,
+        '--train-split',
+        args.train_split,
+        is_training=True,
+        seed=args.seed,
+        repeats=args.epoch_repeats,
+        num_samples=args.train_num_samples,
+    )
+    _check_class_count(args, dataset_train, num_classes)
+    if not args.val_split:
+        return dataset_train, None
+    dataset_eval = _create_split(
+        args,
+        data_config,
+        '--val-split',
+        args.val_split,
+        is_training=False,
+        num_samples=args.val_num_samples,
+    )
+    _check_same_classes(args, dataset_train, dataset_eval)
+    return dataset_train, dataset_eval
+
+
+def create_eval_dataset(args: Namespace, data_config: Dict[str, Any], num_classes: int) -> Dataset:
+    """Dataset of the validation script, from `--split`, with the checks of `create_datasets`."""
+    dataset = _create_split(
+        args,
+        data_config,
+        '--split',
+        args.split,
+        is_training=False,
+        seed=args.seed,
+        num_samples=args.num_samples,
+    )
+    _check_class_count(args, dataset, num_classes)
+    return dataset
+
+
+def _create_split(
+        args: Namespace,
+        data_config: Dict[str, Any],
+        flag: str,
+        split: str,
+        **kwargs: Any,
+) -> Dataset:
+    root = args.data_dir or args.data
+    is_folder = _is_folder_dataset(args.dataset)
+    if is_folder:
+        _check_split_folder(root, flag, split)
+    kwargs = dict(
+        kwargs,
+        root=root,
+        split=split,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        input_img_mode=args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L'),
+        input_key=args.input_key,
+        target_key=args.target_key,
+        trust_remote_code=args.dataset_trust_remote_code,
+    )
+    dataset = _create_folder_dataset(args, flag, kwargs) if is_folder else create_dataset(args.dataset, **kwargs)
+    return StrictImageDataset(dataset) if isinstance(dataset, ImageDataset) else dataset
+
+
+def _create_folder_dataset(args: Namespace, flag: str, kwargs: Dict[str, Any]) -> Dataset:
+    if args.target_key is not None:
+        raise UsageError(f'--target-key {args.target_key} needs a --dataset with columns, class folders have none')
+    try:
+        return create_dataset(args.dataset, **kwargs)
+    except (AssertionError, OSError, RuntimeError, ValueError, tarfile.TarError) as error:
+        # timm's own words say whether images, the class map or a tar file is at fault
+        raise UsageError(
+            f"no dataset in {kwargs['root']} for {flag} '{kwargs['split']}': {' '.join(str(error).split())}") from error
+
+
+def _is_folder_dataset(name: str) -> bool:
+    prefix, sep, _ = name.partition('/')
+    if not sep:
+        return True
+    if prefix.lower() not in _READERS:
+        raise UsageError(f"--dataset '{name}': unknown reader '{prefix}', must be one of {', '.join(_READERS)}")
+    return False
+
+
+def _check_split_folder(root: Optional[str], flag: str, split: str) -> None:
+    """Reject what timm's search for a split would replace by the whole data folder."""
+    if not root:
+        raise UsageError('no dataset given: pass its folder as --data-dir DIR')
+    if not os.path.exists(root):
+        raise UsageError(f"--data-dir '{root}' does not exist")
+    if '[' in split:
+        raise UsageError(f"{flag} '{split}': class folders cannot be sliced, pass the name of a folder")
+    if not os.path.isdir(root):
+        if flag == '--val-split':  # a tar file would be read as both splits
+            raise UsageError(f"--data-dir '{root}' is one file without splits: pass --val-split '' with it")
+        return
+    names = [split] + [alias for group in _SPLIT_ALIASES if split in group for alias in group if alias != split]
+    if not any(os.path.exists(os.path.join(root, n)) for n in names):
+        hint = ', or an empty one to train without validation' if flag == '--val-split' else ''
+        raise UsageError(
+            f"no folder for {flag} '{split}' in --data-dir '{root}' (looked for {', '.join(names)}): "
+            f'pass {flag} with the name of its folder{hint}')
+
+
+def _class_to_idx(dataset: Dataset) -> Optional[Dict[str, int]]:
+    """Labels by class folder name; None where they do not come from folders."""
+    reader = getattr(dataset, 'reader', None)
+    return getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
+
+
+def _check_class_count(args: Namespace, dataset: Dataset, num_classes: int) -> None:
+    classes = _class_to_idx(dataset) if _is_folder_dataset(args.dataset) else None
+    if classes is None:
+        return
+    folder = dataset.reader.root  # type: ignore[attr-defined]
+    if args.class_map:
+        needed = max(classes.values()) + 1
+        if needed > num_classes:
+            raise UsageError(f'--class-map {args.class_map} numbers {needed} classes, but the model has {num_classes}: '
+                             f'pass --num-classes {needed}')
+    elif '' in classes:
+        raise UsageError(f'{folder} holds images outside of class folders: move each into the folder of its class')
+    elif len(classes) < 2:
+        raise UsageError(f'{folder} has only one class folder with images ({next(iter(classes))}), two are the least')
+    elif len(classes) != num_classes:
+        raise UsageError(f'{folder} has {len(classes)} class folders with images, but the model has {num_classes} '
+                         f'classes: pass --num-classes {len(classes)}')
+
+
+def _check_same_classes(args: Namespace, dataset_train: Dataset, dataset_eval: Dataset) -> None:
+    """Labels are numbered per split: one folder more or less in either shifts all labels after it."""
+    train, val = _class_to_idx(dataset_train), _class_to_idx(dataset_eval)
+    if args.class_map or not _is_folder_dataset(args.dataset) or train is None or val is None or train == val:
+        return
+    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+    parts = [f'only in {split}: {", ".join(names[:5])}{", ..." if len(names) > 5 else ""}'
+             for split, names in ((args.train_split, only_train), (args.val_split, only_val)) if names]
+    raise UsageError(
+        f'the class folders of --train-split {args.train_split} and --val-split {args.val_split} differ '
+        f'({"; ".join(parts)}): make them equal, or give the labels with --class-map')
