@@ -17,11 +17,13 @@ LAYERS = {
     'args': 0, 'data': 0, 'engine': 0, 'checkpoint': 0, 'device': 0,
     'adapters': 1, 'folding': 1,
     'taps': 2,
-    'teacher': 3, 'merge': 3,
-    'methods': 4, 'export': 4, 'student': 4,
-    'task': 5,
-    'demo': 6, 'pair': 6, 'validate': 6,
-    'train_distill': 7,
+    'teacher': 3, 'merge': 3, 'reading': 3,
+    'presets': 4, 'stage_matching': 4, 'export': 4,
+    'methods': 5, 'student': 5,
+    'composition': 6,
+    'task': 7,
+    'demo': 8, 'pair': 8, 'validate': 8,
+    'train_distill': 9,
 }
 # What the numbers would allow and the design does not: importer -> (imported names, reason).
 FORBIDDEN = {

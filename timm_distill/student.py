@@ -12,7 +12,8 @@ from .adapters import Adapter, AdapterOutput, Match
 from .errors import UsageError
 from .layouts import FeatureLayout
 from .merge import AdaptedLinear, adapt_linear, merge_error, merged_copy, merged_state_dict, merged_tensors
-from .probing import resize_images
+from .probing import RawFeature, resize_images
+from .reading import FeatureReader
 from .taps import Features, StudentTap
 
 MethodTerms = Dict[str, Dict[str, torch.Tensor]]  # unweighted terms by method
@@ -27,6 +28,7 @@ class AdaptedStudent(nn.Module):
         tap: Insertion point of the adapters.
         methods: Methods by name, whose own parameters train with the student.
         resize_to: Size (height, width) that the student's input is resized to, None for the size it comes in.
+        reader: What of the student is read beside its logits.
     """
 
     def __init__(
@@ -36,8 +38,12 @@ class AdaptedStudent(nn.Module):
             tap: Optional[StudentTap] = None,
             methods: Optional[Mapping[str, nn.Module]] = None,
             resize_to: Optional[Tuple[int, int]] = None,
+            reader: Optional[FeatureReader] = None,
     ):
         super().__init__()
+        inside = tap is not None and bool(tap.inside)
+        self._plain_reader = FeatureReader(student, whole=inside)
+        self.reader = reader or self._plain_reader
         self.student = student
         self.adapters = nn.ModuleList(adapters)
         self.tap = tap
@@ -71,35 +77,58 @@ class AdaptedStudent(nn.Module):
         return logits, features.logits, terms  # type: ignore[return-value]
 
     def forward_with_features(self, images: torch.Tensor, teacher: Optional[Features] = None) -> Features:
-        """Run the student; the adapters match with the teacher's counterpart of the tap, where there is one."""
+        """Run the student; with a teacher's features, read what the methods ask for and match the adapters."""
         if self.resize_to is not None:
             images = resize_images(images, self.resize_to)
-        target = None if teacher is None else teacher.tap
-        if self.tap is None:
-            return Features(logits=self.student(images))
-        if self.tap.inside:
-            return self._forward_inside(self.tap, images, target)
-        return self._forward_tapped(self.tap, images, target)
+        reader = self._plain_reader if teacher is None else self.reader
+        if self.tap is None and reader.reads_logits_alone:
+            return Features(logits=_first(self.student(images)))
+        if self.tap is not None and self.tap.inside:
+            return self._forward_inside(self.tap, reader, images, teacher)
+        return self._forward_tapped(reader, images, teacher)
 
-    def _forward_inside(self, tap: StudentTap, images: torch.Tensor, target: Optional[torch.Tensor]) -> Features:
+    def _forward_inside(
+            self,
+            tap: StudentTap,
+            reader: FeatureReader,
+            images: torch.Tensor,
+            teacher: Optional[Features],
+    ) -> Features:
         linear: AdaptedLinear = self.student.get_submodule(tap.inside)  # type: ignore[assignment]
-        linear.match_with(target)
-        logits = self.student(images)
+        linear.match_with(None if teacher is None else teacher.tap)
+        features, raw = reader.run_trunk(self.student, images)
+        reader.read_feature(features, raw, self.student)
+        reader.run_head(self.student, raw, features)
         loss = linear.pop_loss()
-        return Features(logits=logits, matched=() if loss is None else (loss,))
+        features.matched = () if loss is None else (loss,)
+        return features
 
-    def _forward_tapped(self, tap: StudentTap, images: torch.Tensor, target: Optional[torch.Tensor]) -> Features:
-        feature = self.student.forward_features(images)
-        head = self.student.forward_head
-        if tap.point == 'pre_logits':
-            feature = self.student.forward_head(feature, pre_logits=True)
-            head = self.student.get_classifier()
+    def _forward_tapped(self, reader: FeatureReader, images: torch.Tensor, teacher: Optional[Features]) -> Features:
+        features, raw = reader.run_trunk(self.student, images)
+        at_pre_logits = self.tap is not None and self.tap.point == 'pre_logits'
+        if not at_pre_logits:
+            raw = self._adapt(features, raw, teacher)
+        reader.read_feature(features, raw, self.student)
+        if not at_pre_logits:
+            reader.run_head(self.student, raw, features)
+            return features
+        pre_logits = self._adapt(features, self.student.forward_head(raw, pre_logits=True), teacher)
+        reader.note_pre_logits(features, pre_logits)  # type: ignore[arg-type]
+        reader.note_logits(features, self.student.get_classifier()(pre_logits))
+        return features
+
+    def _adapt(self, features: Features, feature: RawFeature, teacher: Optional[Features]) -> RawFeature:
+        """Run the adapters on the feature at the tap and note their losses."""
+        if self.tap is None:
+            return feature
+        target = None if teacher is None else teacher.tap
         adapted = [
             adapter(site.layout.to_positions(tensor), None if target is None else Match(target, site.layout.to_map))
-            for adapter, site, tensor in zip(self.adapters, tap.sites, tap.read(feature))
+            for adapter, site, tensor in zip(self.adapters, self.tap.sites, self.tap.read(feature))
         ]
-        outputs = [site.layout.from_positions(a.output) for site, a in zip(tap.sites, adapted)]
-        return Features(logits=head(tap.write(feature, outputs)), matched=_losses(adapted))
+        features.matched = tuple(a.loss for a in adapted if a.loss is not None)
+        outputs = [site.layout.from_positions(a.output) for site, a in zip(self.tap.sites, adapted)]
+        return self.tap.write(feature, outputs)
 
     def transform_logits(self, logits: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
         """Apply the methods' maps of the logits, which the task loss and all methods see."""
@@ -183,5 +212,5 @@ class _InsideAdapter(nn.Module):
         return AdapterOutput(self.layout.from_positions(adapted.output), adapted.loss)
 
 
-def _losses(adapted: Sequence[AdapterOutput]) -> Tuple[torch.Tensor, ...]:
-    return tuple(a.loss for a in adapted if a.loss is not None)
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, (tuple, list)) else output

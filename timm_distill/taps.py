@@ -7,7 +7,7 @@ parameters randomised, and both logits are compared in float64. What does not ag
 import copy
 import logging
 from dataclasses import dataclass, replace
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -49,6 +49,9 @@ class Features:
         stages: Intermediate features as maps, [B, C, H, W] each, shallow to deep.
         tap: Teacher's counterpart of the student's insertion point, [B, C, H, W] or [B, D, 1, 1].
         matched: Each adapter's loss against the teacher's counterpart (student only), scalars.
+        token_logits: Logits of the distillation token, [B, K] (students with one only).
+        head: The teacher's frozen head, from a map [B, Ct, H, W] or vector [B, D, 1, 1] to logits (teacher only).
+        indices: Indices of the batch's samples in the training set, [B] (teacher only).
     """
     logits: Optional[torch.Tensor] = None
     feature: Optional[torch.Tensor] = None
@@ -56,6 +59,9 @@ class Features:
     stages: Tuple[torch.Tensor, ...] = ()
     tap: Optional[torch.Tensor] = None
     matched: Tuple[torch.Tensor, ...] = ()
+    token_logits: Optional[torch.Tensor] = None
+    head: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
+    indices: Optional[torch.Tensor] = None
 
 
 @dataclass(frozen=True)
@@ -236,7 +242,10 @@ class Stage:
 
 
 def resolve_stages(model: nn.Module, input_size: Sequence[int]) -> Tuple[Stage, ...]:
-    """Return the deepest intermediate feature of every grid size, shallow to deep; none where the model has none."""
+    """Return the deepest intermediate feature of every grid size, shallow to deep; none where the model has none.
+
+    Of a model whose grid never changes (ViT), the last feature of every quarter of its depth.
+    """
     if not hasattr(model, 'forward_intermediates'):
         return ()
     with evaluation_mode(model):
@@ -246,11 +255,12 @@ def resolve_stages(model: nn.Module, input_size: Sequence[int]) -> Tuple[Stage, 
         except CANNOT_RUN as e:
             _logger.debug(f'{type(model).__name__} gives no intermediate features: {e}')
             return ()
-    deepest: Dict[Tuple[int, int], Stage] = {}
-    for index, feature in enumerate(maps):
-        if isinstance(feature, torch.Tensor) and feature.ndim == 4:
-            _, channels, height, width = feature.shape
-            deepest[height, width] = Stage(index, (channels, height, width))
+    stages = [Stage(index, tuple(feature.shape[1:])) for index, feature in enumerate(maps)  # type: ignore[arg-type]
+              if isinstance(feature, torch.Tensor) and feature.ndim == 4]
+    deepest = {stage.shape[1:]: stage for stage in stages}
+    if len(deepest) == 1:
+        quarters = {len(stages) * (i + 1) // 4 - 1 for i in range(4)} - {-1}
+        return tuple(stages[i] for i in sorted(quarters))
     return tuple(sorted(deepest.values(), key=lambda stage: stage.index))
 
 

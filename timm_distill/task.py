@@ -1,6 +1,5 @@
 """The distillation task: a student with its adapters, a frozen teacher, methods, weights and schedules."""
 import logging
-import math
 from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
@@ -11,12 +10,15 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
 from .adapters import Adapter, create_adapter
+from .composition import Composition, create_composition
 from .errors import MergeError, UsageError
 from .merge import MERGE_TOLERANCE
-from .methods import DistillMethod, create_method
+from .methods import DistillMethod
 from .probing import random_images, runnable_size
+from .reading import FeatureReader, FeatureSpec, PairSpec
+from .schedules import ScheduleSpec
 from .student import AdaptedStudent
-from .taps import Features, StudentTap, classifier_parameters, resolve_student_tap
+from .taps import Features, Stage, StudentTap, classifier_parameters, resolve_student_tap
 from .teacher import Teacher, create_teacher
 
 _logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class DistillTask(TrainingTask):
         teacher: Frozen teacher, None where no method asks for one.
         criterion: Task loss of (logits, target).
         weights: Weight of each method's terms, by method name.
+        schedules: Factor on each method's terms by epoch; its own schedule by default.
         task_loss_weight: Weight of the task loss.
         input_size: (channels, height, width), for the probe of a merge before any batch was seen.
         device: Device of the task.
@@ -50,6 +53,7 @@ class DistillTask(TrainingTask):
             weights: Mapping[str, float],
             task_loss_weight: float = 1.,
             input_size: Sequence[int] = (3, 224, 224),
+            schedules: Optional[Mapping[str, Callable[[int], float]]] = None,
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
@@ -59,6 +63,7 @@ class DistillTask(TrainingTask):
         self.teacher = teacher
         self.criterion = criterion
         self.weights = dict(weights)
+        self.schedules = {name: method.weight for name, method in module.methods.items()} | dict(schedules or {})
         self.task_loss_weight = task_loss_weight
         self.input_size = tuple(input_size)
         self._teacher_outputs = _teacher_outputs(module)
@@ -76,8 +81,8 @@ class DistillTask(TrainingTask):
     def set_epoch(self, epoch: int) -> None:
         """Apply the methods' weight schedules for an epoch, counted from 0."""
         self._term_weights = {
-            name: self.weights[name] * method.weight(epoch)
-            for name, method in self.module.methods.items()
+            name: self.weights[name] * self.schedules[name](epoch)
+            for name in self.module.methods
         }
         self._probe = None
 
@@ -112,6 +117,8 @@ class DistillTask(TrainingTask):
         tap = self.module.tap
         if tap is not None and tap.point == 'pre_logits' and features.pre_logits is not None:
             features.tap = features.pre_logits[:, :, None, None]
+        if not features.stages and features.feature is not None:
+            features.stages = (features.feature,)  # a teacher without intermediate features has this one stage
         return features
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
@@ -246,11 +253,14 @@ def create_distill_task(
         kd: str = 'norm',
         kd_weight: Optional[Mapping[str, float]] = None,
         kd_kwargs: Optional[Mapping[str, Any]] = None,
+        kd_schedule: Optional[Mapping[str, ScheduleSpec]] = None,
         kd_tap: str = 'auto',
         criterion: Optional[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = None,
         task_loss_weight: Optional[float] = None,
         distill_loss_weight: Optional[float] = None,
         num_classes: Optional[int] = None,
+        num_epochs: Optional[int] = None,
+        num_samples: Optional[int] = None,
         input_size: Optional[Sequence[int]] = None,
         mean: Optional[Sequence[float]] = None,
         std: Optional[Sequence[float]] = None,
@@ -267,9 +277,10 @@ def create_distill_task(
     Args:
         student: timm architecture or module to train.
         teacher: timm architecture, `hf-hub:REPO`, `local-dir:FOLDER` or module; None with `kd='none'`.
-        kd: 'none' or method names joined by '+', e.g. 'norm+kd'.
-        kd_weight: Weight of each method's terms, 1 by default.
+        kd: 'none' or names of methods and presets joined by '+', e.g. 'norm+kd'.
+        kd_weight: Weight of each method's terms; a preset's by default, else 1.
         kd_kwargs: Options of the methods, `{'norm.segments': 8}` or `{'norm': {'segments': 8}}`.
+        kd_schedule: Schedule of each method's weight over epochs, e.g. `{'norm': 'imagenet', 'nd': 'warmup:5'}`.
         kd_tap: Where an adapter sits: 'auto', 'features', 'pre_logits', or 'side' (read the last stage for the loss
             alone).
         criterion: Task loss of (logits, target); cross-entropy by default.
@@ -277,6 +288,8 @@ def create_distill_task(
         distill_loss_weight: Factor on all methods' weights. As in timm's tasks it is 1 - `task_loss_weight` where only
             that one is given (and no `kd_weight`), else 1.
         num_classes: Class count of a student that is built by name.
+        num_epochs: Length of the run, for schedules that span it.
+        num_samples: Images of the training set, for methods that keep something of each.
         input_size: (channels, height, width) that the student is fed; its own default otherwise.
         mean: Normalisation of the input, per channel; the student's default otherwise.
         std: Likewise.
@@ -295,7 +308,9 @@ def create_distill_task(
     model = _create_student(student, num_classes, student_kwargs).to(device=device, dtype=dtype)
     config = getattr(model, 'pretrained_cfg', None) or {}
     input_size = tuple(input_size or config.get('input_size', (3, 224, 224)))
-    methods = _create_methods(kd, kd_kwargs)
+    composition = create_composition(
+        kd, kd_weight, kd_kwargs, kd_schedule, task_loss_weight, distill_loss_weight, num_epochs)
+    methods = composition.methods
     teacher_model = None
     if methods:
         teacher_model = _resolve_teacher(
@@ -305,13 +320,13 @@ def create_distill_task(
             device=device, dtype=dtype, verbose=verbose)
         _check_class_counts(model, teacher_model, methods)
     module = _adapt_student(model, teacher_model, methods, input_size, kd_tap, verbose)
-    task_loss_weight, weights = _resolve_weights(methods, kd_weight, task_loss_weight, distill_loss_weight)
+    if teacher_model is not None:
+        _build_methods(module, teacher_model, input_size, num_samples)
     if verbose and methods:
-        _logger.info(f'Distillation: kd={kd}, task_loss_weight={task_loss_weight:g}, '
-                     + ', '.join(f'{name}_weight={weight:g}' for name, weight in weights.items()))
+        _log_composition(kd, composition)
     criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
-    return DistillTask(module.to(device=device, dtype=dtype), teacher_model, criterion, weights, task_loss_weight,
-                       input_size, device, dtype, verbose)
+    return DistillTask(module.to(device=device, dtype=dtype), teacher_model, criterion, composition.weights,
+                       composition.task_loss_weight, input_size, composition.schedules, device, dtype, verbose)
 
 
 def merge_student(task: DistillTask, ema: bool = False) -> nn.Module:
@@ -324,39 +339,6 @@ def merge_student(task: DistillTask, ema: bool = False) -> nn.Module:
     if module is None:
         raise ValueError('The task has no EMA student: call task.setup_ema() before training.')
     return unwrap_model(module).merged_copy()
-
-
-def parse_kd(kd: str) -> List[str]:
-    """Return the method names of a `--kd` value; none for 'none'."""
-    names = [name.strip() for name in kd.split('+')]
-    if names == ['none']:
-        return []
-    if '' in names or 'none' in names or len(set(names)) < len(names):
-        raise UsageError(f"--kd '{kd}' must be 'none' or different method names joined by '+', e.g. norm+kd.")
-    return names
-
-
-def _create_methods(kd: str, kd_kwargs: Optional[Mapping[str, Any]]) -> Dict[str, DistillMethod]:
-    names = parse_kd(kd)
-    options: Dict[str, Dict[str, Any]] = {name: {} for name in names}
-    for method, option, value in _flatten_options(kd_kwargs or {}):
-        if method not in options:
-            raise UsageError(f"--kd-kwargs {method}.{option}: the method '{method}' is not in --kd {kd}.")
-        options[method][option] = value
-    return {name: create_method(name, **options[name]) for name in names}
-
-
-def _flatten_options(kd_kwargs: Mapping[str, Any]) -> List[Tuple[str, str, Any]]:
-    items: List[Tuple[str, str, Any]] = []
-    for key, value in kd_kwargs.items():
-        if isinstance(value, Mapping) and '.' not in key:
-            items += [(key, option, v) for option, v in value.items()]
-        elif '.' in key:
-            method, option = key.split('.', 1)
-            items.append((method, option, value))
-        else:
-            raise UsageError(f"--kd-kwargs '{key}' must be METHOD.OPTION=VALUE, e.g. norm.segments=8.")
-    return items
 
 
 def _create_student(student: Union[str, nn.Module], num_classes: Optional[int], kwargs: Optional[Dict]) -> nn.Module:
@@ -422,12 +404,15 @@ def _adapt_student(
     adapting = {name: method for name, method in methods.items() if method.adapter}
     if len(adapting) > 1:
         raise UsageError(f"--kd {'+'.join(adapting)}: only one of these can put an adapter on the student's path.")
+    outputs = frozenset({'logits'}).union(*(method.student_outputs for method in methods.values()))
     if not adapting or teacher is None:
         if kd_tap != 'auto':
             _logger.warning(f'--kd-tap {kd_tap} is ignored: no method of --kd uses an adapter.')
-        return AdaptedStudent(student, methods=methods, resize_to=resize_to)
+        reader = FeatureReader(student, own_input, outputs)
+        return AdaptedStudent(student, methods=methods, resize_to=resize_to, reader=reader)
     (method,) = adapting.values()
     tap = resolve_student_tap(student, own_input, kd_tap)
+    reader = FeatureReader(student, own_input, outputs, whole=bool(tap.inside) and not outputs & {'feature', 'stages'})
     adapters = [
         create_adapter(
             str(method.adapter),
@@ -440,7 +425,7 @@ def _adapt_student(
     ]
     if verbose:
         _log_adapters(tap, adapters)
-    return AdaptedStudent(student, adapters, tap, methods, resize_to)
+    return AdaptedStudent(student, adapters, tap, methods, resize_to, reader)
 
 
 def _log_adapters(tap: StudentTap, adapters: Sequence[Adapter]) -> None:
@@ -451,28 +436,39 @@ def _log_adapters(tap: StudentTap, adapters: Sequence[Adapter]) -> None:
     _logger.info(f'Adapter: {sizes} channels, {parameters:,} parameters that are {fate} at every save.')
 
 
-def _resolve_weights(
-        methods: Mapping[str, DistillMethod],
-        kd_weight: Optional[Mapping[str, float]],
-        task_loss_weight: Optional[float],
-        distill_loss_weight: Optional[float],
-) -> Tuple[float, Dict[str, float]]:
-    """Return the task loss's weight and each method's: timm's complementary mode where only the former is given."""
-    unknown = sorted(set(kd_weight or {}) - set(methods))
-    if unknown:
-        raise UsageError(f'--kd-weight names {", ".join(unknown)}, which is not in --kd; '
-                         f'it takes: {", ".join(methods) or "nothing, --kd is none"}.')
-    for name, weight in (kd_weight or {}).items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise UsageError(f'--kd-weight {name}={weight} must be a number, 0 or more.')
-    if distill_loss_weight is None:
-        complementary = task_loss_weight is not None and not kd_weight and bool(methods)
-        distill_loss_weight = 1. - task_loss_weight if complementary else 1.
-        if distill_loss_weight < 0:
-            raise UsageError(f'--task-loss-weight {task_loss_weight:g} alone leaves the methods 1 minus it, a negative '
-                             'weight: give --distill-loss-weight too, or a value from 0 to 1.')
-    weights = {name: distill_loss_weight * float((kd_weight or {}).get(name, 1.)) for name in methods}
-    return 1. if task_loss_weight is None else task_loss_weight, weights
+def _log_composition(kd: str, composition: Composition) -> None:
+    weights = ', '.join(f'{name}_weight={weight:g}' for name, weight in composition.weights.items())
+    _logger.info(f'Distillation: kd={kd}, task_loss_weight={composition.task_loss_weight:g}, {weights}')
+
+
+def _build_methods(
+        module: AdaptedStudent,
+        teacher: Teacher,
+        input_size: Sequence[int],
+        num_samples: Optional[int],
+) -> None:
+    """Let the methods create what they train, where they read more than logits."""
+    student = module.reader.spec
+    if student is None:
+        return
+    pair = PairSpec(student, _teacher_spec(teacher, input_size), num_samples)
+    for method in module.methods.values():
+        method.build(pair)
+
+
+def _teacher_spec(teacher: Teacher, input_size: Sequence[int]) -> FeatureSpec:
+    parameter = next(teacher.parameters())
+    images = random_images(teacher, input_size).to(parameter.device, parameter.dtype)
+    features = teacher(images, frozenset({'logits', 'feature', 'pre_logits', 'stages'}))
+    assert features.feature is not None and features.pre_logits is not None
+    shape: Tuple[int, int, int] = tuple(features.feature.shape[1:])
+    return FeatureSpec(
+        num_classes=teacher.num_classes,
+        feature=shape,
+        pre_logits=features.pre_logits.shape[1],
+        stages=teacher.stages or (Stage(-1, shape),),
+        input_size=tuple(input_size),  # type: ignore[arg-type]
+    )
 
 
 def _teacher_outputs(module: AdaptedStudent) -> FrozenSet[str]:
@@ -481,4 +477,6 @@ def _teacher_outputs(module: AdaptedStudent) -> FrozenSet[str]:
     if 'tap' in outputs:
         point = module.tap.point if module.tap is not None else 'features'
         outputs = outputs - {'tap'} | {'pre_logits' if point == 'pre_logits' else 'feature'}
+    if 'stages' in outputs:
+        outputs = outputs | {'feature'}  # the one stage of a teacher that gives no intermediate features
     return outputs

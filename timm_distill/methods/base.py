@@ -3,12 +3,14 @@
 A method knows no loop, no argparse and no other method. Whatever it trains is a submodule of it and used in `forward`,
 so that optimizer, DDP, EMA and checkpoint find it.
 """
-from typing import Any, Callable, ClassVar, Dict, FrozenSet, Optional
+from typing import Any, Callable, ClassVar, Dict, FrozenSet, Mapping, Optional
 
 import torch
 import torch.nn as nn
 
+from ..reading import PairSpec
 from ..registry import Registry
+from ..schedules import Steps
 from ..taps import Features
 
 METHODS = Registry('method', '--kd', __package__)
@@ -22,23 +24,47 @@ def register_method(name: str) -> Callable[[type], type]:
 class DistillMethod(nn.Module):
     """Base of all methods. The constructor's keyword arguments are the user's options.
 
+    A method that trains something creates it in `build`, when the widths of both models are known.
+
     Attributes:
         paper: Authors, venue and link.
-        teacher_outputs: What is read of the teacher: any of 'logits', 'feature' (last stage), 'pre_logits', and 'tap',
-            the counterpart of the adapter's insertion point (last stage or pre-logits).
+        student_outputs: What is read of the student: any of 'logits', 'feature' (last stage, adapted), 'pre_logits',
+            'stages', 'token_logits' (of a distillation token).
+        teacher_outputs: What is read of the teacher: any of 'logits', 'feature', 'pre_logits', 'stages', 'head' (its
+            frozen head as a function), and 'tap', the counterpart of the adapter's insertion point.
         adapter: Name of the adapter that the method puts on the student's path, if it does.
+        schedules: Published weight schedules by name, for `--kd-schedule`.
+        needs_indices: Reads the indices of the batch's samples in the training set.
+        needs_class_means: Reads the teacher's mean pre-logits of every class, given to `set_class_means`.
+        mixed_images: Whether mixup and cutmix make sense.
     """
     paper: ClassVar[str] = ''
+    student_outputs: ClassVar[FrozenSet[str]] = frozenset({'logits'})
     teacher_outputs: ClassVar[FrozenSet[str]] = frozenset({'logits'})
     adapter: ClassVar[Optional[str]] = None
+    schedules: ClassVar[Mapping[str, Steps]] = {}
+    needs_indices: ClassVar[bool] = False
+    needs_class_means: ClassVar[bool] = False
+    mixed_images: ClassVar[bool] = True
 
     @property
     def adapter_options(self) -> Dict[str, Any]:
         """Options of the adapter."""
         return {}
 
+    def build(self, pair: PairSpec) -> None:
+        """Create what the method trains or keeps for a pair of models.
+
+        Raises:
+            UsageError: If the method cannot work with the pair; says why and what can.
+        """
+
+    def set_class_means(self, means: torch.Tensor) -> None:
+        """Take the teacher's mean pre-logits of every class, [K, D]."""
+        raise NotImplementedError
+
     def weight(self, epoch: int) -> float:
-        """Return the factor that the method's schedule puts on its terms in an epoch, counted from 0."""
+        """Return the factor that the method's own schedule puts on its terms in an epoch, counted from 0."""
         return 1.
 
     def transform_logits(self, logits: torch.Tensor) -> torch.Tensor:
@@ -49,22 +75,33 @@ class DistillMethod(nn.Module):
         """Return named unweighted terms.
 
         Args:
-            student: Features of the student, with gradients.
+            student: Features of the student, as asked for by `student_outputs`, with gradients.
             teacher: Features of the teacher, as asked for by `teacher_outputs`.
             target: Class indices [B] or soft targets [B, K].
 
         Returns:
-            Scalars by name; every name ends in '_loss'.
+            Scalars by name; every name begins with the method's and ends in '_loss'.
         """
         raise NotImplementedError
 
     @classmethod
     def describe_needs(cls) -> str:
         """Return one line on what the method reads."""
-        names = {'tap': 'last-stage feature (pre-logits where the tap is there)', 'feature': 'last-stage feature'}
-        needs = [f'teacher {", ".join(names.get(x, x.replace("_", "-")) for x in sorted(cls.teacher_outputs))}']
+        needs = [f'{model} {", ".join(_describe(x) for x in sorted(outputs))}'
+                 for model, outputs in (('teacher', cls.teacher_outputs), ('student', cls.student_outputs)) if outputs]
         if cls.adapter:
             needs.append(f"adapter '{cls.adapter}' on the student's path, merged at every save")
+        if cls.needs_class_means:
+            needs.append('class means of the teacher, from a pass over the training set')
+        if cls.needs_indices:
+            needs.append('indices of the training samples')
+        if not cls.mixed_images:
+            needs.append('no mixup or cutmix')
         if 'logits' in cls.teacher_outputs:
             needs.append('equal class counts')
         return '; '.join(needs)
+
+
+def _describe(output: str) -> str:
+    names = {'tap': 'last-stage feature (pre-logits where the tap is there)', 'feature': 'last-stage feature'}
+    return names.get(output, output.replace('_', '-'))

@@ -48,8 +48,10 @@ class NORM(DistillMethod):
         UsageError: If a value is not allowed.
     """
     paper = 'Liu et al., ICLR 2023, https://openreview.net/forum?id=CRNwGauQpb6'
+    student_outputs = frozenset()
     teacher_outputs = frozenset({'tap'})
     adapter = 'norm'
+    schedules = SCHEDULES
 
     def __init__(
             self,

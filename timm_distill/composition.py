@@ -1,0 +1,154 @@
+"""What `--kd` and its companions mean: method names, presets, options, weights and schedules of a composition."""
+import math
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+
+from .errors import UsageError
+from .methods import DistillMethod, create_method, list_methods
+from .presets import presets_by_name
+from .schedules import ScheduleSpec, create_weight_schedule
+
+
+@dataclass(frozen=True)
+class Composition:
+    """The methods of a run.
+
+    Attributes:
+        methods: Methods by name, not built for a pair yet.
+        weights: Weight of each method's terms.
+        schedules: Factor on a method's terms by epoch, counted from 0.
+        task_loss_weight: Weight of the task loss.
+    """
+    methods: Dict[str, DistillMethod]
+    weights: Dict[str, float]
+    schedules: Dict[str, Callable[[int], float]]
+    task_loss_weight: float = 1.
+
+
+def create_composition(
+        kd: str,
+        kd_weight: Optional[Mapping[str, float]] = None,
+        kd_kwargs: Optional[Mapping[str, Any]] = None,
+        kd_schedule: Optional[Mapping[str, ScheduleSpec]] = None,
+        task_loss_weight: Optional[float] = None,
+        distill_loss_weight: Optional[float] = None,
+        num_epochs: Optional[int] = None,
+) -> Composition:
+    """Create the methods of a `--kd` value with their weights and schedules.
+
+    Args:
+        kd: 'none', or names of methods and presets joined by '+'.
+        kd_weight: Weight of each method's terms; a preset's by default, else 1.
+        kd_kwargs: Options of the methods, `{'norm.segments': 8}` or `{'norm': {'segments': 8}}`.
+        kd_schedule: Schedule of each method's weight, in place of its own.
+        task_loss_weight: Weight of the task loss, 1 by default.
+        distill_loss_weight: Factor on all methods' weights.
+        num_epochs: Length of the run, for schedules that span it.
+
+    Raises:
+        UsageError: If a name, an option or a value is not possible; says what is.
+    """
+    default_weights, options = expand_kd(kd)
+    for method, option, value in _flatten_options(kd_kwargs or {}):
+        _check_method(f'--kd-kwargs {method}.{option}', method, options, kd)
+        options[method][option] = value
+    methods = {name: create_method(name, **options[name]) for name in options}
+    task_loss_weight, weights = _resolve_weights(default_weights, kd_weight, task_loss_weight, distill_loss_weight)
+    schedules: Dict[str, Callable[[int], float]] = {name: method.weight for name, method in methods.items()}
+    for name, spec in (kd_schedule or {}).items():
+        _check_method(f'--kd-schedule {name}', name, options, kd)
+        schedules[name] = create_weight_schedule(spec, methods[name].schedules, f'--kd-schedule {name}', num_epochs)
+    return Composition(methods, weights, schedules, task_loss_weight)
+
+
+def parse_kd(kd: str) -> List[str]:
+    """Return the names of methods and presets in a `--kd` value; none for 'none'.
+
+    A known name is matched before '+' splits, so that 'norm+kd++' is 'norm' and 'kd++'.
+    """
+    text = kd.strip()
+    if text == 'none':
+        return []
+    names = [name.strip() for name in _split_known(text)]
+    if '' in names or 'none' in names or len(set(names)) < len(names):
+        raise UsageError(f"--kd '{kd}' must be 'none' or different method names joined by '+', e.g. norm+kd.")
+    return names
+
+
+def _split_known(text: str) -> List[str]:
+    known = sorted([*presets_by_name(), *list_methods()], key=len, reverse=True)
+    names: List[str] = []
+    while True:
+        rest = {name: text[len(name):].lstrip() for name in known if text.startswith(name)}
+        name = next((name for name in rest if rest[name][:1] in ('', '+')), text.partition('+')[0])
+        names.append(name)
+        text = text[len(name):].lstrip()
+        if not text:
+            return names
+        text = text[1:].lstrip()  # the '+' between two names
+
+
+def expand_kd(kd: str) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
+    """Return the default weight and the options of every method of a `--kd` value, presets expanded.
+
+    Raises:
+        UsageError: If a name is unknown or two of the names stand for the same method.
+    """
+    weights: Dict[str, float] = {}
+    options: Dict[str, Dict[str, Any]] = {}
+    presets = presets_by_name()
+    for name in parse_kd(kd):
+        members: Mapping[str, float] = presets[name].weights if name in presets else {name: 1.}
+        for method, weight in members.items():
+            if method in weights:
+                raise UsageError(f"--kd '{kd}' names the method '{method}' twice: '{name}' is a preset of "
+                                 f'{" and ".join(members)}. Leave one of them out.')
+            weights[method] = weight
+            options[method] = dict(presets[name].options.get(method, {})) if name in presets else {}
+    return weights, options
+
+
+def _check_method(what: str, name: str, known: Mapping[str, Any], kd: str) -> None:
+    if name not in known:
+        raise UsageError(f"{what}: the method '{name}' is not in --kd {kd}; "
+                         f'it takes: {", ".join(known) or "nothing, --kd is none"}.')
+
+
+def _flatten_options(kd_kwargs: Mapping[str, Any]) -> List[Tuple[str, str, Any]]:
+    items: List[Tuple[str, str, Any]] = []
+    for key, value in kd_kwargs.items():
+        if isinstance(value, Mapping) and '.' not in key:
+            items += [(key, option, v) for option, v in value.items()]
+        elif '.' in key:
+            method, option = key.split('.', 1)
+            items.append((method, option, value))
+        else:
+            raise UsageError(f"--kd-kwargs '{key}' must be METHOD.OPTION=VALUE, e.g. norm.segments=8.")
+    return items
+
+
+def _resolve_weights(
+        default_weights: Mapping[str, float],
+        kd_weight: Optional[Mapping[str, float]],
+        task_loss_weight: Optional[float],
+        distill_loss_weight: Optional[float],
+) -> Tuple[float, Dict[str, float]]:
+    """Return the task loss's weight and each method's: timm's complementary mode where only the former is given."""
+    unknown = sorted(set(kd_weight or {}) - set(default_weights))
+    if unknown:
+        raise UsageError(f'--kd-weight names {", ".join(unknown)}, which is not in --kd; '
+                         f'it takes: {", ".join(default_weights) or "nothing, --kd is none"}.')
+    for name, weight in (kd_weight or {}).items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise UsageError(f'--kd-weight {name}={weight} must be a number, 0 or more.')
+    if distill_loss_weight is None:
+        complementary = task_loss_weight is not None and not kd_weight and bool(default_weights)
+        distill_loss_weight = 1. - task_loss_weight if complementary else 1.
+        if distill_loss_weight < 0:
+            raise UsageError(f'--task-loss-weight {task_loss_weight:g} alone leaves the methods 1 minus it, a negative '
+                             'weight: give --distill-loss-weight too, or a value from 0 to 1.')
+    weights = {
+        name: distill_loss_weight * float((kd_weight or {}).get(name, default))
+        for name, default in default_weights.items()
+    }
+    return 1. if task_loss_weight is None else task_loss_weight, weights

@@ -1,0 +1,206 @@
+"""Reading a student's features in the one forward that trains it.
+
+A reader holds names and layouts, never modules, so that it serves every copy of its model (EMA, merged, compiled).
+"""
+from dataclasses import dataclass
+from typing import AbstractSet, Any, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+
+from .errors import UsageError
+from .layouts import FeatureLayout
+from .probing import RawFeature, evaluation_mode, random_images
+from .taps import (
+    Features,
+    Stage,
+    forward_with_stages,
+    has_head,
+    last_linear,
+    last_stage_feature,
+    resolve_feature_layout,
+    resolve_stages,
+    stages_share_trunk,
+)
+
+STUDENT_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages', 'token_logits'})
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What the features of a model look like for one image.
+
+    Attributes:
+        num_classes: K.
+        feature: Shape of the last-stage feature as a map, (C, H, W); a vector as (C, 1, 1).
+        pre_logits: Width of the classifier's input.
+        stages: Intermediate features, shallow to deep; at least one, the last-stage feature.
+        input_size: What the model is fed, (channels, height, width).
+    """
+    num_classes: int
+    feature: Tuple[int, int, int]
+    pre_logits: int
+    stages: Tuple[Stage, ...]
+    input_size: Tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """What a method is built for.
+
+    Attributes:
+        student: Features of the student.
+        teacher: Features of the teacher.
+        num_samples: Images of the training set, None where that is unknown.
+    """
+    student: FeatureSpec
+    teacher: FeatureSpec
+    num_samples: Optional[int] = None
+
+
+class FeatureReader:
+    """Runs a student in parts and reads what the methods ask for.
+
+    Args:
+        model: timm model. Not changed, apart from a hook on its classifier that is idle outside of `run_head`.
+        input_size: Input as (channels, height, width); not needed for logits alone.
+        outputs: Which of `STUDENT_OUTPUTS` to read.
+        whole: Do not split the model into trunk and head; then only logits and pre-logits can be read.
+
+    Raises:
+        UsageError: If the model does not give one of the outputs.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            input_size: Sequence[int] = (),
+            outputs: AbstractSet[str] = frozenset({'logits'}),
+            whole: bool = False,
+    ):
+        self.outputs = frozenset(outputs)
+        self.split = has_head(model) and not whole
+        self.layout: Optional[FeatureLayout] = None
+        self.stages: Tuple[Stage, ...] = ()
+        self.classifier = ''
+        self.spec: Optional[FeatureSpec] = None
+        if 'token_logits' in outputs:
+            _enable_token_head(model)
+        if self.outputs - {'logits', 'token_logits'}:
+            with evaluation_mode(model):
+                self._read_structure(model, random_images(model, input_size), input_size)
+
+    @property
+    def reads_logits_alone(self) -> bool:
+        """Whether a call of the whole model gives all that is read."""
+        return self.outputs == {'logits'}
+
+    def _read_structure(self, model: nn.Module, images: torch.Tensor, input_size: Sequence[int]) -> None:
+        self.classifier = _classifier_name(model, images)
+        model.get_submodule(self.classifier).register_forward_pre_hook(_capture_input)
+        if self.split:
+            self.layout = resolve_feature_layout(model, input_size)
+            stages = resolve_stages(model, input_size)
+            if stages and stages_share_trunk(model, images, stages):
+                self.stages = stages
+        self.spec = self._measure(model, images)
+
+    def _measure(self, model: nn.Module, images: torch.Tensor) -> FeatureSpec:
+        """Run the model once and note the shapes of all features."""
+        wanted, self.outputs = self.outputs, STUDENT_OUTPUTS - {'token_logits'}
+        features, raw = self.run_trunk(model, images)
+        self.read_feature(features, raw, model)
+        self.run_head(model, raw, features)
+        self.outputs = wanted
+        assert features.feature is not None and features.pre_logits is not None
+        shape: Tuple[int, int, int] = tuple(features.feature.shape[1:])  # type: ignore[assignment]
+        return FeatureSpec(
+            num_classes=int(getattr(model, 'num_classes', 0)),
+            feature=shape,
+            pre_logits=features.pre_logits.shape[1],
+            stages=self.stages or (Stage(-1, shape),),
+            input_size=tuple(images.shape[1:]),  # type: ignore[arg-type]
+        )
+
+    def run_trunk(self, model: nn.Module, images: torch.Tensor) -> Tuple[Features, RawFeature]:
+        """Run all before the head; return features with the stages asked for, and what `forward_features` returns.
+
+        A model that is not split is left to `run_head`: its images are returned.
+        """
+        features = Features()
+        if not self.split:
+            return features, images
+        if 'stages' in self.outputs and self.stages:
+            raw, features.stages = forward_with_stages(model, images, self.stages)
+            return features, raw
+        return features, model.forward_features(images)
+
+    def read_feature(self, features: Features, raw: RawFeature, model: nn.Module) -> None:
+        """Note the last-stage feature as a map; it is the one stage of a model that gives no other."""
+        if self.layout is None or not self.outputs & {'feature', 'stages'}:
+            return
+        features.feature = self.layout.to_map(self.layout.to_positions(last_stage_feature(raw, model)))
+        features.stages = features.stages or (features.feature,)
+
+    def run_head(self, model: nn.Module, raw: RawFeature, features: Features) -> None:
+        """Run the head, or the model that is not split, and note logits and pre-logits."""
+        if not self.classifier:
+            self.note_logits(features, self._head(model, raw))
+            return
+        classifier = model.get_submodule(self.classifier)
+        captured: List[torch.Tensor] = []
+        classifier.__dict__['_captured_inputs'] = captured
+        try:
+            self.note_logits(features, self._head(model, raw))
+        finally:
+            del classifier.__dict__['_captured_inputs']  # nothing of a batch stays behind: the module is copied
+        self.note_pre_logits(features, captured[-1])
+
+    def _head(self, model: nn.Module, raw: RawFeature) -> Any:
+        return model.forward_head(raw) if self.split else model(raw)
+
+    def note_logits(self, features: Features, output: Any) -> None:
+        """Note what a classifier returned: logits, or those of the class token and of the distillation token."""
+        tokens = output if isinstance(output, (tuple, list)) else (output,)
+        features.logits = tokens[0]
+        if 'token_logits' in self.outputs:
+            features.token_logits = tokens[-1]
+
+    def note_pre_logits(self, features: Features, pre_logits: torch.Tensor) -> None:
+        """Note the classifier's input as a vector; a model that is not split has no other feature."""
+        features.pre_logits = pre_logits.mean(1) if pre_logits.ndim == 3 else pre_logits.flatten(1)
+        if self.layout is None:
+            features.feature = features.pre_logits[:, :, None, None]
+            features.stages = (features.feature,)
+
+
+def _capture_input(module: nn.Module, args: Tuple[torch.Tensor, ...]) -> None:
+    captured = module.__dict__.get('_captured_inputs')
+    if captured is not None:
+        captured.append(args[0])
+
+
+def _classifier_name(model: nn.Module, images: torch.Tensor) -> str:
+    """Return the name of the module that gives the logits; of the first, where there are several.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    if isinstance(classifier, (tuple, list)):
+        classifier = classifier[0]
+    if not isinstance(classifier, nn.Module) or isinstance(classifier, nn.ModuleList):
+        classifier = last_linear(model, images)
+    for name, module in model.named_modules():
+        if module is classifier:
+            return name
+    raise UsageError(f'The student {type(model).__name__} has no classifier whose input could be read: choose another '
+                     '--student, or a --kd method that reads logits alone (--list-kd).')
+
+
+def _enable_token_head(model: nn.Module) -> None:
+    if not hasattr(model, 'set_distilled_training'):
+        raise UsageError(
+            f'The student {type(model).__name__} has no distillation token. Token distillation takes a student such as '
+            'deit_tiny_distilled_patch16_224; for others use --kd kd (--kd-kwargs kd.hard=True for hard labels).')
+    model.set_distilled_training(True)
