@@ -417,6 +417,7 @@ def start_schedule(run: Run, start_epoch: int) -> None:
 def restore_random_state(run: Run, checkpoint: Optional[Dict[str, Any]]) -> None:
     """Restore the generators last, since building draws random numbers. The file holds those of the first rank."""
     if checkpoint is not None and 'rng_state' in checkpoint and run.args.rank == 0:
+        run.loaders.load_state_dict(checkpoint.get('loaders'))
         set_rng_state(checkpoint['rng_state'])
 
 
@@ -466,6 +467,7 @@ class Recorder:
             model=self.run.task.trainable_module,
             optimizer=self.run.optimizer,
             lr_scheduler=self.run.scheduler,
+            loaders=self.run.loaders,
             args=self.run.args,
             amp_scaler=self.run.precision.loss_scaler,
             checkpoint_dir=self.result.output_dir,

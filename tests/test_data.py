@@ -1,6 +1,7 @@
 """Folders of images in, batches out: what is loaded, and which mistakes stop the run with one line."""
 import argparse
 import logging
+import random
 import tarfile
 import traceback
 from pathlib import Path
@@ -24,6 +25,7 @@ from timm_distill.data import (
     user_message,
 )
 from timm_distill.errors import UsageError
+from timm_distill.rng import get_rng_state, set_rng_state
 
 CPU = torch.device('cpu')
 DATA_CONFIG = {
@@ -78,7 +80,8 @@ def reading_error(loader) -> str:
 
 @pytest.mark.parametrize('flags', [[], ['--no-prefetcher'], ['-j', '2']])
 def test_loaders_give_batches_of_the_model_input_size(folder, flags):
-    train, val, mixup_fn = loaders(folder, *flags)
+    data = loaders(folder, *flags)
+    train, val, mixup_fn = data.train, data.eval, data.mixup_fn
     x, y = next(iter(train))
     assert (x.shape, x.dtype, y.shape, y.dtype) == ((4, 3, 32, 32), torch.float32, (4,), torch.int64)
     assert mixup_fn is None
@@ -101,9 +104,10 @@ def test_validation_batch_size_and_model_dtype_are_used(folder):
 
 
 def test_mixup_with_prefetcher_happens_in_the_loader(folder):
-    train, _, mixup_fn = loaders(folder, '--mixup', '0.2')
+    data = loaders(folder, '--mixup', '0.2')
+    train = data.train
     _, y = next(iter(train))
-    assert mixup_fn is None
+    assert data.mixup_fn is None
     assert y.shape == (4, 3)
     torch.testing.assert_close(y.sum(1), torch.ones(4))
     train.mixup_enabled = False  # what --mixup-off-epoch does
@@ -111,10 +115,10 @@ def test_mixup_with_prefetcher_happens_in_the_loader(folder):
 
 
 def test_mixup_without_prefetcher_happens_in_the_loop(folder):
-    train, _, mixup_fn = loaders(folder, '--cutmix', '1.0', '--no-prefetcher')
-    x, y = next(iter(train))
+    data = loaders(folder, '--cutmix', '1.0', '--no-prefetcher')
+    x, y = next(iter(data.train))
     assert y.shape == (4,)
-    _, mixed = mixup_fn(x, y)
+    _, mixed = data.mixup_fn(x, y)
     assert mixed.shape == (4, 3)
 
 
@@ -130,14 +134,32 @@ def test_label_loss_follows_mixup_smoothing_and_bce(folder):
     assert (bce.target_threshold, bce.sum_classes, bce.smoothing, bce.pos_weight.item()) == (0.2, True, 0.1, 2.)
 
 
-def test_two_loaders_with_workers_give_the_same_epochs_from_the_same_seed(folder):
-    def epoch(train):
-        torch.manual_seed(1)
-        return torch.cat([x for x, _ in train])
+@pytest.mark.parametrize('flags', [['-j', '0'], ['-j', '2'], ['-j', '2', '--no-prefetcher', '--aa', 'rand-m9']])
+def test_loaders_go_on_from_a_saved_state_as_if_they_had_never_stopped(folder, flags):
+    def epoch(data):
+        batches = torch.cat([x for x, _ in data.train]), torch.cat([x for x, _ in data.eval])
+        return torch.cat(batches)
 
-    fresh, used = loaders(folder, '-j', '2').train, loaders(folder, '-j', '2').train
-    list(used)  # a run that was never stopped has been through other epochs
-    torch.testing.assert_close(epoch(used), epoch(fresh), rtol=0, atol=0)
+    whole = loaders(folder, *flags)
+    torch.manual_seed(1)
+    random.seed(1)
+    epoch(whole)
+    saved, rng_state = whole.state_dict(), get_rng_state()
+    expected = [epoch(whole), epoch(whole)]
+    resumed = loaders(folder, *flags)
+    resumed.load_state_dict(saved)
+    set_rng_state(rng_state)
+    for e in expected:
+        torch.testing.assert_close(epoch(resumed), e, rtol=0, atol=0)
+
+
+def test_states_of_loader_processes_are_saved_without_pickles(folder, tmp_path):
+    data = loaders(folder, '-j', '2')
+    list(data.train)
+    torch.save(data.state_dict(), tmp_path / 'state.pth')
+    state = torch.load(tmp_path / 'state.pth', weights_only=True)
+    assert sorted(state['train']['workers']) == [0, 1]
+    assert (state['train']['started'], state['eval']['started']) == (True, False)
 
 
 def test_empty_val_split_means_no_validation(folder):

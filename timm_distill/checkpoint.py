@@ -8,11 +8,9 @@ import argparse
 import logging
 import os
 import pickle
-import random
 import shutil
 from typing import Any, Dict, List, Optional
 
-import numpy as np
 import torch
 from timm.models import clean_state_dict
 from timm.scheduler.plateau_lr import PlateauLRScheduler
@@ -21,35 +19,13 @@ from timm.task import TrainingTask
 from timm.utils import CheckpointSaver
 
 from .errors import MergeError, UsageError
+from .rng import get_rng_state, set_rng_state
 
 _logger = logging.getLogger(__name__)
 
 __all__ = ['DistillCheckpointSaver', 'get_rng_state', 'read_checkpoint', 'resume_task', 'set_rng_state']
 
 _PLATEAU_COUNTERS = ('best', 'last_epoch', 'num_bad_epochs', 'cooldown_counter')
-
-
-def get_rng_state() -> Dict[str, Any]:
-    """State of this process's random generators (Python, NumPy, torch, the current CUDA device), without pickles."""
-    name, keys, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
-    state = {
-        'python': random.getstate(),
-        'numpy': (str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached_gaussian),
-        'torch': torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: Dict[str, Any]) -> None:
-    """Put the random generators back to a state of `get_rng_state`; a CUDA state needs CUDA, else it is left out."""
-    random.setstate(state['python'])
-    name, keys, *rest = state['numpy']
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state['torch'])
-    if 'cuda' in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state['cuda'])
 
 
 def _scheduler_state(lr_scheduler: Scheduler) -> Dict[str, Any]:
@@ -107,6 +83,7 @@ class DistillCheckpointSaver(CheckpointSaver):
         model: As for timm; names the architecture where `args` does not.
         optimizer: Saved for resume.
         lr_scheduler: Saved for resume.
+        loaders: Saved for resume: anything whose `state_dict` says where its random generators stand.
         **kwargs: Arguments of timm's `CheckpointSaver`; `task` is required.
     """
 
@@ -116,10 +93,12 @@ class DistillCheckpointSaver(CheckpointSaver):
             optimizer: torch.optim.Optimizer,
             *,
             lr_scheduler: Optional[Scheduler] = None,
+            loaders: Optional[Any] = None,
             **kwargs: Any,
     ):
         super().__init__(model, optimizer, **kwargs)
         self.lr_scheduler = lr_scheduler
+        self.loaders = loaders
 
     def _save(self, save_path: str, epoch: int, metric: Optional[float] = None) -> None:
         state = {**self._run_state(epoch), **self._task_state(epoch)}
@@ -131,6 +110,8 @@ class DistillCheckpointSaver(CheckpointSaver):
         if metric is not None:
             state['metric'] = metric
         state['saver'] = self.state_dict(epoch, metric)
+        if self.loaders is not None:
+            state['loaders'] = self.loaders.state_dict()
         state['rng_state'] = get_rng_state()  # last: verifying a merge may draw random numbers
         _write(state, save_path)
 

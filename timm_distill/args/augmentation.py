@@ -1,11 +1,11 @@
 """Flags of augmentation, mixing, regularisation and the label loss."""
-import argparse
 
 from .checks import INTERPOLATIONS
+from .parser import ArgumentParser
 
 
-def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Augmentation')
+def add_augmentation_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('aug', 'Augmentation')
     group.add_argument('--no-aug', action='store_true', default=False,
                        help='train on plain resized crops; wins over all other augmentation flags')
     group.add_argument('--train-crop-mode', type=str, default=None,
@@ -34,8 +34,8 @@ def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
                        help=f'resize filter for training: random or one of {", ".join(INTERPOLATIONS)}')
 
 
-def add_mixup_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Mixup and cutmix')
+def add_mixup_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('mixup', 'Mixup and cutmix')
     group.add_argument('--mixup', type=float, default=0.0, help='mixup alpha; 0 is off')
     group.add_argument('--cutmix', type=float, default=0.0, help='cutmix alpha; 0 is off')
     group.add_argument('--cutmix-minmax', type=float, nargs='+', default=None,
@@ -49,8 +49,8 @@ def add_mixup_args(parser: argparse.ArgumentParser) -> None:
                        help='epoch from which images are no longer mixed; 0: never')
 
 
-def add_regularization_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Regularisation and label loss')
+def add_regularization_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('loss', 'Regularisation and label loss')
     group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')
     group.add_argument('--drop', type=float, default=0.0, metavar='PCT', help='dropout rate')
     group.add_argument('--drop-path', type=float, default=None, metavar='PCT', help='stochastic depth rate')

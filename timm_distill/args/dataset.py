@@ -1,11 +1,11 @@
 """Flags of the dataset, its splits and how it is loaded."""
-import argparse
+from .parser import ArgumentParser
 
 
-def add_dataset_args(parser: argparse.ArgumentParser) -> None:
+def add_dataset_args(parser: ArgumentParser) -> None:
     # A positional has to be added to the parser itself, a group would list it twice.
     parser.add_argument('data', nargs='?', metavar='DIR', help='dataset folder (older form of --data-dir)')
-    group = parser.add_argument_group('Dataset')
+    group = parser.add_topic('data', 'Dataset')
     group.add_argument('--data-dir', metavar='DIR',
                        help='dataset folder with one sub-folder per split and, in these, one per class')
     group.add_argument('--dataset', metavar='NAME', default='',
@@ -23,8 +23,8 @@ def add_dataset_args(parser: argparse.ArgumentParser) -> None:
                        help='let a Hugging Face dataset run the Python code that comes with it')
 
 
-def add_train_split_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Splits')
+def add_train_split_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('data', 'Splits')
     group.add_argument('--train-split', metavar='NAME', default='train', help='split to train on')
     group.add_argument('--val-split', metavar='NAME', default='validation',
                        help='split to validate on; an empty string trains without validation')
@@ -34,8 +34,8 @@ def add_train_split_args(parser: argparse.ArgumentParser) -> None:
                        help='size of the validation split, for streamed datasets that do not know it')
 
 
-def add_loader_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Loading')
+def add_loader_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('loading', 'Loading')
     group.add_argument('--seed', type=int, default=42, metavar='S', help='random seed')
     group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='loader processes')
     group.add_argument('--pin-mem', action='store_true', default=False, help='load into pinned memory')

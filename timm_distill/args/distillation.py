@@ -1,11 +1,11 @@
 """Flags of the teacher and the distillation methods."""
 import argparse
 
-from .parser import ParseKeyValues
+from .parser import ArgumentParser, ParseKeyValues
 
 
-def add_distillation_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Distillation')
+def add_distillation_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('kd', 'Distillation')
     group.add_argument('--teacher', metavar='NAME', default=None,
                        help='teacher: a timm model name, hf-hub:org/name or local-dir:/path')
     group.add_argument('--teacher-checkpoint', metavar='FILE', default='',

@@ -1,18 +1,17 @@
 """Flags of the model, of where it runs, and in which precision."""
-import argparse
 from typing import Sequence
 
-from .parser import ParseKeyValues
+from .parser import ArgumentParser, ParseKeyValues
 
 
 def add_model_args(
-        parser: argparse.ArgumentParser,
+        parser: ArgumentParser,
         model_flags: Sequence[str] = ('--model', '--student'),
         model_default: str = 'resnet50',
         batch_size: int = 128,
 ) -> None:
     """What both scripts need to build a model and to shape its input."""
-    group = parser.add_argument_group('Model')
+    group = parser.add_topic('model', 'Model')
     group.add_argument(*model_flags, dest='model', type=str, default=model_default, metavar='NAME',
                        help='timm model to train (the student) or to evaluate')
     group.add_argument('--pretrained', action='store_true', default=False, help='start from pretrained weights')
@@ -47,8 +46,8 @@ def add_model_args(
                        help='mode passed to torch.compile')
 
 
-def add_train_model_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Model, training only')
+def add_train_model_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('model', 'Model, training only')
     group.add_argument('--pretrained-path', type=str, default=None, metavar='PATH',
                        help='file to use in place of the published pretrained weights; the head is adapted')
     group.add_argument('--initial-checkpoint', type=str, default='', metavar='PATH',
@@ -68,8 +67,8 @@ def add_train_model_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--head-init-bias', type=float, default=None, help='set the new classifier\'s bias to this')
 
 
-def add_device_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Device')
+def add_device_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('device', 'Device')
     group.add_argument('--device', type=str, default=None,
                        help='torch device; None: cuda where there is one, the CPU otherwise')
     group.add_argument('--amp', action='store_true', default=False, help='mixed precision by autocast')
@@ -78,8 +77,8 @@ def add_device_args(parser: argparse.ArgumentParser) -> None:
                        help='dtype of model and input without --amp: float32, float16 or bfloat16')
 
 
-def add_distributed_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Distributed training')
+def add_distributed_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('device', 'Distributed training')
     group.add_argument('--no-ddp-bb', action='store_true', default=False,
                        help='do not broadcast buffers at every step')
     group.add_argument('--local_rank', '--local-rank', type=int, default=0,

@@ -1,12 +1,11 @@
 """Flags of the optimizer, the learning rate, batch norms and the moving average."""
-import argparse
 
 from .checks import SCHEDULES
-from .parser import ParseKeyValues
+from .parser import ArgumentParser, ParseKeyValues
 
 
-def add_optimizer_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Optimizer')
+def add_optimizer_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('opt', 'Optimizer')
     group.add_argument('--opt', type=str, default='sgd', metavar='OPTIMIZER', help='name of a timm optimizer')
     group.add_argument('--opt-eps', type=float, default=None, metavar='EPSILON', help='None: the optimizer\'s own')
     group.add_argument('--opt-betas', type=float, nargs='+', default=None, metavar='BETA',
@@ -26,8 +25,8 @@ def add_optimizer_args(parser: argparse.ArgumentParser) -> None:
                        help='extra arguments for the optimizer')
 
 
-def add_schedule_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Learning rate and schedule')
+def add_schedule_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('lr', 'Learning rate and schedule')
     group.add_argument('--epochs', type=int, default=300, metavar='N', help='epochs to train')
     group.add_argument('--start-epoch', type=int, default=None, metavar='N',
                        help='first epoch; None: 0, or where --resume stopped')
@@ -69,8 +68,8 @@ def add_schedule_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--lr-noise-std', type=float, default=1.0, metavar='STDDEV', help='deviation of the noise')
 
 
-def add_batch_norm_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Batch norm')
+def add_batch_norm_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('bn', 'Batch norm')
     group.add_argument('--bn-momentum', type=float, default=None, help='for models whose constructor takes it')
     group.add_argument('--bn-eps', type=float, default=None, help='for models whose constructor takes it')
     group.add_argument('--sync-bn', action='store_true', default=False,
@@ -79,8 +78,8 @@ def add_batch_norm_args(parser: argparse.ArgumentParser) -> None:
                        help='running statistics after each epoch: reduce (average), broadcast or empty')
 
 
-def add_ema_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Moving average of the weights')
+def add_ema_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('ema', 'Moving average of the weights')
     group.add_argument('--model-ema', action='store_true', default=False,
                        help='keep, validate and save an exponential moving average of the student')
     group.add_argument('--model-ema-force-cpu', action='store_true', default=False,

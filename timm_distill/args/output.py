@@ -1,9 +1,9 @@
 """Flags of what a run writes and says, and when."""
-import argparse
+from .parser import ArgumentParser
 
 
-def add_output_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Output and logging')
+def add_output_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('output', 'Output and logging')
     group.add_argument('--output', type=str, default='', metavar='PATH',
                        help='parent folder of the runs; empty: ./output/train')
     group.add_argument('--experiment', type=str, default='', metavar='NAME',

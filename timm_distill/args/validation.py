@@ -1,9 +1,9 @@
 """Flags of the validation script alone."""
-import argparse
+from .parser import ArgumentParser
 
 
-def add_validate_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('Validation')
+def add_validate_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('validation', 'Validation')
     group.add_argument('--checkpoint', type=str, default='', metavar='PATH', help='weights to evaluate')
     group.add_argument('--use-ema', action='store_true', default=False,
                        help='evaluate the checkpoint\'s moving average where it has one')

@@ -1,6 +1,7 @@
 """Loaders of the training and the validation data, as timm builds them."""
 from argparse import Namespace
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_loader
@@ -9,9 +10,11 @@ from torch.utils.data import Dataset, IterableDataset
 from ..errors import UsageError
 from .datasets import create_datasets
 from .targets import is_mixup_active
+from .workers import ResumableLoader, find_resumable, make_resumable
 
 
-class DataLoaders(NamedTuple):
+@dataclass
+class DataLoaders:
     """What a training run reads.
 
     Attributes:
@@ -22,6 +25,20 @@ class DataLoaders(NamedTuple):
     train: Any
     eval: Optional[Any]
     mixup_fn: Optional[Callable]
+
+    def _resumable(self) -> Dict[str, ResumableLoader]:
+        loaders = {'train': find_resumable(self.train), 'eval': find_resumable(self.eval)}
+        return {name: loader for name, loader in loaders.items() if loader is not None}
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the random generators of all loader processes."""
+        return {name: loader.state_dict() for name, loader in self._resumable().items()}
+
+    def load_state_dict(self, state: Optional[Dict[str, Any]]) -> None:
+        """Let loader processes, which must not run yet, start from the generators that `state_dict` returned."""
+        for name, loader in self._resumable().items():
+            if state and name in state:
+                loader.load_state_dict(state[name])
 
 
 def create_loaders(
@@ -148,7 +165,7 @@ def _create_loader(
         **kwargs: Any,
 ) -> Any:
     """What training and validation have in common."""
-    return create_loader(
+    loader = create_loader(
         dataset,  # type: ignore[arg-type]  # torchvision's datasets work too
         input_size=data_config['input_size'],
         mean=data_config['mean'],
@@ -157,11 +174,10 @@ def _create_loader(
         img_dtype=model_dtype or torch.float32,
         device=device,
         use_prefetcher=not args.no_prefetcher,
-        # Workers that live on keep generators that no checkpoint can restore; new ones are seeded at every epoch
-        # from the main process, so that a resumed run sees what it would have seen without the stop.
-        persistent_workers=False,
         **kwargs,
     )
+    # the iterator of timm's multi-epochs loader reads beyond the end of an epoch, which no resumed run can repeat
+    return loader if kwargs.get('use_multi_epochs_loader') else make_resumable(loader)
 
 
 def _create_mixup(args: Namespace, num_classes: int) -> Tuple[Optional[Callable], Optional[Callable]]:
