@@ -1,27 +1,29 @@
 #!/usr/bin/env python
 """Time and memory of the N-to-one transform and of whole training steps, side by side in one run.
 
-    python benchmarks/step.py --csv step.csv
+    python benchmarks/step.py --what step --pairs 'resnet34 -> resnet18' --images 32 --csv step.csv
 
-Every repetition runs all variants in turns, so that whatever else the machine does meets all of them; what is
-reported is the median over repetitions of each variant's time divided by the reference's in the same repetition.
-Memory is the peak above what stood before the call, with the gradients allocated already: resident on the CPU (each
-variant in a process of its own), allocated on CUDA.
+A step is compared with the limit: the bare folded teacher's forward, the bare student's forward and backward, and the
+optimizer, on the same fixed batch. All variants run in turns, so that whatever else the machine does meets all of
+them; what is reported is the median over turns of each variant's time divided by the reference's in the same turn.
+Memory is resident on the CPU (each variant in a process of its own) and allocated on CUDA: for the transform the peak
+above what stood before the call, gradients allocated already, for a step the peak of models, optimizer and step.
 """
 import argparse
-import csv
+import itertools
 import logging
-import multiprocessing
 import statistics
-import time
 from contextlib import nullcontext
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 import timm
 import torch
+from measure import Row, interleave, markdown_table, median_ratio, peak_memory, spread, write_csv
+from timm.optim import create_optimizer_v2
 
 import timm_distill
 from timm_distill.adapters import Match, create_adapter
+from timm_distill.teacher import create_teacher
 
 # student channels, teacher channels, images (of 7 x 7 positions)
 TRANSFORMS = {
@@ -35,8 +37,21 @@ PAIRS = {
     'resnet50 -> mobilenetv3_large_100': ('resnet50', 'mobilenetv3_large_100'),
     'deit_small -> deit_tiny': ('deit_small_patch16_224', 'deit_tiny_patch16_224'),
 }
-COLUMNS = ('what', 'pair', 'images', 'variant', 'seconds', 'ratio', 'reference', 'memory_mib')
-Row = Dict[str, Any]
+FORMS = ('direct', 'moments')
+COLUMNS = ('what', 'pair', 'images', 'mode', 'variant', 'seconds', 'images_per_second', 'reference', 'ratio',
+           'quartiles', 'over_kd', 'memory_mib')
+
+
+class Setting(NamedTuple):
+    """What one table holds fixed."""
+    teacher: str
+    student: str
+    images: int
+    size: int
+    device: str
+    amp: bool
+    compile: bool
+    channels_last: bool
 
 
 def main() -> None:
@@ -44,58 +59,40 @@ def main() -> None:
     logging.disable(logging.WARNING)
     rows: List[Row] = []
     if 'transform' in args.what:
-        rows += transform_rows(args)
+        rows += show(transform_rows(args))
     if 'step' in args.what:
-        rows += step_rows(args)
-    for row in rows:
-        print('  '.join(f'{key}={value}' for key, value in row.items()), flush=True)
+        for pair, images, compiled, amp in itertools.product(args.pairs, args.images, args.compile, args.amp):
+            rows += show(step_rows(args, pair, images, compiled, amp))
     if args.csv:
-        with open(args.csv, 'w', newline='') as f:
-            writer = csv.DictWriter(f, fieldnames=COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, COLUMNS, rows)
+
+
+def show(rows: Iterator[Row]) -> List[Row]:
+    """Print rows as a table."""
+    collected = list(rows)
+    columns = [c for c in COLUMNS if any(row.get(c, '') != '' for row in collected)]
+    print(markdown_table(columns, collected), flush=True)
+    return collected
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--what', nargs='+', default=['transform', 'step'], choices=['transform', 'step'])
-    parser.add_argument('--pairs', nargs='+', default=list(PAIRS), help='pairs of whole steps')
-    parser.add_argument('--images', type=int, nargs='+', default=[32], help='batch sizes of whole steps')
-    parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--amp', action='store_true', help='bfloat16 autocast')
+    parser.add_argument('--pairs', nargs='+', default=list(PAIRS), choices=list(PAIRS), help='pairs of whole steps')
+    parser.add_argument('--images', type=int, nargs='+', default=[8, 32], help='batch sizes of whole steps')
+    parser.add_argument('--size', type=int, default=224, help='height and width of their images')
+    parser.add_argument('--amp', type=int, nargs='+', default=[0], choices=[0, 1],
+                        help='0: float32, 1: bfloat16 autocast')
+    parser.add_argument('--compile', type=int, nargs='+', default=[0], choices=[0, 1],
+                        help='0: eager, 1: torch.compile for teacher and student')
+    parser.add_argument('--variants', nargs='+', default=[],
+                        help='limit, names of methods, "norm direct", "norm moments"; all by default')
     parser.add_argument('--channels-last', action='store_true')
-    parser.add_argument('--compile', action='store_true', help='torch.compile for teacher and student')
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--no-memory', action='store_true', help='leave out the memory of whole steps')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--csv', default='', help='where to write the rows')
     return parser.parse_args()
-
-
-def interleave(variants: Dict[str, Callable[[], None]], repeats: int, device: torch.device) -> Dict[str, List[float]]:
-    """Return the durations of each variant, run in turns, after one run to warm up."""
-    seconds: Dict[str, List[float]] = {name: [] for name in variants}
-    for repetition in range(repeats + 1):
-        for name, run in variants.items():
-            start = time.perf_counter()
-            run()
-            if device.type == 'cuda':
-                torch.cuda.synchronize()
-            if repetition:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def compare(
-        what: str,
-        pair: str,
-        images: int,
-        seconds: Dict[str, List[float]],
-        reference: str,
-        memory: Dict[str, float],
-) -> Iterator[Row]:
-    for name, values in seconds.items():
-        ratio = statistics.median(v / r for v, r in zip(values, seconds[reference]))
-        yield dict(what=what, pair=pair, images=images, variant=name, seconds=f'{statistics.median(values):.4f}',
-                   ratio=f'{ratio:.3f}', reference=reference, memory_mib=f'{memory.get(name, float("nan")):.0f}')
 
 
 def transform_rows(args: argparse.Namespace) -> Iterator[Row]:
@@ -103,10 +100,34 @@ def transform_rows(args: argparse.Namespace) -> Iterator[Row]:
     device = torch.device(args.device)
     for pair, (cs, ct, batches) in TRANSFORMS.items():
         for images in batches:
-            memory = {form: transform_memory(form, cs, ct, images, device) for form in ('direct', 'moments')}
-            variants = {form: create_transform(form, cs, ct, images, device) for form in ('direct', 'moments')}
+            memory = {form: transform_memory(form, cs, ct, images, device) for form in FORMS}
+            variants = {form: create_transform(form, cs, ct, images, device) for form in FORMS}
             seconds = interleave(variants, args.repeats, device)
-            yield from compare('transform', pair, images, seconds, 'moments', memory)
+            yield from compare(dict(what='transform', pair=pair, images=images), seconds, 'moments', memory)
+
+
+def compare(labels: Row, seconds: Dict[str, List[float]], reference: str, memory: Dict[str, float]) -> Iterator[Row]:
+    """Yield a row for each variant."""
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        row = dict(labels, variant=name, seconds=f'{median:.4f}', images_per_second=f'{labels["images"] / median:.1f}')
+        if reference in seconds:
+            row.update(
+                reference=reference,
+                ratio=f'{median_ratio(values, seconds[reference]):.3f}',
+                quartiles=spread(values, seconds[reference]),
+            )
+        if 'kd' in seconds:
+            row['over_kd'] = f'{median_ratio(values, seconds["kd"]):.3f}'
+        if name in memory:
+            row['memory_mib'] = f'{memory[name]:.0f}'
+        yield row
+
+
+def transform_memory(form: str, cs: int, ct: int, images: int, device: torch.device) -> float:
+    """Return the peak MiB above what stood before the call."""
+    memory = peak_memory(create_transform, (form, cs, ct, images, device), device, small=(form, 32, 32, 2, device))
+    return memory.peak - memory.built
 
 
 def create_transform(form: str, cs: int, ct: int, images: int, device: torch.device) -> Callable[[], None]:
@@ -125,96 +146,79 @@ def create_transform(form: str, cs: int, ct: int, images: int, device: torch.dev
     return _run
 
 
-def transform_memory(form: str, cs: int, ct: int, images: int, device: torch.device) -> float:
-    """Return the peak MiB above what stood before."""
-    if device.type == 'cuda':
-        run = create_transform(form, cs, ct, images, device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    context = multiprocessing.get_context('spawn')
-    with context.Pool(1) as pool:
-        return pool.apply(resident_peak, (form, cs, ct, images))
-
-
-def resident_peak(form: str, cs: int, ct: int, images: int) -> float:
-    create_transform(form, 32, 32, 2, torch.device('cpu'))()  # libraries load their parts at the first use
-    run = create_transform(form, cs, ct, images, torch.device('cpu'))
-    with open('/proc/self/clear_refs', 'w') as f:
-        f.write('5')  # resets the high-water mark
-    before = resident('VmRSS')
-    run()
-    return resident('VmHWM') - before
-
-
-def resident(entry: str) -> float:
-    with open('/proc/self/status') as f:
-        return next(int(line.split()[1]) / 1024 for line in f if line.startswith(entry))
-
-
-def step_rows(args: argparse.Namespace) -> Iterator[Row]:
-    """A whole step: the limit (teacher forward, student forward and backward, optimizer) and every method."""
+def step_rows(args: argparse.Namespace, pair: str, images: int, compiled: int, amp: int) -> Iterator[Row]:
+    """A whole step: the limit and every method that takes the pair."""
     device = torch.device(args.device)
-    for pair in args.pairs:
-        teacher, student = PAIRS[pair]
-        for images in args.images:
-            variants = {'limit': create_limit(teacher, student, images, args)}
-            for name, (kd, kwargs) in method_variants().items():
-                variants[name] = create_step(teacher, student, images, kd, kwargs, args)
-            seconds = interleave(variants, args.repeats, device)
-            yield from compare('step', pair, images, seconds, 'limit', step_memory(variants, device))
-            if 'kd' in seconds:
-                yield from (row for row in compare('step', pair, images, seconds, 'kd', {})
-                            if row['variant'].startswith('norm'))
+    setting = Setting(*PAIRS[pair], images, args.size, args.device, bool(amp), bool(compiled), args.channels_last)
+    labels = dict(what='step', pair=pair, images=images, mode=describe(setting))
+    variants: Dict[str, Callable[[], None]] = {}
+    for name in args.variants or ['limit', *method_variants()]:
+        try:
+            variants[name] = create_variant(name, setting)
+        except timm_distill.UsageError as error:
+            print(f'{pair}: {name} is left out: {error}', flush=True)
+    seconds, names = interleave(variants, args.repeats, device), list(variants)
+    variants.clear()  # their memory is measured one at a time
+    memory = {} if args.no_memory else {name: step_memory(name, setting, device) for name in names}
+    yield from compare(labels, seconds, 'limit', memory)
+
+
+def step_memory(name: str, setting: Setting, device: torch.device) -> float:
+    """Return the peak MiB of models, optimizer and step together."""
+    memory = peak_memory(create_variant, (name, setting), device)
+    return memory.peak - memory.start
+
+
+def describe(setting: Setting) -> str:
+    words = ['compiled' if setting.compile else 'eager', 'bfloat16' if setting.amp else 'float32']
+    return ' '.join(words + ['channels-last'] * setting.channels_last)
 
 
 def method_variants() -> Dict[str, Tuple[str, Dict[str, Any]]]:
+    """Return methods and options by the name of the variant."""
     variants: Dict[str, Tuple[str, Dict[str, Any]]] = {
         name: (name, {}) for name in timm_distill.list_methods() if name != 'norm'}
-    for form in ('direct', 'moments'):
+    for form in FORMS:
         variants[f'norm {form}'] = ('norm', {'norm.form': form})
     return variants
 
 
-def step_memory(variants: Dict[str, Callable[[], None]], device: torch.device) -> Dict[str, float]:
-    if device.type != 'cuda':
-        return {}
-    memory = {}
-    for name, run in variants.items():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        memory[name] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    return memory
-
-
-def create_batch(images: int, args: argparse.Namespace) -> Tuple[torch.Tensor, torch.Tensor]:
-    batch = torch.randn(images, 3, 224, 224, device=args.device)
-    if args.channels_last:
-        batch = batch.contiguous(memory_format=torch.channels_last)
-    return batch, torch.randint(1000, (images,), device=args.device)
-
-
-def autocast(args: argparse.Namespace) -> Any:
-    return torch.autocast(torch.device(args.device).type, dtype=torch.bfloat16) if args.amp else nullcontext()
-
-
-def create_limit(teacher: str, student: str, images: int, args: argparse.Namespace) -> Callable[[], None]:
-    """Return the least that a step with a teacher can do."""
+def create_variant(name: str, setting: Setting) -> Callable[[], None]:
+    """Return a step of the limit or of a method."""
     torch.manual_seed(0)
-    models = [timm.create_model(name).to(args.device) for name in (teacher, student)]
-    if args.channels_last:
+    return create_limit(setting) if name == 'limit' else create_step(*method_variants()[name], setting)
+
+
+def create_batch(setting: Setting) -> Tuple[torch.Tensor, torch.Tensor]:
+    batch = torch.randn(setting.images, 3, setting.size, setting.size, device=setting.device)
+    if setting.channels_last:
+        batch = batch.contiguous(memory_format=torch.channels_last)
+    return batch, torch.randint(1000, (setting.images,), device=setting.device)
+
+
+def create_optimizer(module: torch.nn.Module) -> torch.optim.Optimizer:
+    return create_optimizer_v2(module, 'sgd', lr=1e-3, momentum=0.9, weight_decay=2e-5)
+
+
+def autocast(setting: Setting) -> Any:
+    device_type = torch.device(setting.device).type
+    return torch.autocast(device_type, dtype=torch.bfloat16) if setting.amp else nullcontext()
+
+
+def create_limit(setting: Setting) -> Callable[[], None]:
+    """Return the least that a step with a teacher can do."""
+    size = (3, setting.size, setting.size)
+    teacher = create_teacher(setting.teacher, size, 1000, pretrained=False, verbose=False).model
+    models = [teacher.to(setting.device).eval(), timm.create_model(setting.student).to(setting.device).train()]
+    if setting.channels_last:
         models = [model.to(memory_format=torch.channels_last) for model in models]
-    optimizer = torch.optim.SGD(models[1].parameters(), lr=1e-3, momentum=0.9)
-    models[0].eval().requires_grad_(False)
-    models[1].train()
-    if args.compile:
-        models = [torch.compile(model) for model in models]
-    batch, target = create_batch(images, args)
+    optimizer = create_optimizer(models[1])
+    if setting.compile:
+        models = [torch.compile(model) for model in models]  # type: ignore[misc]
+    batch, target = create_batch(setting)
 
     def _run() -> None:
-        with autocast(args):
+        with autocast(setting):
             with torch.no_grad():
                 models[0](batch)
             loss = torch.nn.functional.cross_entropy(models[1](batch), target)
@@ -225,28 +229,21 @@ def create_limit(teacher: str, student: str, images: int, args: argparse.Namespa
     return _run
 
 
-def create_step(
-        teacher: str,
-        student: str,
-        images: int,
-        kd: str,
-        kd_kwargs: Dict[str, Any],
-        args: argparse.Namespace,
-) -> Callable[[], None]:
+def create_step(kd: str, kd_kwargs: Dict[str, Any], setting: Setting) -> Callable[[], None]:
     """Return a step of the task."""
-    torch.manual_seed(0)
     task = timm_distill.create_distill_task(
-        student, teacher, kd, kd_kwargs=kd_kwargs, teacher_pretrained=False, device=args.device, verbose=False)
-    if args.channels_last:
+        setting.student, setting.teacher, kd, kd_kwargs=kd_kwargs, teacher_pretrained=False,
+        input_size=(3, setting.size, setting.size), device=setting.device, verbose=False)
+    if setting.channels_last:
         task.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=1e-3, momentum=0.9)
+    optimizer = create_optimizer(task.trainable_module)
     task.trainable_module.train()
-    if args.compile:
+    if setting.compile:
         task.compile()
-    batch, target = create_batch(images, args)
+    batch, target = create_batch(setting)
 
     def _run() -> None:
-        with autocast(args):
+        with autocast(setting):
             loss = task(batch, target)['loss']
         loss.backward()
         optimizer.step()

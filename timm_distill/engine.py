@@ -305,8 +305,8 @@ def train_one_epoch(
                 with amp_autocast():
                     result = task(input, target)
                 log.add(result, input.shape[0], data_time)
-                _backward_and_step(
-                    result['loss'] / group_size, task, optimizer, need_update, loss_scaler, clip_grad, clip_mode)
+                loss = result['loss'] / group_size if group_size > 1 else result['loss']
+                _backward_and_step(loss, task, optimizer, need_update, loss_scaler, clip_grad, clip_mode)
             if need_update:
                 num_updates = epoch * updates_per_epoch + update_idx + 1
                 optimizer.zero_grad()

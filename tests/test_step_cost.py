@@ -1,0 +1,106 @@
+"""Nothing in a training step that the step does not need: no wait for the device, no second forward, nothing kept."""
+from collections import Counter
+from typing import Any, List, Tuple
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from timm.optim import create_optimizer_v2
+from torch.profiler import ProfilerActivity, profile
+
+from timm_distill import DistillTask, create_distill_task, list_methods
+from timm_distill.engine import train_one_epoch
+
+SIZE = (3, 32, 32)
+CLASSES = 5
+STEPS = 4
+# what makes the CPU wait for a GPU's values or for the size of its result
+WAITING = ('aten::item', 'aten::_local_scalar_dense', 'aten::is_nonzero', 'aten::equal', 'aten::nonzero',
+           'aten::masked_select', 'aten::_unique2', 'aten::repeat_interleave')
+each_method = pytest.mark.parametrize('method', list_methods())
+
+
+def create_task(method: str, device: str = 'cpu') -> DistillTask:
+    torch.manual_seed(0)
+    student, teacher = (timm.create_model(name, num_classes=CLASSES) for name in ('test_efficientnet', 'test_resnet'))
+    return create_distill_task(student, teacher, kd=method, input_size=SIZE, device=device, verbose=False)
+
+
+def create_batches(device: str = 'cpu') -> List[Tuple[torch.Tensor, torch.Tensor]]:
+    images, target = torch.randn(STEPS, 4, *SIZE, device=device), torch.arange(4, device=device)
+    return [(image, target) for image in images]
+
+
+def train(task: DistillTask, batches: List[Any], epoch: int = 0) -> None:
+    optimizer = create_optimizer_v2(task.trainable_module, 'sgd', lr=1e-3)
+    device = torch.device(batches[0][0].device)
+    train_one_epoch(task, batches, optimizer, epoch=epoch, device=device, clip_grad=1., log_interval=100)
+
+
+def count_operators(task: DistillTask) -> Counter:
+    """Return how often each operator ran in an epoch, the one before which nothing is counted."""
+    batches = create_batches()
+    train(task, batches)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        train(task, batches, epoch=1)
+    return Counter({event.key: event.count for event in profiler.key_averages()})
+
+
+@each_method
+def test_no_step_waits_for_the_device(method: str) -> None:
+    task = create_task(method)
+    task.setup_ema()
+    counts = count_operators(task)
+    assert counts['aten::cross_entropy_loss'] >= STEPS  # the steps are in the profile
+    assert {name: counts[name] for name in WAITING if counts[name]} == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@each_method
+def test_no_step_waits_for_the_gpu(method: str) -> None:
+    task, batches = create_task(method, 'cuda'), create_batches('cuda')
+    train(task, batches)
+    optimizer = create_optimizer_v2(task.trainable_module, 'sgd', lr=1e-3)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for input, target in batches:
+            task(input, target)['loss'].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+@each_method
+def test_student_and_teacher_run_once_in_a_step(method: str) -> None:
+    task = create_task(method)
+    assert task.teacher is not None
+    calls: Counter = Counter()
+
+    def _count(who: str, model: nn.Module) -> None:
+        stem = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+        stem.register_forward_hook(lambda *_: calls.update([who]))
+
+    _count('student', task.module.student)
+    _count('teacher', task.teacher.model)
+    train(task, create_batches())
+    assert calls == {'student': STEPS, 'teacher': STEPS}
+
+
+@each_method
+def test_gradients_are_freed_after_an_update(method: str) -> None:
+    task = create_task(method)
+    train(task, create_batches())
+    assert all(p.grad is None for p in task.parameters())
+
+
+def test_the_probe_of_the_merge_is_copied_once_in_an_epoch() -> None:
+    task = create_task('norm')
+    first, second, *_ = create_batches()
+    task.set_epoch(0)
+    task(*first)
+    probe = task._probe
+    task(*second)
+    assert task._probe is probe
