@@ -156,7 +156,10 @@ class AdaptedStudent(nn.Module):
 
     def merged_copy(self) -> nn.Module:
         """Return a plain timm model with the merged weights, in eval mode."""
-        return merged_copy(self.student, self.adapters, self.tap)
+        model = merged_copy(self.student, self.adapters, self.tap)
+        if hasattr(model, 'set_distilled_training'):
+            model.set_distilled_training(False)  # a plain model gives one tensor of logits in training too
+        return model
 
     def merge_error(self, images: torch.Tensor) -> float:
         """Return the largest logit difference that merging makes on a batch, relative to the logits' spread."""

@@ -28,8 +28,18 @@ each_method = pytest.mark.parametrize('method', list_methods())
 each_pair = pytest.mark.parametrize('pair', PAIRS)
 
 
+TOKEN_STUDENT: Tuple[str, Dict[str, Any]] = (
+    'deit_tiny_distilled_patch16_224', dict(img_size=32, embed_dim=32, depth=2, num_heads=2))
+
+
 def create_model(model: Tuple[str, Dict[str, Any]]) -> nn.Module:
     return timm.create_model(model[0], num_classes=CLASSES, **model[1])
+
+
+def create_student(method: str, student: Tuple[str, Dict[str, Any]] = CNN_STUDENT) -> nn.Module:
+    """Return a student; one with a distillation token where the method reads that."""
+    token = 'token_logits' in METHODS.get(method).cls.student_outputs
+    return create_model(TOKEN_STUDENT if token else student)
 
 
 @cache
@@ -37,7 +47,7 @@ def _task(method: str, pair: str) -> DistillTask:
     torch.manual_seed(0)
     teacher, student = PAIRS[pair]
     return create_distill_task(
-        create_model(student), create_model(teacher), kd=method, input_size=SIZE, verbose=False)
+        create_student(method, student), create_model(teacher), kd=method, input_size=SIZE, verbose=False)
 
 
 def create_task(method: str, pair: str = 'cnn_to_cnn') -> DistillTask:
@@ -135,6 +145,6 @@ def test_defaults_can_be_given_by_name(method: str) -> None:
     defaults = METHODS.get(method).defaults
     options = {f'{method}.{key}': value for key, value in defaults.items()}
     torch.manual_seed(0)
-    task = create_distill_task(create_model(CNN_STUDENT), create_model(CNN), kd=method, kd_kwargs=options,
+    task = create_distill_task(create_student(method), create_model(CNN), kd=method, kd_kwargs=options,
                                input_size=SIZE, verbose=False)
     assert torch.isfinite(task(*create_batch())['loss'])

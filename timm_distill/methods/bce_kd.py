@@ -1,0 +1,81 @@
+"""Binary distillation: every class a yes-or-no question.
+
+Revisit the Power of Vanilla Knowledge Distillation: from Small Scale to Large Scale (Hao et al., NeurIPS 2023),
+https://arxiv.org/abs/2305.15781, with students that train on binary cross-entropy (`--bce-loss`), as ResNet strikes
+back (Wightman et al., 2021) does.
+
+`target='softmax'` is that published form: the teacher's softmax gives each class's probability. `target='sigmoid'` asks
+the teacher each question too; it is for teachers whose own training was binary (timm's `a1` to `a3` weights), as the
+logits of a softmax teacher have no scale of their own. Both are means over samples and classes, as timm's binary
+cross-entropy is; `reduction='sum'` sums over classes (`--bce-sum`).
+"""
+import math
+from typing import Dict
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import UsageError
+from ..losses import to_full_precision
+from ..taps import Features
+from .base import DistillMethod, register_method
+
+TARGETS = ('softmax', 'sigmoid')
+REDUCTIONS = ('mean', 'sum')
+
+
+def binary_kd_loss(
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        target: str = 'softmax',
+        temperature: float = 1.,
+        reduction: str = 'mean',
+) -> torch.Tensor:
+    """Binary cross-entropy of the student's sigmoids with the teacher's probabilities, times temperature squared.
+
+    Args:
+        student_logits: [B, K].
+        teacher_logits: [B, K], treated as constant.
+        target: 'softmax' or 'sigmoid', what turns the teacher's logits into probabilities.
+        temperature: Divides both logits.
+        reduction: 'mean' over samples and classes, or 'sum' over classes and mean over samples.
+
+    Returns:
+        Scalar.
+    """
+    student = to_full_precision(student_logits) / temperature
+    teacher = to_full_precision(teacher_logits.detach()) / temperature
+    probabilities = teacher.softmax(dim=1) if target == 'softmax' else teacher.sigmoid()
+    loss = F.binary_cross_entropy_with_logits(student, probabilities) * temperature ** 2
+    return loss * student.shape[1] if reduction == 'sum' else loss
+
+
+@register_method('bce_kd')
+class BinaryKD(DistillMethod):
+    """Binary cross-entropy of each class with the teacher's probability, for students that train on --bce-loss.
+
+    Args:
+        target: What turns the teacher's logits into probabilities, 'softmax' or 'sigmoid' (teachers that were trained
+            on binary cross-entropy themselves).
+        temperature: Divides both logits; the loss is multiplied by its square.
+        reduction: 'mean' over samples and classes, or 'sum' over classes and mean over samples.
+
+    Raises:
+        UsageError: If a value is not allowed.
+    """
+    paper = 'Hao et al., NeurIPS 2023, https://arxiv.org/abs/2305.15781'
+
+    def __init__(self, target: str = 'softmax', temperature: float = 1., reduction: str = 'mean'):
+        super().__init__()
+        for name, value, allowed in (('target', target, TARGETS), ('reduction', reduction, REDUCTIONS)):
+            if value not in allowed:
+                raise UsageError(f'bce_kd.{name}={value!r} must be one of {", ".join(allowed)} '
+                                 f'(--kd-kwargs bce_kd.{name}={allowed[0]}).')
+        if not 0 < temperature < math.inf:
+            raise UsageError(f'bce_kd.temperature={temperature!r} must be positive (--kd-kwargs bce_kd.temperature=1).')
+        self.target, self.temperature, self.reduction = target, float(temperature), reduction
+
+    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        assert student.logits is not None and teacher.logits is not None
+        loss = binary_kd_loss(student.logits, teacher.logits, self.target, self.temperature, self.reduction)
+        return {'bce_kd_loss': loss}

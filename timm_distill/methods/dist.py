@@ -1,0 +1,80 @@
+"""DIST: correlation instead of divergence.
+
+Knowledge Distillation from A Stronger Teacher (Huang et al., NeurIPS 2022), https://arxiv.org/abs/2205.10536.
+
+Softened probabilities of student and teacher are compared by Pearson's correlation, which leaves scale and offset free:
+over the classes of each sample (inter-class relation) and over the samples of each class (intra-class relation). The
+defaults are the official code's.
+
+With one sample the relation over samples is undefined; its term is then the constant temperature squared, as in the
+official code.
+"""
+import math
+from typing import Dict, Tuple
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import UsageError
+from ..losses import to_full_precision
+from ..taps import Features
+from .base import DistillMethod, register_method
+
+EPS = 1e-8  # added to the product of the norms
+
+
+def pearson_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Mean over rows of 1 minus the correlation of the two tensors' rows, [N, D] each; a scalar."""
+    x, y = x - x.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
+    correlation = (x * y).sum(dim=1) / (x.norm(dim=1) * y.norm(dim=1) + EPS)
+    return 1 - correlation.mean()
+
+
+def dist_losses(
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        temperature: float = 1.,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return the inter-class and the intra-class term, both times temperature squared.
+
+    Args:
+        student_logits: [B, K].
+        teacher_logits: [B, K], treated as constant.
+        temperature: Divides both logits.
+
+    Returns:
+        Two scalars.
+    """
+    student = F.softmax(to_full_precision(student_logits) / temperature, dim=1)
+    teacher = F.softmax(to_full_precision(teacher_logits.detach()) / temperature, dim=1)
+    scale = temperature ** 2
+    return scale * pearson_distance(student, teacher), scale * pearson_distance(student.t(), teacher.t())
+
+
+@register_method('dist')
+class DIST(DistillMethod):
+    """Correlation of the softened probabilities, over classes and over the samples of the batch.
+
+    Args:
+        beta: Weight of the relation between classes.
+        gamma: Weight of the relation within classes, between samples.
+        temperature: Divides both logits; the terms are multiplied by its square.
+
+    Raises:
+        UsageError: If a weight is negative or the temperature is not positive.
+    """
+    paper = 'Huang et al., NeurIPS 2022, https://arxiv.org/abs/2205.10536'
+
+    def __init__(self, beta: float = 1., gamma: float = 1., temperature: float = 1.):
+        super().__init__()
+        for name, value in (('beta', beta), ('gamma', gamma)):
+            if not 0 <= value < math.inf:
+                raise UsageError(f'dist.{name}={value!r} must be 0 or more (--kd-kwargs dist.{name}=1).')
+        if not 0 < temperature < math.inf:
+            raise UsageError(f'dist.temperature={temperature!r} must be positive (--kd-kwargs dist.temperature=1).')
+        self.beta, self.gamma, self.temperature = float(beta), float(gamma), float(temperature)
+
+    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        assert student.logits is not None and teacher.logits is not None
+        inter, intra = dist_losses(student.logits, teacher.logits, self.temperature)
+        return {'dist_inter_loss': self.beta * inter, 'dist_intra_loss': self.gamma * intra}
