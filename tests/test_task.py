@@ -152,7 +152,7 @@ def test_options_are_flat_or_nested(kd_kwargs: Dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize('options,parts', [
-    (dict(kd='nrom'), ["'nrom'", "'norm'", 'kd, norm']),
+    (dict(kd='nrom'), ["'nrom'", "'norm'", '--kd takes: ', ', kd, ']),
     (dict(kd='norm+'), ["--kd 'norm+'", 'norm+kd']),
     (dict(kd='kd+none'), ["--kd 'kd+none'", 'norm+kd']),
     (dict(kd='kd+kd'), ["--kd 'kd+kd'", 'norm+kd']),

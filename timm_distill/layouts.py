@@ -62,6 +62,10 @@ class FeatureLayout:
         tokens = positions[:, :, self.num_prefix_tokens:, 0]  # [B, C', H * W]
         return tokens.unflatten(2, token_grid(tokens.shape[2], self.aspect) or (tokens.shape[2], 1))
 
+    def from_map(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a map, [B, C, H, W], as positions without prefix tokens: what `to_map` undoes where there are none."""
+        return x.flatten(2).unsqueeze(-1) if self.fmt in ('NLC', 'NCL') else x
+
 
 def token_grid(num_tokens: int, aspect: float = 1.) -> Optional[Tuple[int, int]]:
     """Return the grid (height, width) of `num_tokens` whose aspect is that of the input, None where there is none."""

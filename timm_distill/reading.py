@@ -3,7 +3,7 @@
 A reader holds names and layouts, never modules, so that it serves every copy of its model (EMA, merged, compiled).
 """
 from dataclasses import dataclass
-from typing import AbstractSet, Any, List, Optional, Sequence, Tuple
+from typing import AbstractSet, Any, FrozenSet, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -36,12 +36,16 @@ class FeatureSpec:
         pre_logits: Width of the classifier's input.
         stages: Intermediate features, shallow to deep; at least one, the last-stage feature.
         input_size: What the model is fed, (channels, height, width).
+        head: What the frozen head takes, 'feature' or 'pre_logits' (teacher only); '' where it cannot be run.
+        non_negative: Which of 'feature' and 'pre_logits' are never negative, as behind a ReLU (teacher only).
     """
     num_classes: int
     feature: Tuple[int, int, int]
     pre_logits: int
     stages: Tuple[Stage, ...]
     input_size: Tuple[int, int, int]
+    head: str = ''
+    non_negative: FrozenSet[str] = frozenset()
 
 
 @dataclass(frozen=True)

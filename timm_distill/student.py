@@ -73,6 +73,9 @@ class AdaptedStudent(nn.Module):
             return features.logits  # type: ignore[return-value]
         logits = features.logits
         features.logits, teacher.logits = self.transform_logits(logits), self.transform_logits(teacher.logits)
+        if teacher.head is not None:
+            head = teacher.head
+            teacher.head = lambda x: self.transform_logits(head(x))  # type: ignore[assignment,return-value]
         terms = {name: method(features, teacher, target) for name, method in self.methods.items()}
         return logits, features.logits, terms  # type: ignore[return-value]
 

@@ -67,6 +67,8 @@ class DistillTask(TrainingTask):
         self.task_loss_weight = task_loss_weight
         self.input_size = tuple(input_size)
         self._teacher_outputs = _teacher_outputs(module)
+        if not getattr(teacher, 'stages', ()):
+            self._teacher_outputs -= {'stages'}  # its feature is the one stage
         self._term_weights: Dict[str, float] = {}
         self._probe: Optional[torch.Tensor] = None
         self._merged: Dict[bool, nn.Module] = {}  # a plain dict: these copies are neither saved nor trained
@@ -119,6 +121,8 @@ class DistillTask(TrainingTask):
             features.tap = features.pre_logits[:, :, None, None]
         if not features.stages and features.feature is not None:
             features.stages = (features.feature,)  # a teacher without intermediate features has this one stage
+        if 'head' in self._teacher_outputs:
+            features.head = self.teacher.run_head
         return features
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
@@ -371,7 +375,7 @@ def _resolve_teacher(
 
 def _check_class_counts(student: nn.Module, teacher: Teacher, methods: Mapping[str, DistillMethod]) -> None:
     student_classes = getattr(student, 'num_classes', None)
-    on_logits = [name for name, method in methods.items() if 'logits' in method.teacher_outputs]
+    on_logits = [name for name, method in methods.items() if method.needs_equal_classes()]
     if on_logits and teacher.num_classes != student_classes:
         raise UsageError(
             f'--kd {"+".join(on_logits)} compares logits, but the teacher has {teacher.num_classes} classes and the '
@@ -459,7 +463,7 @@ def _build_methods(
 def _teacher_spec(teacher: Teacher, input_size: Sequence[int]) -> FeatureSpec:
     parameter = next(teacher.parameters())
     images = random_images(teacher, input_size).to(parameter.device, parameter.dtype)
-    features = teacher(images, frozenset({'logits', 'feature', 'pre_logits', 'stages'}))
+    features = teacher(images, frozenset({'logits', 'feature', 'pre_logits'}))
     assert features.feature is not None and features.pre_logits is not None
     shape: Tuple[int, int, int] = tuple(features.feature.shape[1:])
     return FeatureSpec(
@@ -468,6 +472,9 @@ def _teacher_spec(teacher: Teacher, input_size: Sequence[int]) -> FeatureSpec:
         pre_logits=features.pre_logits.shape[1],
         stages=teacher.stages or (Stage(-1, shape),),
         input_size=tuple(input_size),  # type: ignore[arg-type]
+        head=teacher.head_input.output if teacher.head_input is not None else '',
+        non_negative=frozenset(name for name, x in (('feature', features.feature), ('pre_logits', features.pre_logits))
+                               if not (x < 0).any()),
     )
 
 

@@ -14,6 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
 
 from .errors import UsageError
+from .heads import HeadInput, find_head_input
 from .layouts import FeatureLayout
 from .probing import evaluation_mode, random_images, resize_images, runnable_size
 from .taps import (
@@ -100,6 +101,18 @@ class Teacher(nn.Module):
         self.model.eval()  # whoever may have called train() on a part of it
         return self._run(images, outputs)
 
+    def run_head(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the frozen head on another model's feature; gradients reach `x` and nothing of the teacher.
+
+        Args:
+            x: Map [B, Ct, H, W] or pre-logits [B, D, 1, 1], by `head_input.output`.
+
+        Returns:
+            Logits, [B, K].
+        """
+        assert self.head_input is not None
+        return self.head_input.run(self.model, x.to(next(self.model.parameters()).dtype))
+
     def compile(self, **kwargs: Any) -> None:
         """Compile the forward pass with `torch.compile`'s arguments."""
         self._run = torch.compile(self._run, **kwargs)  # type: ignore[method-assign]
@@ -148,6 +161,7 @@ class Teacher(nn.Module):
         self.stages: Tuple[Stage, ...] = ()
         self._classifier_input: Optional[str] = None
         self._reuse_pre_logits = self._stages_share_trunk = False
+        self.head_input: Optional[HeadInput] = None
         with evaluation_mode(self.model):
             images = random_images(self.model, own_input)
             if not has_head(self.model):
@@ -156,12 +170,18 @@ class Teacher(nn.Module):
                     raise UsageError(f'The teacher {type(self.model).__name__} has no forward_features() and no linear '
                                      'classifier: nothing of it can be read.')
                 self._classifier_input = next(n for n, m in self.model.named_modules() if m is classifier)
-                self.pre_logits_channels = self._run_whole(images)[1].shape[1]
+                logits, pre_logits = self._run_whole(images)
+                self.pre_logits_channels = pre_logits.shape[1]
+                if torch.equal(_first(classifier(pre_logits)), logits):
+                    self.head_input = HeadInput(
+                        'pre_logits', shape=(self.pre_logits_channels,), classifier=self._classifier_input)
                 return
             self.layout = resolve_feature_layout(self.model, own_input)
             raw = self.model.forward_features(images)
-            self.pre_logits_channels = self.model.forward_head(raw, pre_logits=True).flatten(1).shape[1]
+            pre_logits = self.model.forward_head(raw, pre_logits=True)
+            self.pre_logits_channels = pre_logits.flatten(1).shape[1]
             self._reuse_pre_logits = classifier_reads_pre_logits(self.model, raw)
+            self.head_input = find_head_input(self.model, raw, self.layout, pre_logits, self._reuse_pre_logits)
             self.stages = resolve_stages(self.model, own_input)
             self._stages_share_trunk = bool(self.stages) and stages_share_trunk(self.model, images, self.stages)
 

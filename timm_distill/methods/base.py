@@ -85,6 +85,11 @@ class DistillMethod(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def needs_equal_classes(cls) -> bool:
+        """Whether logits of the student meet those of the teacher; those of its own head fit whatever its classes."""
+        return 'logits' in cls.teacher_outputs and 'head' not in cls.teacher_outputs
+
+    @classmethod
     def describe_needs(cls) -> str:
         """Return one line on what the method reads."""
         needs = [f'{model} {", ".join(_describe(x) for x in sorted(outputs))}'
@@ -97,7 +102,7 @@ class DistillMethod(nn.Module):
             needs.append('indices of the training samples')
         if not cls.mixed_images:
             needs.append('no mixup or cutmix')
-        if 'logits' in cls.teacher_outputs:
+        if cls.needs_equal_classes():
             needs.append('equal class counts')
         return '; '.join(needs)
 

@@ -1,0 +1,14 @@
+"""Small trainable parts between the features of a student and of a teacher."""
+import torch
+import torch.nn as nn
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that takes its running statistics where a batch holds one value per channel, which has no variance."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if self.training and input.numel() == input.shape[1]:
+            return nn.functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0., self.eps)
+        return super().forward(input)
+
