@@ -27,6 +27,7 @@ from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 
+import timm_distill
 from timm_distill import DistillTask, MergeError, Teacher, UsageError, check_pair, create_distill_task
 from timm_distill.args import args_to_yaml, check_train_args, create_train_parser, parse_args
 from timm_distill.checkpoint import DistillCheckpointSaver, read_checkpoint, resume_task, set_rng_state
@@ -34,8 +35,10 @@ from timm_distill.data import DataLoaders, create_loaders, create_train_loss, se
 from timm_distill.demo import run_demo
 from timm_distill.device import Precision, enable_fast_math, resolve_device_name, resolve_precision
 from timm_distill.engine import NonFiniteLossError, evaluate, train_one_epoch
+from timm_distill.export import export_hub, load_release, push_to_hub
 from timm_distill.methods import describe_methods
 from timm_distill.probing import runnable_size
+from timm_distill.provenance import collect_provenance
 
 _logger = logging.getLogger('train')
 
@@ -429,6 +432,16 @@ def prepare_for_device(run: Run) -> None:
         run.task.prepare_distributed(device_ids=[run.device], broadcast_buffers=not run.args.no_ddp_bb)
 
 
+def describe_run(run: Run) -> Dict[str, Any]:
+    """Return what exporting a checkpoint needs to know: plain values."""
+    teacher_hash = getattr(run.task.teacher, 'digest', '')
+    num_samples = len(run.loaders.train.dataset) if hasattr(run.loaders.train.dataset, '__len__') else None
+    return {
+        'data_config': dict(run.data_config),
+        'provenance': collect_provenance(run.args, timm_distill.__version__, teacher_hash, num_samples),
+    }
+
+
 class Recorder:
     """Everything that a run writes: checkpoints, `args.yaml` and `summary.csv`. Writes on the first rank alone.
 
@@ -468,6 +481,7 @@ class Recorder:
             optimizer=self.run.optimizer,
             lr_scheduler=self.run.scheduler,
             loaders=self.run.loaders,
+            info=describe_run(self.run),
             args=self.run.args,
             amp_scaler=self.run.precision.loss_scaler,
             checkpoint_dir=self.result.output_dir,
@@ -521,9 +535,21 @@ class Recorder:
         self.result.checkpoint = best if os.path.exists(best) else ''
         if self.result.best_metric is not None:
             _logger.info(f'*** Best metric: {self.result.best_metric} (epoch {self.result.best_epoch})')
+        self._release()
         self.result.history.sort(
             key=lambda x: x.get('validation', x['train'])[self.metric], reverse=self.saver.decreasing)
         return self.result
+
+
+    def _release(self) -> None:
+        """Write the best student in the hub's format beside the checkpoints, and push it where that is asked for."""
+        source = self.result.checkpoint or self.last_path
+        if not os.path.exists(source):
+            return
+        folder = export_hub(load_release(source), self._path('hub'))
+        _logger.info(f"The student: timm.create_model('local-dir:{folder}', pretrained=True)")
+        if self.run.args.push_to_hub:
+            _logger.info(f'Pushed to {push_to_hub(folder, self.run.args.push_to_hub)}')
 
 
 def _run_name(run: Run) -> str:

@@ -9,7 +9,7 @@ import logging
 import os
 import pickle
 import shutil
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from timm.models import clean_state_dict
@@ -84,6 +84,7 @@ class DistillCheckpointSaver(CheckpointSaver):
         optimizer: Saved for resume.
         lr_scheduler: Saved for resume.
         loaders: Saved for resume: anything whose `state_dict` says where its random generators stand.
+        info: More entries of every file, plain values: what exporting needs to know of the run.
         **kwargs: Arguments of timm's `CheckpointSaver`; `task` is required.
     """
 
@@ -94,11 +95,13 @@ class DistillCheckpointSaver(CheckpointSaver):
             *,
             lr_scheduler: Optional[Scheduler] = None,
             loaders: Optional[Any] = None,
+            info: Optional[Mapping[str, Any]] = None,
             **kwargs: Any,
     ):
         super().__init__(model, optimizer, **kwargs)
         self.lr_scheduler = lr_scheduler
         self.loaders = loaders
+        self.info = dict(info or {})
 
     def _save(self, save_path: str, epoch: int, metric: Optional[float] = None) -> None:
         state = {**self._run_state(epoch), **self._task_state(epoch)}
@@ -117,7 +120,7 @@ class DistillCheckpointSaver(CheckpointSaver):
 
     def _run_state(self, epoch: int) -> Dict[str, Any]:
         """Entries that say what the file is."""
-        state = {'epoch': epoch, 'version': 2, 'arch': type(self.model).__name__.lower()}
+        state = {**self.info, 'epoch': epoch, 'version': 2, 'arch': type(self.model).__name__.lower()}
         if self.args is not None:
             state.update(arch=self.args.model, args=self.args)
         return state

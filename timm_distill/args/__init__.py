@@ -6,12 +6,14 @@ builds a model or reads data, so only what the flags alone can show to be wrong 
 """
 from .checks import check_train_args, check_validate_args
 from .config import args_to_yaml, parse_args
+from .export import create_export_parser
 from .scripts import create_train_parser, create_validate_parser
 
 __all__ = [
     'args_to_yaml',
     'check_train_args',
     'check_validate_args',
+    'create_export_parser',
     'create_train_parser',
     'create_validate_parser',
     'parse_args',

@@ -16,6 +16,8 @@ def add_output_args(parser: ArgumentParser) -> None:
     group.add_argument('--val-interval', type=int, default=1, metavar='N',
                        help='epochs between two validations, each followed by a checkpoint')
     group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between two log lines')
+    group.add_argument('--push-to-hub', type=str, default='', metavar='ID',
+                       help='upload the best student, OUTPUT/hub, to this repository of the Hugging Face hub')
     group.add_argument('--tta', type=int, default=0, metavar='N',
                        help='average the outputs of N consecutive inputs in validation; 0: off')
     group.add_argument('--worker-seeding', type=str, default='all',

@@ -1,0 +1,158 @@
+"""Giving a student away: hub folder, weights, ONNX, model card."""
+import argparse
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import train_distill
+from timm_distill import UsageError
+from timm_distill.export import export_onnx, load_release, main, push_to_hub
+from timm_distill.model_card import create_model_card
+from timm_distill.provenance import hash_state_dict
+
+MEAN = (0.4, 0.5, 0.6)
+
+
+@pytest.fixture(scope='module')
+def run(digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> train_distill.RunResult:
+    """A short distillation with averaged weights and an input of its own size and normalisation."""
+    teacher = tmp_path_factory.mktemp('teacher') / 'teacher.pth'
+    torch.save(timm.create_model('test_resnet', num_classes=10).state_dict(), teacher)
+    return train_distill.main([
+        '--data-dir', str(digits_dir), '--output', str(tmp_path_factory.mktemp('run')), '--num-classes', '10',
+        '--img-size', '32', '--mean', *map(str, MEAN), '-b', '30', '--epochs', '1', '--warmup-epochs', '0', '--opt',
+        'adamw', '--lr', '1e-3', '-j', '0', '--device', 'cpu', '--student', 'test_efficientnet', '--teacher',
+        'test_resnet', '--teacher-checkpoint', str(teacher), '--kd', 'norm', '--model-ema', '--model-ema-decay', '0.5'])
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_run_leaves_a_hub_folder_that_plain_timm_loads_with_the_averaged_weights(run: Any) -> None:
+    code = (
+        'import sys, timm, torch\n'
+        f"model = timm.create_model('local-dir:{run.output_dir}/hub', pretrained=True).eval()\n"
+        "assert not any('distill' in name for name in sys.modules)\n"
+        'config = timm.data.resolve_data_config(model=model)\n'
+        f"assert tuple(config['mean']) == {MEAN} and tuple(config['input_size']) == (3, 32, 32), config\n"
+        'torch.save(model.state_dict(), sys.argv[1])\n')
+    out = Path(run.output_dir) / 'loaded.pth'
+    subprocess.run([sys.executable, '-c', code, str(out)], check=True, cwd=run.output_dir)
+    saved = torch.load(run.checkpoint, weights_only=False)['state_dict_ema']
+    loaded = torch.load(out, weights_only=True)
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved)
+
+
+def test_the_model_card_says_where_the_student_comes_from(run: Any) -> None:
+    card = (Path(run.output_dir) / 'hub' / 'README.md').read_text()
+    for fact in ('test_efficientnet distilled from test_resnet', '`norm`', 'top1', timm.__version__, '3 x 32 x 32'):
+        assert fact in card, fact
+    assert str(Path(run.output_dir).parent) not in card  # paths say nothing to others
+
+
+def test_the_provenance_holds_the_hash_of_the_teacher_as_loaded(run: Any) -> None:
+    state = torch.load(run.checkpoint, weights_only=False)
+    teacher = timm.create_model('test_resnet', num_classes=10, checkpoint_path=state['args'].teacher_checkpoint)
+    assert state['provenance']['teacher']['sha256 of its weights'] == hash_state_dict(teacher)
+
+
+def test_equal_weights_have_equal_hashes_and_others_not() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet')
+    before = hash_state_dict(model)
+    assert hash_state_dict(timm.create_model('test_resnet')) != before
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
+    assert hash_state_dict(model.to(memory_format=torch.channels_last)) == before
+
+
+def test_raw_weights_are_exported_on_request(run: Any, tmp_path: Path) -> None:
+    main([run.checkpoint, '--output', str(tmp_path / 'hub'), '--weights', str(tmp_path / 'w.safetensors'), '--no-use-ema'])
+    state = torch.load(run.checkpoint, weights_only=False)
+    model = timm.create_model('test_efficientnet', num_classes=10, checkpoint_path=str(tmp_path / 'w.safetensors'))
+    assert all(torch.equal(v, state['state_dict'][k]) for k, v in model.state_dict().items())
+    assert 'weights as trained' in (tmp_path / 'hub' / 'README.md').read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings('ignore')
+def test_onnx_gives_torchs_logits_at_another_batch_size(run: Any, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip('onnxruntime', reason='the export extra is not installed')
+    pytest.importorskip('onnxscript', reason='the export extra is not installed')
+    path = str(tmp_path / 'student.onnx')
+    assert export_onnx(load_release(run.checkpoint), path) < 1e-4
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    images = torch.randn(5, 3, 32, 32)
+    (actual,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    with torch.no_grad():
+        expected = load_release(run.checkpoint).model(images)
+    torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_failed_push_names_the_reason_and_the_folder_that_is_complete(
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import huggingface_hub
+
+    def refuse(self: Any, repo_id: str, **kwargs: Any) -> None:
+        raise PermissionError('no token')
+    monkeypatch.setattr(huggingface_hub.HfApi, 'create_repo', refuse)
+    with pytest.raises(UsageError, match='no token.*can be pushed later'):
+        push_to_hub(str(tmp_path), 'me/student')
+
+
+class _Bomb:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path('exploded'),))
+
+
+@pytest.mark.parametrize('content, message', [
+    (None, 'No checkpoint file'),
+    (b'not a checkpoint', 'Cannot read'),
+    ({'state_dict': {}}, 'holds no flags of a run'),
+    ({'args': _Bomb()}, 'Cannot read'),
+], ids=['missing', 'damaged', 'weights_alone', 'code'])
+def test_a_file_that_cannot_be_exported_is_one_clear_error(
+        content: Any,
+        message: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / 'last.pth.tar'
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path, pickle_module=pickle)
+    with pytest.raises(UsageError, match=message):
+        main([str(path)])
+    assert not (tmp_path / 'exploded').exists() and not (tmp_path / 'hub').exists()
+
+
+def test_averaged_weights_that_are_not_there_are_an_error(run: Any, tmp_path: Path) -> None:
+    state = torch.load(run.checkpoint, weights_only=False)
+    del state['state_dict_ema']
+    torch.save(state, tmp_path / 'last.pth.tar')
+    with pytest.raises(UsageError, match='--use-ema'):
+        load_release(str(tmp_path / 'last.pth.tar'), use_ema=True)
+    assert not load_release(str(tmp_path / 'last.pth.tar')).ema
+
+
+def test_a_card_without_provenance_is_still_a_card() -> None:
+    card = create_model_card('resnet18', {}, {'input_size': (3, 224, 224)})
+    assert card.startswith('---\ntags:') and '# resnet18\n' in card and 'without a teacher' in card
+
+
+def test_the_hub_config_names_the_architecture_and_the_classes(run: Any) -> None:
+    config = json.loads((Path(run.output_dir) / 'hub' / 'config.json').read_text())
+    assert config['architecture'] == 'test_efficientnet' and config['num_classes'] == 10
+    assert isinstance(torch.load(run.checkpoint, weights_only=False)['args'], argparse.Namespace)

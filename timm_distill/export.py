@@ -1,0 +1,257 @@
+"""A training checkpoint as what others load: plain timm weights, a folder in the hub's format, ONNX.
+
+    python -m timm_distill.export output/train/RUN/model_best.pth.tar --output released
+
+Reads the student's own entries of a checkpoint alone; methods, teachers and tasks are unknown here.
+"""
+import argparse
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Dict, Optional, Sequence, Tuple
+
+import numpy as np
+import timm
+import torch
+import torch.nn as nn
+from safetensors.torch import save_file
+from timm.data import resolve_data_config
+from timm.models import clean_state_dict, save_for_hf
+from timm.utils import setup_default_logging
+
+from .args import create_export_parser
+from .checkpoint import read_checkpoint
+from .errors import UsageError
+from .model_card import create_model_card
+
+_logger = logging.getLogger(__name__)
+
+ONNX_TOLERANCE = 1e-3  # largest logit difference, relative to the logits' spread
+_ONNX_BATCH = 3  # an exported graph with a fixed batch would not take it
+_MODEL_ARGS = (
+    'num_classes', 'in_chans', 'global_pool', 'drop_rate', 'drop_path_rate', 'drop_block_rate', 'bn_momentum', 'bn_eps')
+
+
+@dataclass
+class Release:
+    """A student that is ready to be given away.
+
+    Attributes:
+        model: Plain timm model in eval mode, float32, on the CPU.
+        architecture: timm name.
+        data_config: What its input looks like: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        provenance: Where it comes from, plain values by name.
+        ema: Whether the weights are the averaged ones.
+    """
+    model: nn.Module
+    architecture: str
+    data_config: Dict[str, Any]
+    provenance: Dict[str, Any] = field(default_factory=dict)
+    ema: bool = False
+
+
+def load_release(checkpoint: str, use_ema: Optional[bool] = None) -> Release:
+    """Read a checkpoint of a training run.
+
+    Args:
+        checkpoint: File that `train_distill.py` wrote.
+        use_ema: Take the averaged weights; None takes them where the file has them.
+
+    Raises:
+        UsageError: If the file is missing, is no checkpoint of a run, would run code, or has no averaged weights.
+    """
+    state = _read(checkpoint)
+    has_ema = 'state_dict_ema' in state
+    if use_ema and not has_ema:
+        raise UsageError(f'{checkpoint} holds no averaged weights: leave out --use-ema.')
+    ema = has_ema if use_ema is None else use_ema
+    args: argparse.Namespace = state['args']
+    model = _create_model(args)
+    try:
+        model.load_state_dict(clean_state_dict(state['state_dict_ema' if ema else 'state_dict']))
+    except RuntimeError as e:
+        raise UsageError(f"{checkpoint} does not fit its own architecture '{args.model}' as timm {timm.__version__} "
+                         f'builds it: {str(e).splitlines()[-1].strip()}') from e
+    data_config = state.get('data_config') or resolve_data_config(vars(args), model=model, use_test_size=False)
+    provenance = {**(state.get('provenance') or {}), 'metrics': _metrics(state)}
+    return Release(model.float().eval(), args.model, dict(data_config), provenance, ema)
+
+
+def _metrics(state: Dict[str, Any]) -> Dict[str, Any]:
+    if state.get('metric') is None:
+        return {}
+    return {f'validation {state["args"].eval_metric}': float(state['metric']), 'epochs trained': int(state['epoch']) + 1}
+
+
+def _read(checkpoint: str) -> Dict[str, Any]:
+    state = read_checkpoint(checkpoint, 'CHECKPOINT')
+    if not isinstance(state.get('args'), argparse.Namespace) or 'state_dict' not in state:
+        raise UsageError(f'{checkpoint} holds no flags of a run: give a last.pth.tar, model_best.pth.tar or '
+                         'checkpoint-N.pth.tar that train_distill.py wrote.')
+    return state
+
+
+def _create_model(args: argparse.Namespace) -> nn.Module:
+    """Create the student as the run did, without its initial weights."""
+    kwargs = _student_kwargs(args)
+    if args.model.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
+        kwargs['pretrained'] = False
+    return timm.create_model(args.model, **kwargs)
+
+
+def _student_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
+    names = dict(global_pool='gp', drop_rate='drop', drop_path_rate='drop_path', drop_block_rate='drop_block')
+    kwargs = {name: getattr(args, names.get(name, name), None) for name in _MODEL_ARGS}
+    if kwargs['in_chans'] is None:
+        kwargs['in_chans'] = args.input_size[0] if getattr(args, 'input_size', None) else 3
+    return {**kwargs, **(getattr(args, 'model_kwargs', None) or {})}
+
+
+def export_hub(release: Release, folder: str) -> str:
+    """Write `config.json`, `model.safetensors` and a model card.
+
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` builds the student from it.
+
+    Args:
+        release: What to write.
+        folder: Made where it does not exist.
+
+    Returns:
+        The folder.
+    """
+    save_for_hf(release.model, folder, safe_serialization=True, data_config=release.data_config)
+    card = create_model_card(release.architecture, release.provenance, release.data_config, release.ema)
+    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
+        f.write(card)
+    return folder
+
+
+def export_weights(release: Release, path: str) -> str:
+    """Write the weights alone, for `timm.create_model(NAME, checkpoint_path=PATH)`: .safetensors, or .pth.
+
+    Returns:
+        The path.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in release.model.state_dict().items()}
+    if path.endswith('.safetensors'):
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path)
+    return path
+
+
+def export_onnx(release: Release, path: str) -> float:
+    """Write an ONNX graph with a free batch size and compare it with torch in onnxruntime.
+
+    Args:
+        release: What to write.
+        path: File to write.
+
+    Returns:
+        Largest logit difference over the logits' spread.
+
+    Raises:
+        UsageError: If a package is missing, the model cannot be exported, or the graph's logits differ.
+    """
+    _require('onnx', 'onnxscript', 'onnxruntime')
+    images = torch.randn(_ONNX_BATCH, *release.data_config['input_size'], generator=torch.Generator().manual_seed(0))
+    try:
+        torch.onnx.export(
+            release.model,
+            (images[:2],),
+            path,
+            input_names=['images'],
+            output_names=['logits'],
+            dynamic_shapes={'x': {0: torch.export.Dim('batch', min=1)}} if _takes_x(release.model) else None,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    except Exception as e:  # tracing runs all of the model's own code
+        raise UsageError(f"'{release.architecture}' cannot be exported to ONNX: {type(e).__name__}: "
+                         f'{" ".join(str(e).split())[:300]}') from e
+    error = _compare_onnx(release.model, path, images)
+    if not error <= ONNX_TOLERANCE:
+        os.remove(path)
+        raise UsageError(f"The ONNX graph of '{release.architecture}' gives other logits than torch: largest difference "
+                         f'{error:.2g} of their spread, allowed {ONNX_TOLERANCE:g}. Nothing was written.')
+    return error
+
+
+def _takes_x(model: nn.Module) -> bool:
+    return 'x' in model.forward.__code__.co_varnames[:model.forward.__code__.co_argcount]
+
+
+def _compare_onnx(model: nn.Module, path: str, images: torch.Tensor) -> float:
+    import onnxruntime
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    with torch.no_grad():
+        expected = model(images).numpy()
+    (actual,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    return float(np.abs(actual - expected).max() / np.abs(expected - expected.mean()).max())
+
+
+def push_to_hub(folder: str, repo_id: str) -> str:
+    """Upload a folder that `export_hub` wrote; the token is the one of `huggingface-cli login` or HF_TOKEN.
+
+    Returns:
+        Address of the upload.
+
+    Raises:
+        UsageError: If the hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+    api = HfApi(library_name='timm', library_version=timm.__version__)
+    try:
+        repo = api.create_repo(repo_id, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message='Add model'))
+    except Exception as e:  # no connection, no token, no rights: each has an error of its own
+        reason = str(e).splitlines()[0] if str(e) else 'no message'
+        raise UsageError(f'--push-to-hub {repo_id}: {type(e).__name__}: {reason} '
+                         f'The folder {folder} is complete; it can be pushed later.') from e
+
+
+def _require(*packages: str) -> None:
+    import importlib.util
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"Exporting to ONNX needs {', '.join(missing)}: pip install 'timm_distill[export]'.")
+
+
+def main(argv: Optional[Sequence[str]] = None) -> Tuple[str, ...]:
+    """Run from the command line; return what was written.
+
+    Raises:
+        UsageError: For anything that the user can put right.
+    """
+    args = create_export_parser().parse_args(argv)
+    release = load_release(args.checkpoint, args.use_ema)
+    folder = args.output or os.path.join(os.path.dirname(os.path.abspath(args.checkpoint)), 'hub')
+    written = [export_hub(release, folder)]
+    _logger.info(f"Hub folder {folder}: timm.create_model('local-dir:{folder}', pretrained=True)")
+    if args.weights:
+        written.append(export_weights(release, args.weights))
+        _logger.info(f"Weights {args.weights}: timm.create_model('{release.architecture}', checkpoint_path=...)")
+    if args.onnx:
+        error = export_onnx(release, args.onnx)
+        written.append(args.onnx)
+        _logger.info(f"ONNX {args.onnx}: largest logit difference to torch {error:.1e} of the logits' spread.")
+    if args.push_to_hub:
+        _logger.info(f'Pushed to {push_to_hub(folder, args.push_to_hub)}')
+    return tuple(written)
+
+
+def cli() -> int:
+    """Run from the command line: 0 on success, 2 for what the user can put right."""
+    setup_default_logging()
+    try:
+        main()
+    except UsageError as e:
+        print(f'timm_distill.export: error: {e}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(cli())

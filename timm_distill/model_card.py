@@ -1,0 +1,78 @@
+"""The README of a released student: what it is, where it comes from, how to load it."""
+from typing import Any, Dict, List, Mapping, Optional
+
+_USAGE = '''```python
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model({source!r}, pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model), is_training=False)
+with torch.no_grad():
+    probabilities = model(transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0)).softmax(dim=1)
+```'''
+_SECTIONS = (
+    ('Teacher', 'teacher'),
+    ('Training', 'training'),
+    ('Data', 'data'),
+    ('Metrics', 'metrics'),
+    ('Versions', 'versions'),
+)
+
+
+def create_model_card(
+        architecture: str,
+        provenance: Mapping[str, Any],
+        data_config: Mapping[str, Any],
+        ema: bool = False,
+        repo_id: Optional[str] = None,
+) -> str:
+    """Return a model card as Markdown with the hub's front matter.
+
+    Args:
+        architecture: timm name.
+        provenance: What `collect_provenance` noted during training; missing entries are left out.
+        data_config: Input size, normalisation and crop.
+        ema: Whether the weights are averaged ones.
+        repo_id: Where it will be loaded from on the hub.
+    """
+    teacher = provenance.get('teacher', {}).get('name')
+    source = f'hf-hub:{repo_id}' if repo_id else 'local-dir:THIS_FOLDER'
+    lines = [
+        '---', 'tags:', '- image-classification', '- timm', '- knowledge-distillation',
+        'pipeline_tag: image-classification', 'library_name: timm', '---', '',
+        f'# {architecture}' + (f' distilled from {teacher}' if teacher else ''), '',
+        _describe(architecture, provenance, ema), '',
+        '## Use', '', _USAGE.format(source=source), '',
+        '## Input', '', *_items(_input_facts(data_config)), '',
+    ]
+    for title, key in _SECTIONS:
+        facts = provenance.get(key)
+        if facts:
+            lines += [f'## {title}', '', *_items(facts), '']
+    return '\n'.join(lines)
+
+
+def _describe(architecture: str, provenance: Mapping[str, Any], ema: bool) -> str:
+    kd = provenance.get('training', {}).get('kd', 'none')
+    how = 'trained without a teacher' if kd == 'none' else f'trained by knowledge distillation (`{kd}`)'
+    weights = 'an average of the weights over training (EMA)' if ema else 'the weights as trained'
+    return (f'A plain timm `{architecture}`, {how} with timm_distill: nothing of the distillation is left in it, neither '
+            f'parameters nor code. The file holds {weights}.')
+
+
+def _input_facts(data_config: Mapping[str, Any]) -> Dict[str, Any]:
+    names = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+    return {name: data_config[name] for name in names if data_config.get(name) is not None}
+
+
+def _items(facts: Mapping[str, Any]) -> List[str]:
+    return [f'- **{name}:** {_value(value)}' for name, value in facts.items() if value not in (None, '', {}, [])]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ', '.join(f'{key} {_value(v)}' for key, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ' x '.join(str(v) for v in value) if all(isinstance(v, int) for v in value) else ', '.join(map(str, value))
+    return f'{value:.6g}' if isinstance(value, float) else str(value)

@@ -1,0 +1,70 @@
+"""Where a student comes from: teacher and its hash, methods, data, versions. Plain values, kept in every checkpoint."""
+import argparse
+import hashlib
+import os
+import platform
+from typing import Any, Dict, Mapping, Optional
+
+import timm
+import torch
+import torch.nn as nn
+import torchvision
+
+_TRAINING_FLAGS = (
+    'kd', 'kd_weight', 'kd_kwargs', 'kd_schedule', 'task_loss_weight', 'distill_loss_weight', 'epochs', 'opt', 'lr',
+    'weight_decay', 'sched', 'warmup_epochs', 'grad_accum_steps', 'smoothing', 'mixup', 'cutmix', 'aa', 'reprob',
+    'model_ema_decay', 'amp_dtype', 'seed')
+
+
+def hash_state_dict(model: nn.Module) -> str:
+    """Return a SHA-256 of a model's names and values, the same for every device and file format."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}'.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def collect_provenance(
+        args: argparse.Namespace,
+        version: str,
+        teacher_hash: str = '',
+        num_samples: Optional[int] = None,
+) -> Dict[str, Any]:
+    """Return what is known of a run before it trains.
+
+    Args:
+        args: Flags of the run.
+        version: Version of timm_distill.
+        teacher_hash: Of the teacher's weights as loaded.
+        num_samples: Images of the training set.
+    """
+    provenance: Dict[str, Any] = {
+        'training': {name: value for name, value in _flags(args).items()},
+        'data': {
+            # a folder's last name says what it is; its path says where somebody's machine keeps it
+            'name': args.dataset or os.path.basename(os.path.abspath(str(args.data_dir or ''))),
+            'training images': num_samples,
+            'batch size': f'{args.batch_size} x {args.world_size}',
+        },
+        'versions': {
+            'timm_distill': version,
+            'timm': timm.__version__,
+            'torch': str(torch.__version__),
+            'torchvision': str(torchvision.__version__),
+            'python': platform.python_version(),
+        },
+    }
+    if args.teacher:
+        checkpoint = os.path.basename(str(args.teacher_checkpoint or ''))
+        provenance['teacher'] = {'name': args.teacher, 'checkpoint': checkpoint, 'sha256 of its weights': teacher_hash}
+    return provenance
+
+
+def _flags(args: argparse.Namespace) -> Mapping[str, Any]:
+    values = {name: getattr(args, name, None) for name in _TRAINING_FLAGS}
+    if not getattr(args, 'model_ema', False):
+        values.pop('model_ema_decay')
+    if not getattr(args, 'amp', False):
+        values.pop('amp_dtype')
+    return {name: value for name, value in values.items() if value not in (None, '', {}, [])}
