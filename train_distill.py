@@ -29,16 +29,26 @@ from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kw
 
 import timm_distill
 from timm_distill import DistillTask, MergeError, Teacher, UsageError, check_pair, create_distill_task
+from timm_distill.analysis import PredictionRecorder, Predictions, agreement, collect_predictions
 from timm_distill.args import args_to_yaml, check_train_args, create_train_parser, parse_args
 from timm_distill.checkpoint import DistillCheckpointSaver, read_checkpoint, resume_task, set_rng_state
-from timm_distill.data import DataLoaders, create_loaders, create_train_loss, set_loader_epoch, user_message
+from timm_distill.data import (
+    DataLoaders,
+    class_names,
+    create_loaders,
+    create_train_loss,
+    set_loader_epoch,
+    user_message,
+)
 from timm_distill.demo import run_demo
 from timm_distill.device import Precision, enable_fast_math, resolve_device_name, resolve_precision
-from timm_distill.engine import NonFiniteLossError, evaluate, train_one_epoch
+from timm_distill.engine import NonFiniteLossError, StepTiming, evaluate, train_one_epoch
 from timm_distill.export import export_hub, load_release, push_to_hub
 from timm_distill.methods import describe_methods
+from timm_distill.pair import time_teacher
 from timm_distill.probing import runnable_size
 from timm_distill.provenance import collect_provenance
+from timm_distill.report import ReportData, can_draw, read_summary, write_report
 
 _logger = logging.getLogger('train')
 
@@ -127,6 +137,8 @@ class Run:
         optimizer: Over everything that trains.
         scheduler: Learning rate schedule, None for a constant rate.
         num_epochs: Length of the run.
+        teacher_predictions: What the teacher predicts on the validation data, and how surely; None where it cannot.
+        timing: Where the time of training went.
     """
     args: argparse.Namespace
     device: torch.device
@@ -137,6 +149,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     num_epochs: int
+    teacher_predictions: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
+    timing: StepTiming = field(default_factory=StepTiming)
 
 
 def train(args: argparse.Namespace) -> RunResult:
@@ -158,6 +172,8 @@ def train(args: argparse.Namespace) -> RunResult:
         raise
     except KeyboardInterrupt:
         _logger.warning(f'Interrupted. To go on, give the same flags and --resume {recorder.last_path}')
+    else:
+        write_run_report(run, recorder)
     if args.distributed:
         torch.distributed.destroy_process_group()
     return recorder.finish(time.monotonic() - start)
@@ -316,6 +332,11 @@ def validate(run: Run, model: nn.Module, log_name: str = 'Test') -> 'OrderedDict
     )
 
 
+def count_samples(loader: Any) -> Optional[int]:
+    """Return the images of a loader's set, over all ranks; None where that is unknown."""
+    return len(loader.dataset) if hasattr(loader.dataset, '__len__') else None
+
+
 class _TeacherLogits(nn.Module):
     def __init__(self, teacher: Teacher):
         super().__init__()
@@ -334,7 +355,10 @@ def report_teacher(run: Run) -> None:
         _logger.warning(f'The teacher has {teacher.num_classes} classes and the data {args.num_classes}: '
                         'its accuracy cannot be measured here.')
         return
-    top1 = validate(run, _TeacherLogits(teacher), 'Teacher')['top1']
+    recorder = PredictionRecorder(_TeacherLogits(teacher))
+    top1 = validate(run, recorder, 'Teacher')['top1']
+    if not args.tta:  # its views of an image are averaged after the model
+        run.teacher_predictions = recorder.read(count_samples(run.loaders.eval))
     if args.rank == 0:
         _logger.info(f'Teacher {args.teacher} top-1: {top1:.3f}')
         if top1 < 200 / teacher.num_classes:
@@ -498,6 +522,16 @@ class Recorder:
     def last_path(self) -> str:
         return self._path('last.pth.tar')
 
+    @property
+    def best_path(self) -> str:
+        """The best checkpoint, else the last; '' where there is none."""
+        paths = (self._path('model_best.pth.tar'), self.last_path) if self.saver is not None else ()
+        return next((path for path in paths if os.path.exists(path)), '')
+
+    @property
+    def summary_path(self) -> str:
+        return self._path('summary.csv')
+
     def _path(self, name: str) -> str:
         return os.path.join(self.result.output_dir, name)
 
@@ -543,10 +577,9 @@ class Recorder:
 
     def _release(self) -> None:
         """Write the best student in the hub's format beside the checkpoints, and push it where that is asked for."""
-        source = self.result.checkpoint or self.last_path
-        if not os.path.exists(source):
+        if not self.best_path:
             return
-        folder = export_hub(load_release(source), self._path('hub'))
+        folder = export_hub(load_release(self.best_path), self._path('hub'))
         _logger.info(f"The student: timm.create_model('local-dir:{folder}', pretrained=True)")
         if self.run.args.push_to_hub:
             _logger.info(f'Pushed to {push_to_hub(folder, self.run.args.push_to_hub)}')
@@ -584,6 +617,7 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder) -> None:
         recovery_interval=args.recovery_interval,
         log_interval=args.log_interval,
         distributed=args.distributed,
+        timing=run.timing,
     )
     share_batch_norm(args, run.task.get_trainable_module())
     metric = None
@@ -615,11 +649,83 @@ def validate_student(run: Run) -> Optional['OrderedDict[str, float]']:
     """Validate the merged student and its EMA; the EMA's numbers count where there are any, as in timm."""
     if run.loaders.eval is None:
         return None
-    metrics = validate(run, run.task.get_eval_model())  # type: ignore[arg-type]
+    metrics = validate_with_agreement(run, run.task.get_eval_model())  # type: ignore[arg-type]
     if run.task.has_ema() and not run.args.model_ema_force_cpu:
         share_batch_norm(run.args, run.task.get_trainable_module(ema=True))
-        metrics = validate(run, run.task.get_eval_model(ema=True), 'Test (EMA)')  # type: ignore[arg-type]
+        student_top1 = metrics['top1']
+        metrics = validate_with_agreement(run, run.task.get_eval_model(ema=True), 'Test (EMA)')  # type: ignore[arg-type]
+        metrics['student_top1'] = student_top1
     return metrics
+
+
+def validate_with_agreement(run: Run, model: nn.Module, log_name: str = 'Test') -> 'OrderedDict[str, float]':
+    """Validate a model, and measure how often it predicts what the teacher does, where that is known."""
+    if run.teacher_predictions is None:
+        return validate(run, model, log_name)
+    recorder = PredictionRecorder(model)
+    metrics = validate(run, recorder, log_name)
+    classes, _ = recorder.read(count_samples(run.loaders.eval))
+    metrics['agreement'] = agreement(classes, run.teacher_predictions[0])
+    return metrics
+
+
+def write_run_report(run: Run, recorder: Recorder) -> None:
+    """Write `report.html` and `report.png` of the best student beside the checkpoints."""
+    args = run.args
+    if not args.report or not can_draw():
+        if args.report and args.rank == 0:
+            _logger.info("No report: pip install 'timm_distill[report]' draws one, --no-report leaves it out.")
+        return
+    student = teacher = None
+    if run.loaders.eval is not None and not args.tta:
+        num_samples = count_samples(run.loaders.eval)
+        student = collect_predictions(
+            best_student(run, recorder), run.loaders.eval, run.device, run.precision.autocast,
+            run.precision.model_dtype, num_samples)
+        if run.teacher_predictions is not None:
+            teacher = Predictions(*run.teacher_predictions, student.labels)
+    if recorder.saver is None:
+        return
+    data = ReportData(
+        title=f'{args.model} distilled from {args.teacher}' if run.task.teacher is not None else str(args.model),
+        rows=read_summary(recorder.summary_path) if os.path.exists(recorder.summary_path) else [],
+        student=student,
+        teacher=teacher,
+        class_names=class_names(run.loaders.eval.dataset, args.num_classes) if run.loaders.eval is not None else (),
+        times=split_step_time(run),
+        facts=describe_run(run)['provenance'],
+    )
+    try:
+        paths = write_report(data, recorder.result.output_dir)
+    except Exception as e:  # a figure must not cost a finished run
+        _logger.warning(f'The report could not be written: {type(e).__name__}: {e}')
+        return
+    _logger.info(f'Report: {paths[0]}')
+
+
+def best_student(run: Run, recorder: Recorder) -> nn.Module:
+    """Return the best student, the same on every rank."""
+    model = run.task.module.merged_copy()
+    path = recorder.best_path
+    if path:
+        checkpoint = read_checkpoint(path)
+        model.load_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
+    if run.args.distributed:
+        for tensor in model.state_dict().values():
+            torch.distributed.broadcast(tensor, src=0)
+    return model
+
+
+def split_step_time(run: Run) -> Dict[str, float]:
+    """Return the seconds of a training step by part: the teacher's share is measured on a batch of noise."""
+    if not run.timing.batches:
+        return {}
+    data = run.timing.data_seconds / run.timing.batches
+    total = run.timing.seconds / run.timing.batches
+    if run.task.teacher is None:
+        return {'student': max(total - data, 0.), 'data': data}
+    teacher = time_teacher(run.task, run.args.batch_size, run.precision.autocast)
+    return {'teacher': teacher, 'student': max(total - data - teacher, 0.), 'data': data}
 
 
 def cli() -> int:

@@ -75,9 +75,10 @@ def test_equal_weights_have_equal_hashes_and_others_not() -> None:
 
 
 def test_raw_weights_are_exported_on_request(run: Any, tmp_path: Path) -> None:
-    main([run.checkpoint, '--output', str(tmp_path / 'hub'), '--weights', str(tmp_path / 'w.safetensors'), '--no-use-ema'])
+    weights = str(tmp_path / 'w.safetensors')
+    main([run.checkpoint, '--output', str(tmp_path / 'hub'), '--weights', weights, '--no-use-ema'])
     state = torch.load(run.checkpoint, weights_only=False)
-    model = timm.create_model('test_efficientnet', num_classes=10, checkpoint_path=str(tmp_path / 'w.safetensors'))
+    model = timm.create_model('test_efficientnet', num_classes=10, checkpoint_path=weights)
     assert all(torch.equal(v, state['state_dict'][k]) for k, v in model.state_dict().items())
     assert 'weights as trained' in (tmp_path / 'hub' / 'README.md').read_text()
 

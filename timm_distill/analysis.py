@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, List, Optional, Tuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 
@@ -49,6 +50,7 @@ def collect_predictions(
         device: torch.device,
         amp_autocast: Callable[[], Any] = nullcontext,
         dtype: Optional[torch.dtype] = None,
+        num_samples: Optional[int] = None,
 ) -> Predictions:
     """Run a model over a loader of (images, class indices).
 
@@ -58,21 +60,61 @@ def collect_predictions(
         device: Where the model lives.
         amp_autocast: Makes the context of each forward pass.
         dtype: Input dtype, where the loader does not set it.
+        num_samples: Images of the set, over all ranks.
     """
     model.eval()
-    parts: List[Tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    for images, labels in loader:
+    recorder, labels = PredictionRecorder(model), []
+    for images, target in loader:
         with amp_autocast():
-            output = model(images.to(device=device, dtype=dtype))
+            recorder(images.to(device=device, dtype=dtype))
+        labels.append(target.to(device))
+    return Predictions(*recorder.read(num_samples), _in_order(torch.cat(labels), num_samples).cpu())
+
+
+class PredictionRecorder(nn.Module):
+    """A classifier that notes what it predicts while something else evaluates it.
+
+    Args:
+        model: Gives logits, [B, K], or a tuple that begins with them.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self._classes: List[torch.Tensor] = []
+        self._confidences: List[torch.Tensor] = []
+
+    def forward(self, images: torch.Tensor) -> Any:
+        output = self.model(images)
         logits = output[0] if isinstance(output, (tuple, list)) else output
-        confidences, classes = logits.float().softmax(dim=1).max(dim=1)
-        parts.append((classes, confidences, labels.to(device)))
-    return Predictions(*(torch.cat(column).cpu() for column in zip(*parts)))
+        confidences, classes = logits.detach().float().softmax(dim=1).max(dim=1)
+        self._classes.append(classes)
+        self._confidences.append(confidences)
+        return output
+
+    def read(self, num_samples: Optional[int] = None) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return classes and confidences, [n] each, of all ranks in the order of the set.
+
+        Args:
+            num_samples: Images of the set; what a distributed sampler repeats to fill its last batch is cut off.
+        """
+        columns = (torch.cat(self._classes), torch.cat(self._confidences))
+        classes, confidences = (_in_order(column, num_samples).cpu() for column in columns)
+        return classes, confidences
 
 
-def agreement(student: Predictions, teacher: Predictions) -> float:
-    """Return the percentage of images on which two classifiers predict the same class."""
-    return 100 * (student.classes == teacher.classes).double().mean().item()
+def _in_order(column: torch.Tensor, num_samples: Optional[int]) -> torch.Tensor:
+    """Put together what the ranks have of a column: rank r of W holds the images r, r + W, r + 2 W, ..."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        parts = [torch.empty_like(column) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, column)
+        column = torch.stack(parts, dim=1).flatten()
+    return column[:num_samples]
+
+
+def agreement(student: torch.Tensor, teacher: torch.Tensor) -> float:
+    """Return the percentage of images for which two classifiers predict the same class, from their classes, [n]."""
+    return 100 * (student == teacher).double().mean().item()
 
 
 def calibrate(predictions: Predictions, bins: int = 15) -> Calibration:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
@@ -24,11 +25,25 @@ from .errors import UsageError
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ['NonFiniteLossError', 'evaluate', 'train_one_epoch']
+__all__ = ['NonFiniteLossError', 'StepTiming', 'evaluate', 'train_one_epoch']
 
 
 class NonFiniteLossError(RuntimeError):
     """A loss term became NaN or infinite; names the terms, the epoch and the step."""
+
+
+@dataclass
+class StepTiming:
+    """Where the time of training went, over all epochs.
+
+    Attributes:
+        batches: Batches trained.
+        seconds: Time of these, waiting for data included.
+        data_seconds: Time waited for data.
+    """
+    batches: int = 0
+    seconds: float = 0.
+    data_seconds: float = 0.
 
 
 class LossMeter:
@@ -260,6 +275,7 @@ def train_one_epoch(
         distributed: bool = False,
         desc: str = '',
         progress: Optional[bool] = None,
+        timing: Optional[StepTiming] = None,
 ) -> OrderedDict[str, float]:
     """Train the task for one epoch.
 
@@ -286,6 +302,7 @@ def train_one_epoch(
         distributed: Average what is logged and returned over all ranks.
         desc: Text in front of the progress bar, for example which run of several this is.
         progress: Show a progress bar; None shows one where stderr is a terminal.
+        timing: Where to add the time of the epoch.
 
     Returns:
         'loss' and each '*_loss' term of the task, averaged over the epoch's samples.
@@ -296,11 +313,14 @@ def train_one_epoch(
     log = TrainLog(losses, epoch, updates_per_epoch, log_interval)
     desc = f"{desc} epoch {epoch + 1}{f'/{num_epochs}' if num_epochs else ''} train".lstrip()
     update_idx = 0
+    epoch_start = time.perf_counter()
     with progress_bar(loader, desc, progress if log.primary else False) as bar:
         data_start = time.perf_counter()
         for (input, target), (group_size, need_update) in zip(bar, accumulation_plan(len(loader), grad_accum_steps)):
             input, target = _prepare_batch(input, target, device, model_dtype, prefetcher, channels_last, mixup_fn)
             data_time = time.perf_counter() - data_start
+            if timing is not None:
+                timing.data_seconds += data_time
             with nullcontext() if need_update else task.no_sync():
                 with amp_autocast():
                     result = task(input, target)
@@ -321,7 +341,11 @@ def train_one_epoch(
             data_start = time.perf_counter()
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
-    return losses.read_finite(epoch)[0]
+    average = losses.read_finite(epoch)[0]  # waits for the device: what was timed is over
+    if timing is not None:
+        timing.batches += len(loader)
+        timing.seconds += time.perf_counter() - epoch_start
+    return average
 
 
 def _log_evaluation(

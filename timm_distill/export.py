@@ -81,7 +81,8 @@ def load_release(checkpoint: str, use_ema: Optional[bool] = None) -> Release:
 def _metrics(state: Dict[str, Any]) -> Dict[str, Any]:
     if state.get('metric') is None:
         return {}
-    return {f'validation {state["args"].eval_metric}': float(state['metric']), 'epochs trained': int(state['epoch']) + 1}
+    name = f'validation {state["args"].eval_metric}'
+    return {name: float(state['metric']), 'epochs trained': int(state['epoch']) + 1}
 
 
 def _read(checkpoint: str) -> Dict[str, Any]:
@@ -174,8 +175,8 @@ def export_onnx(release: Release, path: str) -> float:
     error = _compare_onnx(release.model, path, images)
     if not error <= ONNX_TOLERANCE:
         os.remove(path)
-        raise UsageError(f"The ONNX graph of '{release.architecture}' gives other logits than torch: largest difference "
-                         f'{error:.2g} of their spread, allowed {ONNX_TOLERANCE:g}. Nothing was written.')
+        raise UsageError(f"The ONNX graph of '{release.architecture}' gives other logits than torch: largest "
+                         f'difference {error:.2g} of their spread, allowed {ONNX_TOLERANCE:g}. Nothing was written.')
     return error
 
 

@@ -57,8 +57,8 @@ def _describe(architecture: str, provenance: Mapping[str, Any], ema: bool) -> st
     kd = provenance.get('training', {}).get('kd', 'none')
     how = 'trained without a teacher' if kd == 'none' else f'trained by knowledge distillation (`{kd}`)'
     weights = 'an average of the weights over training (EMA)' if ema else 'the weights as trained'
-    return (f'A plain timm `{architecture}`, {how} with timm_distill: nothing of the distillation is left in it, neither '
-            f'parameters nor code. The file holds {weights}.')
+    return (f'A plain timm `{architecture}`, {how} with timm_distill: nothing of the distillation is left in it, '
+            f'neither parameters nor code. The file holds {weights}.')
 
 
 def _input_facts(data_config: Mapping[str, Any]) -> Dict[str, Any]:
@@ -74,5 +74,6 @@ def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return ', '.join(f'{key} {_value(v)}' for key, v in value.items())
     if isinstance(value, (list, tuple)):
-        return ' x '.join(str(v) for v in value) if all(isinstance(v, int) for v in value) else ', '.join(map(str, value))
+        separator = ' x ' if all(isinstance(v, int) for v in value) else ', '
+        return separator.join(str(v) for v in value)
     return f'{value:.6g}' if isinstance(value, float) else str(value)

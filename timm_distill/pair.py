@@ -2,6 +2,7 @@
 import logging
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
@@ -205,6 +206,14 @@ def _time(run: Callable[[], Any], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         durations.append(time.perf_counter() - start)
     return sorted(durations[1:])[_TIMED_STEPS // 2]
+
+
+def time_teacher(task: DistillTask, batch_size: int, amp_autocast: Callable[[], Any] = nullcontext) -> float:
+    """Return the seconds that the teacher takes for a batch of noise."""
+    parameter = next(task.module.parameters())
+    images = random_images(task.module, task.input_size, batch_size).to(parameter.device, parameter.dtype)
+    with amp_autocast():
+        return _time(lambda: task.teacher_features(images), task.device)
 
 
 def _step_memory(task: DistillTask, images: torch.Tensor, target: torch.Tensor) -> int:

@@ -128,7 +128,7 @@ def headline(data: ReportData) -> Dict[str, str]:
     if data.teacher is not None:
         numbers['teacher top-1, %'] = f'{data.teacher.top1:.2f}'
     if data.student is not None and data.teacher is not None:
-        numbers['same prediction, %'] = f'{agreement(data.student, data.teacher):.2f}'
+        numbers['same prediction, %'] = f'{agreement(data.student.classes, data.teacher.classes):.2f}'
     if data.student is not None:
         numbers['calibration error, %'] = f'{100 * calibrate(data.student).error:.1f}'
     numbers['epochs'] = str(len(data.rows))
@@ -138,7 +138,7 @@ def headline(data: ReportData) -> Dict[str, str]:
 def _facts_table(heading: str, facts: Mapping[str, Any]) -> str:
     rows = ''.join(f'<tr><td>{html.escape(str(name))}</td><td class="text">{html.escape(str(value))}</td></tr>'
                    for name, value in facts.items() if value not in (None, '', {}, []))
-    return f'<section><h2>{html.escape(heading)}</h2><table>{rows}</table></section>' if rows else ''
+    return f'<section><h2>{html.escape(heading.capitalize())}</h2><table>{rows}</table></section>' if rows else ''
 
 
 def _rows_table(rows: Sequence[Mapping[str, float]]) -> str:

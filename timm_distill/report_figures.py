@@ -32,7 +32,11 @@ def draw_figures(
     Returns:
         Figures by title, in the order in which they are to be read.
     """
-    figures = {'Accuracy': draw_accuracy(rows, teacher), 'Loss terms': draw_losses(rows), 'Learning rate': draw_rate(rows)}
+    figures: Dict[str, Optional[Figure]] = {
+        'Accuracy': draw_accuracy(rows, teacher),
+        'Loss terms': draw_losses(rows),
+        'Learning rate': draw_rate(rows),
+    }
     if times:
         figures['Time of a training step'] = draw_times(times)
     if student is not None:
@@ -73,14 +77,17 @@ def draw_accuracy(rows: Sequence[Row], teacher: Optional[Predictions]) -> Option
     drawn = False
     for column, (label, color) in series.items():
         if rows and column in rows[0]:
-            dashes = '--' if column == 'eval_agreement' else '-'
-            axes.plot(epochs, [row[column] for row in rows], dashes, label=label, color=_COLORS[color], **_style(rows))
+            # wide and pale, since a good student agrees about as often as it is right
+            style = dict(linewidth=5, alpha=0.4) if column == 'eval_agreement' else _style(rows)
+            axes.plot(epochs, [row.get(column, math.nan) for row in rows], label=label, color=_COLORS[color], **style)
             drawn = True
     if teacher is not None:
         axes.axhline(teacher.top1, color=_COLORS['teacher'], linewidth=1, label=f'teacher ({teacher.top1:.1f})')
+    if not drawn:
+        return None
     axes.set_ylabel('top-1, %')
     axes.legend(frameon=False)
-    return figure if drawn else None
+    return figure
 
 
 def draw_losses(rows: Sequence[Row]) -> Optional[Figure]:
@@ -92,7 +99,8 @@ def draw_losses(rows: Sequence[Row]) -> Optional[Figure]:
     epochs = _epochs(axes, rows)
     for name in names:
         label = name[len('train_'):]
-        axes.plot(epochs, [row[name] for row in rows], label=label, linewidth=2.2 if label == 'loss' else 1.4, **_style(rows))
+        width = 2.2 if label == 'loss' else 1.4
+        axes.plot(epochs, [row[name] for row in rows], label=label, linewidth=width, **_style(rows))
     if all(row[name] > 0 for row in rows for name in names):
         axes.set_yscale('log')
     axes.set_ylabel('loss, unweighted terms')
@@ -124,16 +132,19 @@ def draw_times(times: Mapping[str, float]) -> Figure:
 
 
 def draw_calibration(models: Mapping[str, Predictions]) -> Figure:
-    """Draw accuracy over confidence."""
+    """Draw accuracy over confidence; the more images a dot stands for, the larger it is."""
     figure, axes = _figure(5., 4.6)
     axes.plot([0, 1], [0, 1], color='#bbbbbb', linewidth=1)
     for name, predictions in models.items():
         calibration = calibrate(predictions)
         filled = calibration.count > 0
-        axes.plot(calibration.confidence[filled], calibration.accuracy[filled], marker='o', markersize=4,
-                  color=_COLORS[name], label=f'{name}, expected error {100 * calibration.error:.1f} %')
-    axes.set(xlabel='confidence', ylabel='share of right predictions', xlim=(0, 1), ylim=(0, 1), aspect='equal')
-    axes.legend(frameon=False, loc='upper left')
+        confidence, accuracy = calibration.confidence[filled].tolist(), calibration.accuracy[filled].tolist()
+        sizes = (8 + 60 * calibration.count[filled] / calibration.count.max()).tolist()
+        axes.plot(confidence, accuracy, color=_COLORS[name], linewidth=1.2,
+                  label=f'{name}, expected error {100 * calibration.error:.1f} %')
+        axes.scatter(confidence, accuracy, sizes, color=_COLORS[name])
+    axes.set(xlabel='confidence', ylabel='share of right predictions', xlim=(0, 1.02), ylim=(0, 1.02), aspect='equal')
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc='outside lower center')
     return figure
 
 
@@ -176,7 +187,7 @@ def _draw_matrix(matrix: torch.Tensor, class_names: Sequence[str]) -> Figure:
     figure, axes = _figure(size + 0.6, size)
     axes.grid(False)
     share = matrix / matrix.sum(dim=1, keepdim=True).clamp_min(1)
-    image = axes.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    image = axes.imshow(share.tolist(), cmap='Blues', vmin=0, vmax=1)
     axes.set_xticks(range(len(class_names)), class_names, rotation=90)
     axes.set_yticks(range(len(class_names)), class_names)
     axes.set(xlabel="student's prediction", ylabel="teacher's prediction")

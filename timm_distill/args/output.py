@@ -1,4 +1,6 @@
 """Flags of what a run writes and says, and when."""
+import argparse
+
 from .parser import ArgumentParser
 
 
@@ -16,6 +18,8 @@ def add_output_args(parser: ArgumentParser) -> None:
     group.add_argument('--val-interval', type=int, default=1, metavar='N',
                        help='epochs between two validations, each followed by a checkpoint')
     group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between two log lines')
+    group.add_argument('--report', action=argparse.BooleanOptionalAction, default=True,
+                       help='write report.html and report.png at the end (needs matplotlib)')
     group.add_argument('--push-to-hub', type=str, default='', metavar='ID',
                        help='upload the best student, OUTPUT/hub, to this repository of the Hugging Face hub')
     group.add_argument('--tta', type=int, default=0, metavar='N',

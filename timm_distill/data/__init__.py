@@ -4,7 +4,7 @@ Takes the parsed arguments read-only and knows neither the parser nor models. On
 images (missing split, shifted labels, unreadable file) stop the run with one line that says what to change, where
 timm would go on with other data than the user meant.
 """
-from .datasets import create_datasets, create_eval_dataset
+from .datasets import class_names, create_datasets, create_eval_dataset
 from .images import StrictImageDataset, user_message
 from .loaders import DataLoaders, create_eval_loader, create_loaders, set_loader_epoch
 from .targets import create_train_loss, is_mixup_active
@@ -12,6 +12,7 @@ from .targets import create_train_loss, is_mixup_active
 __all__ = [
     'DataLoaders',
     'StrictImageDataset',
+    'class_names',
     'create_datasets',
     'create_eval_dataset',
     'create_eval_loader',

@@ -2,7 +2,7 @@
 import os
 import tarfile
 from argparse import Namespace
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
@@ -145,6 +145,15 @@ def _class_to_idx(dataset: Dataset) -> Optional[Dict[str, int]]:
     """Labels by class folder name; None where they do not come from folders."""
     reader = getattr(dataset, 'reader', None)
     return getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
+
+
+def class_names(dataset: Dataset, num_classes: int) -> List[str]:
+    """Return a name for every class: of its folder or of the dataset, else its index."""
+    names = [str(i) for i in range(num_classes)]
+    for name, index in (_class_to_idx(dataset) or {}).items():
+        if 0 <= index < num_classes:
+            names[index] = str(name)
+    return names
 
 
 def _check_class_count(args: Namespace, dataset: Dataset, num_classes: int) -> None:
