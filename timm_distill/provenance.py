@@ -1,28 +1,17 @@
 """Where a student comes from: teacher and its hash, methods, data, versions. Plain values, kept in every checkpoint."""
 import argparse
-import hashlib
 import os
 import platform
 from typing import Any, Dict, Mapping, Optional
 
 import timm
 import torch
-import torch.nn as nn
 import torchvision
 
 _TRAINING_FLAGS = (
     'kd', 'kd_weight', 'kd_kwargs', 'kd_schedule', 'task_loss_weight', 'distill_loss_weight', 'epochs', 'opt', 'lr',
     'weight_decay', 'sched', 'warmup_epochs', 'grad_accum_steps', 'smoothing', 'mixup', 'cutmix', 'aa', 'reprob',
     'model_ema_decay', 'amp_dtype', 'seed')
-
-
-def hash_state_dict(model: nn.Module) -> str:
-    """Return a SHA-256 of a model's names and values, the same for every device and file format."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f'{name} {tuple(tensor.shape)} {tensor.dtype}'.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def collect_provenance(
