@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, Sequence
@@ -197,12 +198,8 @@ def run_steps(run: train_distill.Run, loader: TimedLoader) -> None:
 
 def run_loop(run: train_distill.Run, loader: TimedLoader) -> None:
     """An epoch of train_distill.py, with all that it does beside the step."""
-    loaders = run.loaders._replace(train=loader)
-    previous, run.loaders = run.loaders, loaders
-    try:
-        train_distill.run_epoch(run, 0, SimpleNamespace(saver=None))  # type: ignore[arg-type]
-    finally:
-        run.loaders = previous
+    loaders = replace(run.loaders, train=loader)
+    train_distill.run_epoch(replace(run, loaders=loaders), 0, SimpleNamespace(saver=None))  # type: ignore[arg-type]
 
 
 def run_loader(run: train_distill.Run, loader: TimedLoader) -> None:
