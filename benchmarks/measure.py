@@ -1,6 +1,7 @@
 """What the benchmarks share: variants timed in turns, peak memory, rows as CSV and as a table."""
 import csv
 import multiprocessing
+import random
 import statistics
 import time
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence
@@ -23,13 +24,18 @@ def interleave(
         device: torch.device,
         warmup: int = 1,
 ) -> Dict[str, List[float]]:
-    """Return the durations of each variant in seconds, run in turns, after `warmup` turns that do not count."""
-    seconds: Dict[str, List[float]] = {name: [] for name in variants}
+    """Return the durations of each variant in seconds, run in turns, after `warmup` turns that do not count.
+
+    The order changes from turn to turn: a run finds the heap and the caches as its predecessor left them.
+    """
+    names = list(variants)
+    seconds: Dict[str, List[float]] = {name: [] for name in names}
     for turn in range(warmup + repeats):
-        for name, run in variants.items():
+        random.Random(turn).shuffle(names)
+        for name in names:
             synchronize(device)
             start = time.perf_counter()
-            run()
+            variants[name]()
             synchronize(device)
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - start)
