@@ -1,6 +1,8 @@
 """Nothing in a training step that the step does not need: no wait for the device, no second forward, nothing kept."""
+import copy
 from collections import Counter
-from typing import Any, List, Tuple
+from functools import cache
+from typing import Any, Dict, List, Tuple
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from timm_distill import DistillTask, create_distill_task, list_methods
 from timm_distill.engine import train_one_epoch
+from timm_distill.methods import METHODS
 
 SIZE = (3, 32, 32)
 CLASSES = 5
@@ -18,13 +21,25 @@ STEPS = 4
 # what makes the CPU wait for a GPU's values or for the size of its result
 WAITING = ('aten::item', 'aten::_local_scalar_dense', 'aten::is_nonzero', 'aten::equal', 'aten::nonzero',
            'aten::masked_select', 'aten::_unique2', 'aten::repeat_interleave')
+STUDENT: Tuple[str, Dict[str, Any]] = ('test_efficientnet', {})
+TOKEN_STUDENT: Tuple[str, Dict[str, Any]] = (
+    'deit_tiny_distilled_patch16_224', dict(img_size=32, embed_dim=32, depth=2, num_heads=2))
 each_method = pytest.mark.parametrize('method', list_methods())
 
 
-def create_task(method: str, device: str = 'cpu') -> DistillTask:
+@cache
+def _task(method: str, device: str) -> DistillTask:
     torch.manual_seed(0)
-    student, teacher = (timm.create_model(name, num_classes=CLASSES) for name in ('test_efficientnet', 'test_resnet'))
+    token = 'token_logits' in METHODS.get(method).cls.student_outputs
+    name, options = TOKEN_STUDENT if token else STUDENT
+    student = timm.create_model(name, num_classes=CLASSES, **options)
+    teacher = timm.create_model('test_resnet', num_classes=CLASSES)
     return create_distill_task(student, teacher, kd=method, input_size=SIZE, device=device, verbose=False)
+
+
+def create_task(method: str, device: str = 'cpu') -> DistillTask:
+    """Return a task of its own for a test."""
+    return copy.deepcopy(_task(method, device))
 
 
 def create_batches(device: str = 'cpu') -> List[Tuple[torch.Tensor, torch.Tensor]]:
