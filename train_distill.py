@@ -32,11 +32,14 @@ from timm_distill import DistillTask, MergeError, Teacher, UsageError, check_pai
 from timm_distill.analysis import PredictionRecorder, Predictions, agreement, collect_predictions
 from timm_distill.args import args_to_yaml, check_train_args, create_train_parser, parse_args
 from timm_distill.checkpoint import DistillCheckpointSaver, read_checkpoint, resume_task, set_rng_state
+from timm_distill.composition import check_mixing, methods_of
 from timm_distill.data import (
     DataLoaders,
+    IndexedDataset,
     class_names,
     create_loaders,
     create_train_loss,
+    read_labels,
     set_loader_epoch,
     user_message,
 )
@@ -89,10 +92,17 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
         run_demo(main, args.demo_dir)
         return None
     check_train_args(args)
+    check_mixing(args.kd, mixing_flags(args))
     if args.dry_run:
         dry_run(args)
         return None
     return train(args)
+
+
+def mixing_flags(args: argparse.Namespace) -> List[str]:
+    """Return the flags in use that mix images."""
+    values = {'--mixup': args.mixup, '--cutmix': args.cutmix, '--cutmix-minmax': args.cutmix_minmax}
+    return [f'{flag} {value}' for flag, value in values.items() if value]
 
 
 def dry_run(args: argparse.Namespace) -> None:
@@ -114,7 +124,10 @@ def dry_run(args: argparse.Namespace) -> None:
         teacher_checkpoint=args.teacher_checkpoint,
         kd_weight=args.kd_weight,
         kd_kwargs=args.kd_kwargs,
+        kd_schedule=args.kd_schedule,
         kd_tap=args.kd_tap,
+        num_epochs=count_epochs(args),
+        num_samples=args.train_num_samples,
         input_size=data_config['input_size'],
         device=device,
     )
@@ -186,8 +199,10 @@ def build_run(args: argparse.Namespace) -> Run:
     student = build_student(args)
     data_config = resolve_data_config(vars(args), model=student, verbose=args.rank == 0)
     data_config = fit_input_size(args, student, data_config)
-    loaders = create_loaders(args, data_config, args.num_classes, device, precision.model_dtype, args.distributed)
-    task = build_task(args, student, data_config, device, precision)
+    with_indices = any(method.needs_indices for method in methods_of(args.kd).values())
+    loaders = create_loaders(
+        args, data_config, args.num_classes, device, precision.model_dtype, args.distributed, with_indices)
+    task = build_task(args, student, data_config, device, precision, loaders)
     optimizer = build_optimizer(args, task)
     scheduler, num_epochs = build_scheduler(args, optimizer, loaders)
     return Run(args, device, precision, data_config, loaders, task, optimizer, scheduler, num_epochs)
@@ -282,8 +297,11 @@ def build_task(
         data_config: Dict[str, Any],
         device: torch.device,
         precision: Precision,
+        loaders: DataLoaders,
 ) -> DistillTask:
     """Create the task, with EMA, from the student and the distillation flags."""
+    dataset = loaders.train.dataset
+    indexed = isinstance(dataset, IndexedDataset)
     if args.rank == 0:
         parameters = sum(p.numel() for p in student.parameters())
         _logger.info(f'Student {safe_model_name(args.model)}: {parameters:,} parameters.')
@@ -293,10 +311,14 @@ def build_task(
         kd=args.kd,
         kd_weight=args.kd_weight,
         kd_kwargs=args.kd_kwargs,
+        kd_schedule=args.kd_schedule,
         kd_tap=args.kd_tap,
         criterion=create_train_loss(args, device),
         task_loss_weight=args.task_loss_weight,
         distill_loss_weight=args.distill_loss_weight,
+        num_epochs=count_epochs(args),
+        num_samples=len(dataset) if indexed else None,
+        sample_labels=read_labels(dataset) if indexed else None,
         input_size=data_config['input_size'],
         mean=data_config['mean'],
         std=data_config['std'],
@@ -404,6 +426,13 @@ def build_scheduler(
     return scheduler, num_epochs
 
 
+def count_epochs(args: argparse.Namespace) -> int:
+    """Return the length of the run, as timm's schedule extends `--epochs` by warmup prefix and cooldown."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.)  # the schedule wants one, its length does not depend on it
+    kwargs = scheduler_kwargs(args)
+    return create_scheduler_v2(optimizer, **{**kwargs, 'step_on_epochs': True})[1]
+
+
 def resume(run: Run, checkpoint: Optional[Dict[str, Any]]) -> int:
     """Create the EMA, restore what `--resume` holds and return the first epoch."""
     args = run.args
@@ -450,6 +479,8 @@ def restore_random_state(run: Run, checkpoint: Optional[Dict[str, Any]]) -> None
 
 def prepare_for_device(run: Run) -> None:
     """Compile, then wrap in DDP: that order keeps DDP out of the compiled graph."""
+    if run.args.torchcompile and run.args.log_grad_norm:
+        torch._functorch.config.donated_buffer = False  # else a compiled graph can be differentiated only once
     if run.args.torchcompile:
         run.task.compile(backend=run.args.torchcompile, mode=run.args.torchcompile_mode)
     if run.args.distributed:
@@ -616,6 +647,7 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder) -> None:
         saver=recorder.saver,
         recovery_interval=args.recovery_interval,
         log_interval=args.log_interval,
+        log_grad_norm=args.log_grad_norm,
         distributed=args.distributed,
         timing=run.timing,
     )

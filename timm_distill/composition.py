@@ -1,10 +1,10 @@
 """What `--kd` and its companions mean: method names, presets, options, weights and schedules of a composition."""
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 from .errors import UsageError
-from .methods import DistillMethod, create_method, list_methods
+from .methods import METHODS, DistillMethod, create_method, list_methods
 from .presets import presets_by_name
 from .schedules import ScheduleSpec, create_weight_schedule
 
@@ -106,6 +106,32 @@ def expand_kd(kd: str) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
             weights[method] = weight
             options[method] = dict(presets[name].options.get(method, {})) if name in presets else {}
     return weights, options
+
+
+def methods_of(kd: str) -> Dict[str, Type[DistillMethod]]:
+    """Return the classes of the methods of a `--kd` value by name, presets expanded, without creating them.
+
+    Raises:
+        UsageError: If a name is unknown.
+    """
+    return {name: METHODS.get(name).cls for name in expand_kd(kd)[1]}
+
+
+def check_mixing(kd: str, flags: Sequence[str]) -> None:
+    """Check that all methods of a `--kd` value can work with mixed images.
+
+    Args:
+        kd: The value.
+        flags: Flags in use that mix images, e.g. `['--mixup 0.2']`; none where there are none.
+
+    Raises:
+        UsageError: If one cannot; names the flags to leave out and the methods that can.
+    """
+    unmixed = [name for name, cls in methods_of(kd).items() if not cls.mixed_images]
+    if flags and unmixed:
+        others = [name for name in list_methods() if METHODS.get(name).cls.mixed_images]
+        raise UsageError(f'--kd {"+".join(unmixed)} needs unmixed images: leave out {", ".join(flags)}, or choose '
+                         f'among the methods that take mixed images: {", ".join(others)}.')
 
 
 def _check_method(what: str, name: str, known: Mapping[str, Any], kd: str) -> None:

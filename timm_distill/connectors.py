@@ -12,3 +12,8 @@ class BatchNorm2d(nn.BatchNorm2d):
                 input, self.running_mean, self.running_var, self.weight, self.bias, False, 0., self.eps)
         return super().forward(input)
 
+
+def conv_norm(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+    """Return a convolution that keeps the grid, without bias, and a batch norm."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    return nn.Sequential(conv, BatchNorm2d(out_channels))

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .errors import UsageError
+from .gradients import GradientNorms
 
 _logger = logging.getLogger(__name__)
 
@@ -118,10 +119,19 @@ class TrainLog:
         epoch: Index of the epoch.
         num_updates: Optimizer updates in the epoch.
         log_interval: Updates between lines; the first and the last update always have one.
+        norms: Gradient norms to show beside the terms.
     """
 
-    def __init__(self, losses: LossMeter, epoch: int, num_updates: int, log_interval: int = 50):
+    def __init__(
+            self,
+            losses: LossMeter,
+            epoch: int,
+            num_updates: int,
+            log_interval: int = 50,
+            norms: Optional[GradientNorms] = None,
+    ):
         self.losses = losses
+        self.norms = norms
         self.epoch = epoch
         self.num_updates = num_updates
         self.log_interval = log_interval
@@ -159,6 +169,8 @@ class TrainLog:
         elapsed = max(time.perf_counter() - self.start, 1e-9)
         terms = '  '.join(
             f"{'Loss' if name == 'loss' else name}: {newest[name]:#.3g} ({average[name]:#.3g})" for name in average)
+        if self.norms is not None:
+            terms += ''.join(f'  {name}: {value:#.3g}' for name, value in self.norms.newest().items())
         _logger.info(
             f'Train: {self.epoch} [{update_idx:>4d}/{self.num_updates:>4d} '
             f'({100 * (update_idx + 1) / self.num_updates:>3.0f}%)]  {terms}  '
@@ -272,6 +284,7 @@ def train_one_epoch(
         saver: Optional[Any] = None,
         recovery_interval: int = 0,
         log_interval: int = 50,
+        log_grad_norm: int = 0,
         distributed: bool = False,
         desc: str = '',
         progress: Optional[bool] = None,
@@ -299,18 +312,21 @@ def train_one_epoch(
         saver: Saves recovery checkpoints; None on all ranks but the first.
         recovery_interval: Updates between recovery checkpoints, 0 for none.
         log_interval: Updates between log lines. Only there do the loops wait for the device.
+        log_grad_norm: Updates between measurements of each term's gradient norm, 0 for none. Training is the same.
         distributed: Average what is logged and returned over all ranks.
         desc: Text in front of the progress bar, for example which run of several this is.
         progress: Show a progress bar; None shows one where stderr is a terminal.
         timing: Where to add the time of the epoch.
 
     Returns:
-        'loss' and each '*_loss' term of the task, averaged over the epoch's samples.
+        'loss' and each '*_loss' term of the task, averaged over the epoch's samples, and with `log_grad_norm`
+        'grad_norm_*' of each term, averaged over its measurements.
     """
     _start_epoch(task, loader, optimizer, epoch)
     updates_per_epoch = math.ceil(len(loader) / grad_accum_steps)
     losses = LossMeter(device, distributed)
-    log = TrainLog(losses, epoch, updates_per_epoch, log_interval)
+    norms = GradientNorms(task, log_grad_norm, loss_scaler, distributed)
+    log = TrainLog(losses, epoch, updates_per_epoch, log_interval, norms)
     desc = f"{desc} epoch {epoch + 1}{f'/{num_epochs}' if num_epochs else ''} train".lstrip()
     update_idx = 0
     epoch_start = time.perf_counter()
@@ -325,12 +341,14 @@ def train_one_epoch(
                 with amp_autocast():
                     result = task(input, target)
                 log.add(result, input.shape[0], data_time)
+                norms.add(result, group_size, update_idx)
                 loss = result['loss'] / group_size if group_size > 1 else result['loss']
                 _backward_and_step(loss, task, optimizer, need_update, loss_scaler, clip_grad, clip_mode)
             if need_update:
                 num_updates = epoch * updates_per_epoch + update_idx + 1
                 optimizer.zero_grad()
                 task.update_ema(step=num_updates)
+                norms.finish_update()
                 log.update(update_idx, optimizer, bar)
                 recovery_due = recovery_interval and (update_idx + 1) % recovery_interval == 0
                 if saver is not None and recovery_due and losses.fetch():  # never save a diverged run
@@ -345,7 +363,7 @@ def train_one_epoch(
     if timing is not None:
         timing.batches += len(loader)
         timing.seconds += time.perf_counter() - epoch_start
-    return average
+    return OrderedDict(**average, **norms.average())
 
 
 def _log_evaluation(

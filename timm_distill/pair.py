@@ -19,6 +19,7 @@ from .teacher import Teacher
 _logger = logging.getLogger(__name__)
 
 _TIMED_STEPS = 3
+_SAMPLES = 1024  # of the imagined training set
 _LARGEST_BATCH = 1024
 _USABLE_MEMORY = 0.8  # leaves room for workspaces and the loader
 
@@ -110,7 +111,8 @@ def check_pair(
         teacher_kwargs: More arguments of `timm.create_model` for the teacher.
         teacher_pretrained: Give the teacher the class count of its pretrained weights, which are not loaded.
         device: Where to measure.
-        task_kwargs: More arguments of `create_distill_task`.
+        task_kwargs: More arguments of `create_distill_task`. Without `num_samples` or `sample_labels` a small training
+            set is assumed for methods that keep something of each image.
 
     Returns:
         A report; `ok` is False, with the reason, where the pair cannot be trained or does not merge.
@@ -122,6 +124,7 @@ def check_pair(
             kwargs.setdefault('num_classes', _teacher_classes(teacher, teacher_pretrained))
             if kwargs['num_classes'] is None:
                 del kwargs['num_classes']
+        task_kwargs.setdefault('sample_labels', torch.arange(task_kwargs.pop('num_samples', None) or _SAMPLES) % 2)
         task = create_distill_task(
             student, teacher, kd, teacher_kwargs=kwargs, teacher_pretrained=False, device=device, verbose=False,
             **task_kwargs)
@@ -142,6 +145,8 @@ def _measure(task: DistillTask, teacher: str, student: str, kd: str, batch_size:
     images = random_images(module, task.input_size, batch_size).to(task.device)
     num_classes = int(getattr(module.student, 'num_classes', 1))
     target = torch.arange(batch_size, device=task.device) % num_classes
+    if task.needs_indices:
+        target = torch.stack([target, torch.arange(batch_size, device=task.device)], 1)
     module.train()
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
     memory = _step_memory(task, images, target)

@@ -56,10 +56,12 @@ class PairSpec:
         student: Features of the student.
         teacher: Features of the teacher.
         num_samples: Images of the training set, None where that is unknown.
+        sample_labels: Their labels by index, [num_samples], None where these are unknown.
     """
     student: FeatureSpec
     teacher: FeatureSpec
     num_samples: Optional[int] = None
+    sample_labels: Optional[torch.Tensor] = None
 
 
 class FeatureReader:

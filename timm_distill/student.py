@@ -2,7 +2,8 @@
 
 One module, so that optimizer, DDP, EMA and compile see everything that trains in one forward.
 """
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Set, Tuple, Union
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -172,6 +173,27 @@ class AdaptedStudent(nn.Module):
         plain = self.merged_copy() if self.tap is not None and self.tap.inside else self.student
         return merge_error(self, plain, merged_tensors(self.student, self.adapters, self.tap), images)
 
+    def memory(self) -> Dict[str, torch.Tensor]:
+        """Return what the methods keep of the run, outside of their state dicts: their non-persistent buffers."""
+        persistent = self.methods.state_dict()
+        return {name: buffer for name, buffer in self.methods.named_buffers() if name not in persistent}
+
+    @contextmanager
+    def without_memory(self) -> Iterator[None]:
+        """Take what the methods keep of the run away, for a copy that does not need it."""
+        kept = self.memory()
+        for name in kept:
+            self._set_memory(name, None)
+        try:
+            yield
+        finally:
+            for name, buffer in kept.items():
+                self._set_memory(name, buffer)
+
+    def _set_memory(self, name: str, buffer: Optional[torch.Tensor]) -> None:
+        owner, _, attribute = name.rpartition('.')
+        setattr(self.methods.get_submodule(owner), attribute, buffer)
+
     def task_state(self) -> Dict[str, Any]:
         """Return what a merged state dict lacks for resuming: raw tensors that merging changed, adapters, methods."""
         raw = self.student.state_dict()
@@ -179,6 +201,7 @@ class AdaptedStudent(nn.Module):
             'student': {name: raw[name] for name in merged_tensors(self.student, self.adapters, self.tap)},
             'adapter': self.adapters.state_dict(),
             'methods': self.methods.state_dict(),
+            'memory': self.memory(),
         }
 
     def load_task_state(self, state_dict: Mapping[str, torch.Tensor], task_state: Optional[Mapping[str, Any]]) -> None:
@@ -198,10 +221,19 @@ class AdaptedStudent(nn.Module):
             self.student.load_state_dict({**state_dict, **task_state.get('student', {})})
             self.adapters.load_state_dict(task_state.get('adapter', {}))
             self.methods.load_state_dict(task_state.get('methods', {}))
+            self._load_memory(task_state.get('memory', {}))
         except RuntimeError as e:
             reason = str(e).splitlines()[-1].strip()
             raise UsageError(f'The checkpoint does not fit this run: {reason} Resume with the --student, --teacher, '
                              '--kd and --kd-kwargs of the run that wrote it.') from e
+
+    @torch.no_grad()
+    def _load_memory(self, state: Mapping[str, torch.Tensor]) -> None:
+        for name, buffer in self.memory().items():
+            if name not in state or state[name].shape != buffer.shape:
+                found = 'nothing' if name not in state else f'{list(state[name].shape)}'
+                raise RuntimeError(f"for '{name}' it holds {found}, here it is {list(buffer.shape)}.")
+            buffer.copy_(state[name])
 
 
 class _InsideAdapter(nn.Module):

@@ -8,6 +8,7 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
+from torch.nn.parallel import DistributedDataParallel
 
 from .adapters import Adapter, create_adapter
 from .composition import Composition, create_composition
@@ -69,7 +70,9 @@ class DistillTask(TrainingTask):
         self._teacher_outputs = _teacher_outputs(module)
         if not getattr(teacher, 'stages', ()):
             self._teacher_outputs -= {'stages'}  # its feature is the one stage
+        self.needs_indices = any(method.needs_indices for method in module.methods.values())
         self._term_weights: Dict[str, float] = {}
+        self._term_methods: Dict[str, str] = {}  # which method a term of a result is of
         self._probe: Optional[torch.Tensor] = None
         self._merged: Dict[bool, nn.Module] = {}  # a plain dict: these copies are neither saved nor trained
         self._compile_eval: Optional[Callable[[nn.Module], nn.Module]] = None
@@ -93,7 +96,8 @@ class DistillTask(TrainingTask):
 
         Args:
             input: Normalised batch, [B, C, H, W].
-            target: Class indices [B] or soft targets [B, K].
+            target: Class indices [B] or soft targets [B, K]; pairs (class index, index of the sample in the training
+                set), int64 [B, 2], where a method reads sample indices.
 
         Returns:
             'loss' (weighted sum), 'output' (logits, [B, K]) and, with methods, 'task_loss' and their unweighted terms.
@@ -103,13 +107,31 @@ class DistillTask(TrainingTask):
         if self.teacher is None:
             logits = self.trainable_module(input)
             return {'loss': self.criterion(logits, target), 'output': logits}
-        logits, task_logits, terms = self.trainable_module(input, self.teacher_features(input), target)
+        teacher = self.teacher_features(input)
+        if self.needs_indices:
+            target, teacher.indices = _split_indices(target)
+        logits, task_logits, terms = self.trainable_module(input, teacher, target)
         task_loss = self.criterion(task_logits, target)
         loss = self.task_loss_weight * task_loss
         for method, named in terms.items():
             loss = loss + self._term_weights[method] * sum(named.values())
         flat = {name: value for named in terms.values() for name, value in named.items()}
+        self._term_methods = {name: method for method, named in terms.items() for name in named}
         return {'loss': loss, 'output': logits, 'task_loss': task_loss, **flat}
+
+    @property
+    def student(self) -> nn.Module:
+        """The student, without adapters."""
+        return self.module.student
+
+    def weighted_terms(self, result: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """Return the terms of the newest result, each times its current weight, by name without '_loss'."""
+        if 'task_loss' not in result:
+            return {'task': result['loss']}
+        terms = {'task': self.task_loss_weight * result['task_loss']}
+        for name, method in self._term_methods.items():
+            terms[name[:-len('_loss')]] = self._term_weights[method] * result[name]
+        return terms
 
     def teacher_features(self, input: torch.Tensor) -> Features:
         """Run the teacher on a batch normalised for the student, [B, C, H, W], for all that the methods read."""
@@ -132,11 +154,25 @@ class DistillTask(TrainingTask):
 
     def prepare_distributed(self, device_ids: Optional[list] = None, **ddp_kwargs: Any) -> 'DistillTask':
         """Wrap the one trainable module in DDP; the teacher is replicated outside it."""
-        from torch.nn.parallel import DistributedDataParallel as DDP
         if device_ids and torch.device(device_ids[0]).type == 'cpu':
             device_ids = None  # DDP takes no ids for CPU modules
-        self.trainable_module = DDP(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
+        self._share_memory()
+        self.trainable_module = DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
+
+    def _share_memory(self) -> None:
+        """Let all ranks start from the first one's memory of the methods, which they keep equal without DDP."""
+        memory = self.module.memory()
+        for buffer in memory.values():
+            torch.distributed.broadcast(buffer, 0)
+        kept = {id(buffer) for buffer in memory.values()}
+        names = [name for name, buffer in self.trainable_module.named_buffers() if id(buffer) in kept]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.trainable_module, names)
+
+    def setup_ema(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Create the EMA student; what the methods keep of the run (memory banks) is not copied for it."""
+        with self.module.without_memory():
+            return super().setup_ema(*args, **kwargs)
 
     def compile(  # type: ignore[override]
             self,
@@ -265,6 +301,7 @@ def create_distill_task(
         num_classes: Optional[int] = None,
         num_epochs: Optional[int] = None,
         num_samples: Optional[int] = None,
+        sample_labels: Optional[torch.Tensor] = None,
         input_size: Optional[Sequence[int]] = None,
         mean: Optional[Sequence[float]] = None,
         std: Optional[Sequence[float]] = None,
@@ -293,7 +330,9 @@ def create_distill_task(
             that one is given (and no `kd_weight`), else 1.
         num_classes: Class count of a student that is built by name.
         num_epochs: Length of the run, for schedules that span it.
-        num_samples: Images of the training set, for methods that keep something of each.
+        num_samples: Images of the training set, for methods that keep something of each; as many as `sample_labels`
+            by default.
+        sample_labels: Label of every image of the training set by index, [N], for methods that choose among them.
         input_size: (channels, height, width) that the student is fed; its own default otherwise.
         mean: Normalisation of the input, per channel; the student's default otherwise.
         std: Likewise.
@@ -325,7 +364,7 @@ def create_distill_task(
         _check_class_counts(model, teacher_model, methods)
     module = _adapt_student(model, teacher_model, methods, input_size, kd_tap, verbose)
     if teacher_model is not None:
-        _build_methods(module, teacher_model, input_size, num_samples)
+        _build_methods(module, teacher_model, input_size, num_samples, sample_labels)
     if verbose and methods:
         _log_composition(kd, composition)
     criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
@@ -450,14 +489,25 @@ def _build_methods(
         teacher: Teacher,
         input_size: Sequence[int],
         num_samples: Optional[int],
+        sample_labels: Optional[torch.Tensor],
 ) -> None:
     """Let the methods create what they train, where they read more than logits."""
     student = module.reader.spec
     if student is None:
         return
-    pair = PairSpec(student, _teacher_spec(teacher, input_size), num_samples)
+    if num_samples is None and sample_labels is not None:
+        num_samples = len(sample_labels)
+    pair = PairSpec(student, _teacher_spec(teacher, input_size), num_samples, sample_labels)
     for method in module.methods.values():
         method.build(pair)
+
+
+def _split_indices(target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    if target.ndim != 2 or target.shape[1] != 2 or target.is_floating_point():
+        raise UsageError(f'A method of --kd reads sample indices: the target must hold pairs (class index, sample '
+                         f'index), int64 [B, 2], not {target.dtype} {list(target.shape)}. IndexedDataset of '
+                         'timm_distill.data makes such targets; mixup and cutmix cannot.')
+    return target[:, 0], target[:, 1]
 
 
 def _teacher_spec(teacher: Teacher, input_size: Sequence[int]) -> FeatureSpec:

@@ -10,10 +10,11 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2
 
 from timm_distill import DistillTask, create_distill_task, list_methods, merge_student
-from timm_distill.methods import METHODS
+from timm_distill.methods import METHODS, DistillMethod
 
 SIZE = (3, 32, 32)
 CLASSES = 5
+SAMPLE_LABELS = torch.arange(12) % CLASSES  # of a training set, for the methods that keep something of each sample
 CNN: Tuple[str, Dict[str, Any]] = ('test_resnet', {})
 CNN_STUDENT: Tuple[str, Dict[str, Any]] = ('test_efficientnet', {})
 VIT: Tuple[str, Dict[str, Any]] = ('test_vit', dict(img_size=32))
@@ -47,7 +48,8 @@ def _task(method: str, pair: str) -> DistillTask:
     torch.manual_seed(0)
     teacher, student = PAIRS[pair]
     return create_distill_task(
-        create_student(method, student), create_model(teacher), kd=method, input_size=SIZE, verbose=False)
+        create_student(method, student), create_model(teacher), kd=method, sample_labels=SAMPLE_LABELS,
+        input_size=SIZE, verbose=False)
 
 
 def create_task(method: str, pair: str = 'cnn_to_cnn') -> DistillTask:
@@ -55,16 +57,20 @@ def create_task(method: str, pair: str = 'cnn_to_cnn') -> DistillTask:
     return copy.deepcopy(_task(method, pair)).train()
 
 
-def create_batch(soft: bool = False) -> Tuple[torch.Tensor, torch.Tensor]:
-    target = torch.rand(4, CLASSES).softmax(1) if soft else torch.arange(4)
-    return torch.randn(4, *SIZE), target
+def create_batch(method: str = '', soft: bool = False, size: int = 4) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return images and what the method takes as target: soft ones only where images may be mixed."""
+    cls = METHODS.get(method).cls if method else DistillMethod
+    target = torch.rand(size, CLASSES).softmax(1) if soft and cls.mixed_images else torch.arange(size) % CLASSES
+    if cls.needs_indices:
+        target = torch.stack([target, torch.arange(size)], 1)
+    return torch.randn(size, *SIZE), target
 
 
 @each_pair
 @each_method
 @pytest.mark.parametrize('soft', [False, True], ids=['hard', 'soft'])
 def test_result_is_finite_and_loss_is_the_sum_of_its_terms(method: str, pair: str, soft: bool) -> None:
-    result = create_task(method, pair)(*create_batch(soft))
+    result = create_task(method, pair)(*create_batch(method, soft))
     terms = {name: value for name, value in result.items() if name.endswith('_loss')}
     assert set(terms) > {'task_loss'}
     assert all(value.ndim == 0 and torch.isfinite(value) for value in terms.values())
@@ -77,7 +83,7 @@ def test_result_is_finite_and_loss_is_the_sum_of_its_terms(method: str, pair: st
 def test_every_trainable_tensor_gets_a_finite_gradient_and_the_teacher_none(method: str, pair: str) -> None:
     task = create_task(method, pair)
     teacher = {name: tensor.clone() for name, tensor in task.teacher.state_dict().items()}
-    task(*create_batch())['loss'].backward()
+    task(*create_batch(method))['loss'].backward()
     for name, parameter in task.get_trainable_module().named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
     assert all(p.grad is None and not p.requires_grad for p in task.teacher.parameters())
@@ -90,7 +96,7 @@ def test_every_trainable_tensor_gets_a_finite_gradient_and_the_teacher_none(meth
 def test_bfloat16_autocast_is_finite_with_losses_in_float32(method: str, pair: str) -> None:
     task = create_task(method, pair)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        result = task(*create_batch())
+        result = task(*create_batch(method))
     result['loss'].backward()
     assert {value.dtype for name, value in result.items() if name.endswith('loss')} == {torch.float32}
     assert all(torch.isfinite(value).all() for value in result.values())
@@ -116,7 +122,7 @@ def test_every_trainable_tensor_is_in_optimizer_ema_and_checkpoint_and_the_teach
 @each_method
 def test_training_lowers_the_methods_own_terms(method: str) -> None:
     torch.manual_seed(0)
-    task, batch = create_task(method), create_batch()
+    task, batch = create_task(method), create_batch(method)
     task.task_loss_weight = 0.
     optimizer = torch.optim.Adam(task.get_trainable_module().parameters(), lr=2e-3)
     losses = []
@@ -133,7 +139,7 @@ def test_training_lowers_the_methods_own_terms(method: str) -> None:
 @each_method
 def test_merged_student_has_the_trained_ones_logits(method: str, pair: str) -> None:
     task = create_task(method, pair)
-    task(*create_batch())['loss'].backward()
+    task(*create_batch(method))['loss'].backward()
     images = create_batch()[0]
     with torch.no_grad():
         expected, actual = task.get_trainable_module().eval()(images), merge_student(task)(images)
@@ -146,5 +152,5 @@ def test_defaults_can_be_given_by_name(method: str) -> None:
     options = {f'{method}.{key}': value for key, value in defaults.items()}
     torch.manual_seed(0)
     task = create_distill_task(create_student(method), create_model(CNN), kd=method, kd_kwargs=options,
-                               input_size=SIZE, verbose=False)
-    assert torch.isfinite(task(*create_batch())['loss'])
+                               sample_labels=SAMPLE_LABELS, input_size=SIZE, verbose=False)
+    assert torch.isfinite(task(*create_batch(method))['loss'])

@@ -38,7 +38,7 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     'mixup', 'cutmix', 'workers', 'weight_decay', 'lr', 'lr_base', 'warmup_lr', 'min_lr', 'warmup_epochs',
     'cooldown_epochs', 'recovery_interval', 'mixup_off_epoch', 'start_epoch', 'aug_repeats', 'epoch_repeats', 'tta',
-    'distill_loss_weight', 'task_loss_weight',
+    'distill_loss_weight', 'task_loss_weight', 'log_grad_norm',
 )
 _PROBABILITIES = (
     'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
@@ -52,6 +52,7 @@ _NEEDS_KD: Dict[str, Any] = {
     'task_loss_weight': None,
     'distill_loss_weight': None,
     'kd_tap': 'auto',
+    'kd_schedule': {},
 }
 
 

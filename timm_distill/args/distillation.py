@@ -22,6 +22,10 @@ def add_distillation_args(parser: ArgumentParser) -> None:
                        help='weight of each method\'s loss, e.g. norm=1 kd=0.5; the method\'s own default if absent')
     group.add_argument('--kd-kwargs', nargs='*', default={}, action=ParseKeyValues, metavar='NAME.KEY=VALUE',
                        help='method options, e.g. norm.segments=8 kd.temperature=4; --list-kd shows them all')
+    group.add_argument('--kd-schedule', nargs='*', default={}, action=ParseKeyValues, metavar='NAME=SCHEDULE',
+                       help='weight of each method over epochs, times --kd-weight: const, warmup:5 (linear over 5), '
+                            'cosine:1:0 (from 1 to 0 over the run), stop:60 (0 from epoch 60), steps 0:0.1,5:0.5, a '
+                            'product of these (warmup:5*stop:60) or a name of the method\'s own, e.g. norm=imagenet')
     group.add_argument('--kd-tap', default='auto', choices=['auto', 'features', 'pre_logits', 'side'],
                        help='where features are matched: the last feature map, the classifier\'s input, or the first '
                             'of the two from which the adapter can be merged away (auto)')
@@ -29,6 +33,9 @@ def add_distillation_args(parser: ArgumentParser) -> None:
                        help='factor on the label loss; given alone, the distillation losses get 1 minus it; None: 1')
     group.add_argument('--distill-loss-weight', type=float, default=None,
                        help='factor on the sum of all distillation losses; None: 1')
+    group.add_argument('--log-grad-norm', type=int, default=0, metavar='N',
+                       help='log each loss term\'s gradient norm on the student, as weighted, at every N-th update of '
+                            'an epoch, the first included; 0: off. Training is the same with it')
     group.add_argument('--list-kd', action='store_true', default=False,
                        help='print the distillation methods with their options and papers, then exit')
     group.add_argument('--dry-run', action='store_true', default=False,

@@ -6,11 +6,13 @@ timm would go on with other data than the user meant.
 """
 from .datasets import class_names, create_datasets, create_eval_dataset
 from .images import StrictImageDataset, user_message
+from .indexing import IndexedDataset, index_samples, read_labels
 from .loaders import DataLoaders, create_eval_loader, create_loaders, set_loader_epoch
 from .targets import create_train_loss, is_mixup_active
 
 __all__ = [
     'DataLoaders',
+    'IndexedDataset',
     'StrictImageDataset',
     'class_names',
     'create_datasets',
@@ -18,7 +20,9 @@ __all__ = [
     'create_eval_loader',
     'create_loaders',
     'create_train_loss',
+    'index_samples',
     'is_mixup_active',
+    'read_labels',
     'set_loader_epoch',
     'user_message',
 ]

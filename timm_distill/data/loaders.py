@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UsageError
 from .datasets import create_datasets
+from .indexing import index_samples
 from .targets import is_mixup_active
 from .workers import ResumableLoader, find_resumable, make_resumable
 
@@ -48,6 +49,7 @@ def create_loaders(
         device: torch.device,
         model_dtype: Optional[torch.dtype] = None,
         distributed: bool = False,
+        with_indices: bool = False,
 ) -> DataLoaders:
     """Datasets, loaders and mixup of a training run.
 
@@ -58,13 +60,16 @@ def create_loaders(
         device: Where the prefetcher puts batches.
         model_dtype: Of the images; float32 if None.
         distributed: Whether each process takes its own part of the data.
+        with_indices: Training targets are pairs (label, index of the sample), [B, 2].
 
     Raises:
-        UsageError: As `create_datasets`, and for settings that leave the training loader without a batch.
+        UsageError: As `create_datasets`, and for settings that leave the training loader without a batch or an index.
     """
     if args.aug_repeats and not distributed:
         raise UsageError(f'--aug-repeats {args.aug_repeats:g} works in distributed training only: leave it out')
     dataset_train, dataset_eval = create_datasets(args, data_config, num_classes)
+    if with_indices:
+        dataset_train = index_samples(dataset_train)
     collate_fn, mixup_fn = _create_mixup(args, num_classes)
     common: Dict[str, Any] = {'model_dtype': model_dtype, 'distributed': distributed}
     loader_train = _create_train_loader(args, data_config, dataset_train, device, collate_fn=collate_fn, **common)

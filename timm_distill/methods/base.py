@@ -24,7 +24,9 @@ def register_method(name: str) -> Callable[[type], type]:
 class DistillMethod(nn.Module):
     """Base of all methods. The constructor's keyword arguments are the user's options.
 
-    A method that trains something creates it in `build`, when the widths of both models are known.
+    A method that trains something creates it in `build`, when the widths of both models are known. What it keeps of a
+    run beside that (a memory bank) is a buffer with `persistent=False`: saved for resume, but neither averaged nor
+    copied for the EMA, and not broadcast by DDP. The method itself keeps such a buffer equal on all ranks.
 
     Attributes:
         paper: Authors, venue and link.

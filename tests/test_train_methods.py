@@ -1,0 +1,72 @@
+"""What the training script does with the methods: sample indices, schedules, checks before training."""
+import csv
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import train_distill
+from timm_distill import UsageError
+
+FAST = ['--num-classes', '10', '--img-size', '32', '-b', '60', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0',
+        '--device', 'cpu', '-j', '0', '--student', 'test_efficientnet', '--teacher', 'test_resnet', '--no-teacher-eval']
+
+
+@pytest.fixture(scope='module')
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('teacher') / 'teacher.safetensors'
+    save_file(timm.create_model('test_resnet', num_classes=10).state_dict(), str(path))
+    return path
+
+
+def run(data_dir: Path, output: Path, teacher: Path, *flags: Any, experiment: str = 'run') -> Any:
+    argv = ['--data-dir', data_dir, '--output', output, '--experiment', experiment, '--teacher-checkpoint', teacher,
+            *FAST, *flags]
+    return train_distill.main([str(arg) for arg in argv])
+
+
+def rows(result: Any) -> List[Dict[str, str]]:
+    with open(Path(result.output_dir) / 'summary.csv') as f:
+        return list(csv.DictReader(f))
+
+
+def load(result: Any) -> Dict[str, Any]:
+    return torch.load(Path(result.output_dir) / 'last.pth.tar', weights_only=False)
+
+
+CRD = ['--kd', 'crd', '--kd-kwargs', 'crd.negatives=32', 'crd.embed_dim=8', '--model-ema']
+
+
+def test_resumed_crd_run_ends_with_the_weights_and_banks_of_one_never_stopped(
+        digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
+    flags = [digits_dir, tmp_path, teacher_file, *CRD, '--sched', 'none', '--epochs']
+    whole = run(*flags, 2, experiment='whole')
+    stopped = run(*flags, 1, experiment='stopped')
+    resumed = run(*flags, 2, '--resume', Path(stopped.output_dir) / 'last.pth.tar', experiment='resumed')
+    first, second = load(whole), load(resumed)
+    memory = first['task_state']['memory']
+    assert memory['crd.student_bank'].shape == (300, 8)
+    assert (memory['crd.student_bank'].norm(dim=1) - 1).abs().max() < 1e-5  # every image was seen
+    for key in ('state_dict', 'state_dict_ema'):
+        assert all(torch.equal(second[key][name], tensor) for name, tensor in first[key].items())
+    assert all(torch.equal(second['task_state']['memory'][name], tensor) for name, tensor in memory.items())
+    assert rows(resumed)[-1]['train_crd_loss'] == rows(whole)[-1]['train_crd_loss']
+    assert list(first['state_dict']) == list(timm.create_model('test_efficientnet', num_classes=10).state_dict())
+
+
+@pytest.mark.parametrize('flags', [['--mixup', '0.2'], ['--cutmix', '1.0'], ['--cutmix-minmax', '0.2', '0.8']])
+def test_method_that_needs_unmixed_images_names_the_flag_and_the_alternatives(
+        flags: List[str], digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        run(digits_dir, tmp_path, teacher_file, *CRD, *flags)
+    message = str(error.value)
+    assert flags[0] in message and '--kd crd' in message and 'kd, ' in message and not list(tmp_path.iterdir())
+
+
+def test_method_of_samples_passes_a_dry_run_without_data(capsys: pytest.CaptureFixture) -> None:
+    train_distill.main([*FAST, '--kd', 'norm+crd', '--dry-run', '--no-teacher-pretrained'])
+    assert 'works' in capsys.readouterr().out

@@ -1,0 +1,105 @@
+"""Gradient norms of single loss terms on the student, measured without any influence on training."""
+import math
+from collections import OrderedDict
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+
+class GradientNorms:
+    """Norm of each term's gradient in some of an epoch's optimizer updates.
+
+    A term's gradient is the part that it adds to the update: times its current weight, summed over the batches that
+    share the update, averaged over the ranks, without the loss scaler's factor.
+
+    Args:
+        task: Gives each term times its weight (`weighted_terms`) and the model that is differentiated (`student`).
+        interval: Updates between measurements, from the first of the epoch on; 0 measures nothing and costs nothing.
+        loss_scaler: Scales the terms as it does the loss, so that low precision does not lose them.
+        distributed: Average the gradients over the default process group.
+    """
+
+    def __init__(self, task: Any, interval: int, loss_scaler: Optional[Any] = None, distributed: bool = False):
+        self.task = task
+        self.interval = interval
+        self.loss_scaler = loss_scaler
+        self.distributed = distributed
+        self.norms: OrderedDict[str, List[torch.Tensor]] = OrderedDict()
+        self._sums: Dict[str, List[torch.Tensor]] = {}
+
+    def add(self, result: Dict[str, torch.Tensor], group_size: int, update_idx: int) -> None:
+        """Differentiate the terms of a batch, if its update is one to be measured; to be called before backward.
+
+        Args:
+            result: What the task returned for the batch.
+            group_size: Batches that share the update.
+            update_idx: Index of the update in its epoch.
+        """
+        if not self.interval or update_idx % self.interval:
+            return
+        student = self.task.student
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        scale = self._scale()
+        with _unchanged_buffers(student):
+            for name, term in self.task.weighted_terms(result).items():
+                gradients = _gradients(term * (scale / group_size), parameters)
+                torch._foreach_div_(gradients, scale)
+                if name in self._sums:
+                    torch._foreach_add_(self._sums[name], gradients)
+                else:
+                    self._sums[name] = gradients
+
+    def finish_update(self) -> None:
+        """Note the norms of an update whose batches have all been added."""
+        for name, gradients in self._sums.items():
+            if self.distributed:
+                _average_over_ranks(gradients)
+            norm = torch.stack([g.float().norm() for g in gradients]).norm()
+            self.norms.setdefault(f'grad_norm_{name}', []).append(norm)
+        self._sums = {}
+
+    def newest(self) -> 'OrderedDict[str, float]':
+        """Return the norms of the newest measurement."""
+        return OrderedDict((name, norms[-1].item()) for name, norms in self.norms.items())
+
+    def average(self) -> 'OrderedDict[str, float]':
+        """Return the mean over the epoch's measurements; those that overflowed in low precision are left out."""
+        return OrderedDict((name, _finite_mean(torch.stack(norms).tolist())) for name, norms in self.norms.items())
+
+    def _scale(self) -> float:
+        scaler = getattr(self.loss_scaler, '_scaler', None)  # timm's scaler holds torch's
+        return 1. if scaler is None else float(scaler.get_scale())
+
+
+def _gradients(term: torch.Tensor, parameters: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    """Return the gradient of a term, zero for what it does not depend on; the graph stays for the backward pass."""
+    if not term.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g.clone() for g, p in zip(gradients, parameters)]
+
+
+@contextmanager
+def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
+    """Put a module's buffers back: gradient checkpointing runs parts again, whose batch norms would count twice."""
+    buffers = list(module.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    yield
+    with torch.no_grad():
+        for buffer, value in zip(buffers, before):
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+def _average_over_ranks(gradients: List[torch.Tensor]) -> None:
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+    torch._foreach_div_(gradients, dist.get_world_size())
+
+
+def _finite_mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan

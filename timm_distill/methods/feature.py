@@ -1,0 +1,58 @@
+"""Pooled-feature distillation, as timm's own.
+
+The student's pre-logits, projected by a linear layer where the widths differ, are compared with the teacher's.
+`loss='mse'` is `timm.task.FeatureDistillationTask` (timm 1.0.31), with the same numbers; `loss='cosine'` compares
+directions alone.
+"""
+from typing import Dict, Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..errors import UsageError
+from ..losses import to_full_precision
+from ..reading import PairSpec
+from ..taps import Features
+from .base import DistillMethod, register_method
+
+
+def cosine_distance(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """Mean over the batch of 1 - cosine of two features, [B, D] each; eps is the least norm."""
+    similarity = F.normalize(student, dim=1, eps=eps) * F.normalize(teacher, dim=1, eps=eps)
+    return 1 - similarity.sum(1).mean()
+
+
+LOSSES = {'mse': F.mse_loss, 'cosine': cosine_distance}
+
+
+@register_method('feature')
+class PooledFeature(DistillMethod):
+    """Matching of the pre-logits, projected to the teacher's width where it differs.
+
+    Args:
+        loss: 'mse' (timm's) or 'cosine'.
+
+    Raises:
+        UsageError: If the loss is neither.
+    """
+    paper = 'timm 1.0.31, https://github.com/huggingface/pytorch-image-models (FeatureDistillationTask)'
+    student_outputs = frozenset({'pre_logits'})
+    teacher_outputs = frozenset({'pre_logits'})
+
+    def __init__(self, loss: str = 'mse'):
+        super().__init__()
+        if loss not in LOSSES:
+            raise UsageError(f"feature.loss={loss!r} must be one of {', '.join(LOSSES)}.")
+        self.loss = loss
+        self.projection: Optional[nn.Module] = None
+
+    def build(self, pair: PairSpec) -> None:
+        if pair.student.pre_logits != pair.teacher.pre_logits:
+            self.projection = nn.Linear(pair.student.pre_logits, pair.teacher.pre_logits)
+
+    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        assert student.pre_logits is not None and teacher.pre_logits is not None
+        feature = student.pre_logits if self.projection is None else self.projection(student.pre_logits)
+        loss = LOSSES[self.loss](to_full_precision(feature), to_full_precision(teacher.pre_logits.detach()))
+        return {'feature_loss': loss}
