@@ -47,7 +47,7 @@ from timm_distill.demo import run_demo
 from timm_distill.device import Precision, enable_fast_math, resolve_device_name, resolve_precision
 from timm_distill.engine import NonFiniteLossError, StepTiming, evaluate, train_one_epoch
 from timm_distill.export import export_hub, load_release, push_to_hub
-from timm_distill.methods import describe_methods
+from timm_distill.methods import describe_methods, load_method_file
 from timm_distill.pair import time_teacher
 from timm_distill.probing import runnable_size
 from timm_distill.provenance import collect_provenance
@@ -85,6 +85,8 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
         UsageError: For anything that the user can put right.
     """
     args = parse_args(create_train_parser(), argv)
+    for path in args.kd_module:
+        load_method_file(path)
     if args.list_kd:
         print(describe_methods())
         return None

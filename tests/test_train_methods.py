@@ -70,3 +70,55 @@ def test_method_that_needs_unmixed_images_names_the_flag_and_the_alternatives(
 def test_method_of_samples_passes_a_dry_run_without_data(capsys: pytest.CaptureFixture) -> None:
     train_distill.main([*FAST, '--kd', 'norm+crd', '--dry-run', '--no-teacher-pretrained'])
     assert 'works' in capsys.readouterr().out
+
+
+def test_gradient_norms_are_columns_of_the_summary_in_every_epoch_and_change_nothing(
+        digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
+    flags = [digits_dir, tmp_path, teacher_file, '--kd', 'norm+kd', '--epochs', 2]
+    plain = run(*flags, experiment='plain')
+    measured = run(*flags, '--log-grad-norm', 100, experiment='measured')
+    columns = [f'train_grad_norm_{name}' for name in ('task', 'norm', 'kd')]
+    for row, expected in zip(rows(measured), rows(plain)):
+        assert all(float(row[name]) > 0 for name in columns)
+        assert {name: value for name, value in row.items() if name not in columns} == expected
+    first, second = load(plain), load(measured)
+    assert all(torch.equal(second['state_dict'][name], tensor) for name, tensor in first['state_dict'].items())
+
+
+def test_schedule_of_the_command_line_or_a_config_reaches_the_task(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: Dict[str, Any] = {}
+
+    def check(*args: Any, **kwargs: Any) -> Any:
+        seen.update(kwargs)
+        raise UsageError('enough')
+
+    monkeypatch.setattr(train_distill, 'check_pair', check)
+    flags = [*FAST, '--kd', 'norm+kd', '--dry-run', '--epochs', '30', '--cooldown-epochs', '5']
+    with pytest.raises(UsageError, match='enough'):
+        train_distill.main([*flags, '--kd-schedule', 'norm=imagenet', 'kd=cosine:1:0'])
+    expected = {'norm': 'imagenet', 'kd': 'cosine:1:0'}
+    assert seen['kd_schedule'] == expected and seen['num_epochs'] == 35
+    (tmp_path / 'config.yaml').write_text('kd_schedule:\n  norm: imagenet\n  kd: cosine:1:0\n')
+    with pytest.raises(UsageError, match='enough'):
+        train_distill.main([*flags, '--config', str(tmp_path / 'config.yaml')])
+    assert seen['kd_schedule'] == expected
+
+
+def test_schedule_weighs_the_terms_of_each_epoch(digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
+    result = run(digits_dir, tmp_path, teacher_file, '--kd', 'kd', '--kd-schedule', 'kd=cosine:1:0', '--epochs', 2)
+    for row, weight in zip(rows(result), (1, 0)):
+        expected = float(row['train_task_loss']) + weight * float(row['train_kd_loss'])
+        assert float(row['train_loss']) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize('schedule, message', [
+    ('dist=const', "'dist' is not in --kd kd"),
+    ('kd=imagenet', '--kd-schedule kd'),
+    ('kd=warmup:0', 'warmup:0'),
+])
+def test_wrong_schedule_is_one_message_before_anything_is_written(
+        schedule: str, message: str, digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(digits_dir, tmp_path, teacher_file, '--kd', 'kd', '--kd-schedule', schedule)
+    assert not list(tmp_path.iterdir())

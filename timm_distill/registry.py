@@ -5,11 +5,15 @@ Knows nothing of what it registers, apart from a class with a docstring and keyw
 import difflib
 import importlib
 import inspect
+import logging
 import pkgutil
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Callable, Dict, List, Mapping
 
 from .errors import UsageError
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,14 @@ class Registry:
         kind: What the entries are, for messages ('method', 'adapter').
         flag: Command line flag that selects an entry, for messages.
         package: Package whose modules register entries when they are imported.
+        entry_points: Group of entry points by which other packages register more; '' for none.
     """
 
-    def __init__(self, kind: str, flag: str, package: str):
+    def __init__(self, kind: str, flag: str, package: str, entry_points: str = ''):
         self.kind = kind
         self.flag = flag
         self.package = package
+        self.entry_points = entry_points
         self._entries: Dict[str, Entry] = {}
         self._discovered = False
 
@@ -102,6 +108,22 @@ class Registry:
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f'{self.package}.{module.name}')
+        if self.entry_points:
+            self._load_entry_points()
+
+    def _load_entry_points(self) -> None:
+        for entry_point in entry_points(group=self.entry_points):
+            known = dict(self._entries)
+            try:
+                entry_point.load()
+            except Exception as e:  # whatever a plugin does wrong must not stop a run that may not use it
+                self._entries = known
+                _logger.warning(f"The plugin '{entry_point.value}' ({_distribution(entry_point)}) gives no "
+                                f'{self.kind}: {type(e).__name__}: {" ".join(str(e).split())}')
+
+
+def _distribution(entry_point: EntryPoint) -> str:
+    return f'of {entry_point.dist.name}' if entry_point.dist is not None else 'of an unnamed package'
 
 
 def _check_type(option: str, value: Any, default: Any) -> None:

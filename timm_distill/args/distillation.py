@@ -18,6 +18,8 @@ def add_distillation_args(parser: ArgumentParser) -> None:
                        help='report the teacher\'s accuracy before training; None: when there is validation data')
     group.add_argument('--kd', default='none', metavar='NAME[+NAME...]',
                        help='distillation methods, joined by +, e.g. norm or norm+kd; none trains the student alone')
+    group.add_argument('--kd-module', nargs='+', default=[], metavar='FILE',
+                       help='Python files with methods of your own (classes under @register_method) for --kd')
     group.add_argument('--kd-weight', nargs='*', default={}, action=ParseKeyValues, metavar='NAME=W',
                        help='weight of each method\'s loss, e.g. norm=1 kd=0.5; the method\'s own default if absent')
     group.add_argument('--kd-kwargs', nargs='*', default={}, action=ParseKeyValues, metavar='NAME.KEY=VALUE',

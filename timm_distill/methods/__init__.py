@@ -1,12 +1,25 @@
 """Distillation methods: what of the teacher is matched. Each returns named, unweighted loss terms.
 
-Each lives in one file of this package, which is imported when the names are first asked for.
+Each lives in one file of this package, which is imported when the names are first asked for. Other packages add methods
+by entry points of the group `timm_distill.methods`, single files by `load_method_file`.
 """
+import importlib.util
+import os
+import sys
 from typing import Any, List
 
+from ..errors import UsageError
 from .base import METHODS, DistillMethod, register_method
 
-__all__ = ['METHODS', 'DistillMethod', 'create_method', 'describe_methods', 'list_methods', 'register_method']
+__all__ = [
+    'METHODS',
+    'DistillMethod',
+    'create_method',
+    'describe_methods',
+    'list_methods',
+    'load_method_file',
+    'register_method',
+]
 
 
 def list_methods() -> List[str]:
@@ -25,6 +38,34 @@ def create_method(name: str, **options: Any) -> DistillMethod:
         UsageError: If the name or an option is unknown or its value is not allowed.
     """
     return METHODS.create(name, **options)
+
+
+def load_method_file(path: str) -> None:
+    """Import a Python file that registers methods. A file that has been imported already is left as it is.
+
+    Args:
+        path: A file with classes under `@register_method`.
+
+    Raises:
+        UsageError: If it is missing, fails, or registers nothing.
+    """
+    name = 'timm_distill_method_file:' + os.path.realpath(path)
+    if name in sys.modules:
+        return
+    known = list_methods()  # so that a name that is taken is the file's fault
+    spec = importlib.util.spec_from_file_location(name, path) if path.endswith('.py') else None
+    if spec is None or spec.loader is None or not os.path.isfile(path):
+        raise UsageError(f'--kd-module {path} must be an existing Python file (.py).')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look the module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # whatever is wrong with the user's file
+        del sys.modules[name]
+        reason = f'{type(e).__name__}: {" ".join(str(e).split())}'
+        raise UsageError(f'--kd-module {path} cannot be imported: {reason}') from e
+    if list_methods() == known:
+        raise UsageError(f"--kd-module {path} registers no method: put @register_method('name') above its class.")
 
 
 def describe_methods() -> str:

@@ -13,7 +13,7 @@ from ..registry import Registry
 from ..schedules import Steps
 from ..taps import Features
 
-METHODS = Registry('method', '--kd', __package__)
+METHODS = Registry('method', '--kd', __package__, entry_points='timm_distill.methods')
 
 
 def register_method(name: str) -> Callable[[type], type]:
