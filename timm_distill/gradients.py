@@ -57,7 +57,7 @@ class GradientNorms:
         for name, gradients in self._sums.items():
             if self.distributed:
                 _average_over_ranks(gradients)
-            norm = torch.stack([g.float().norm() for g in gradients]).norm()
+            norm = torch.stack([_norm(g) for g in gradients]).norm()
             self.norms.setdefault(f'grad_norm_{name}', []).append(norm)
         self._sums = {}
 
@@ -80,6 +80,10 @@ def _gradients(term: torch.Tensor, parameters: Sequence[torch.Tensor]) -> List[t
         return [torch.zeros_like(p) for p in parameters]
     gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g.clone() for g, p in zip(gradients, parameters)]
+
+
+def _norm(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
 @contextmanager
