@@ -47,6 +47,7 @@ from timm_distill.demo import run_demo
 from timm_distill.device import Precision, enable_fast_math, resolve_device_name, resolve_precision
 from timm_distill.engine import NonFiniteLossError, StepTiming, evaluate, train_one_epoch
 from timm_distill.export import export_hub, load_release, push_to_hub
+from timm_distill.gradients import allow_retained_graphs
 from timm_distill.methods import describe_methods, load_method_file
 from timm_distill.pair import time_teacher
 from timm_distill.probing import runnable_size
@@ -482,7 +483,7 @@ def restore_random_state(run: Run, checkpoint: Optional[Dict[str, Any]]) -> None
 def prepare_for_device(run: Run) -> None:
     """Compile, then wrap in DDP: that order keeps DDP out of the compiled graph."""
     if run.args.torchcompile and run.args.log_grad_norm:
-        torch._functorch.config.donated_buffer = False  # else a compiled graph can be differentiated only once
+        allow_retained_graphs()
     if run.args.torchcompile:
         run.task.compile(backend=run.args.torchcompile, mode=run.args.torchcompile_mode)
     if run.args.distributed:

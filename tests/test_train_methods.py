@@ -6,6 +6,7 @@ from typing import Any, Dict, List
 import pytest
 import timm
 import torch
+import torch._functorch.config
 from safetensors.torch import save_file
 
 import train_distill
@@ -122,3 +123,15 @@ def test_wrong_schedule_is_one_message_before_anything_is_written(
     with pytest.raises(UsageError, match=message):
         run(digits_dir, tmp_path, teacher_file, '--kd', 'kd', '--kd-schedule', schedule)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_gradient_norms_of_a_compiled_run_are_those_of_an_eager_one(
+        digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
+    flags = [digits_dir, tmp_path, teacher_file, '--kd', 'norm+kd', '--epochs', 1, '--sched', 'none',
+             '--log-grad-norm', 2]
+    with torch._functorch.config.patch(donated_buffer=True):
+        compiled = run(*flags, '--torchcompile', 'aot_eager', experiment='compiled')
+    (expected,), (actual,) = rows(run(*flags, experiment='eager')), rows(compiled)
+    for name in ('train_grad_norm_task', 'train_grad_norm_norm', 'train_grad_norm_kd'):
+        assert float(actual[name]) == pytest.approx(float(expected[name]), rel=1e-3)

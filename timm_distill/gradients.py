@@ -74,6 +74,12 @@ class GradientNorms:
         return 1. if scaler is None else float(scaler.get_scale())
 
 
+def allow_retained_graphs() -> None:
+    """Let compiled graphs be differentiated more than once; to be called before the first of them runs."""
+    from torch._functorch import config
+    config.donated_buffer = False
+
+
 def _gradients(term: torch.Tensor, parameters: Sequence[torch.Tensor]) -> List[torch.Tensor]:
     """Return the gradient of a term, zero for what it does not depend on; the graph stays for the backward pass."""
     if not term.requires_grad:

@@ -1,6 +1,9 @@
 """What every registered method promises, over convolutional and transformer pairs."""
 import copy
+import os
+import socket
 from functools import cache
+from pathlib import Path
 from typing import Any, Dict, Tuple
 
 import pytest
@@ -10,7 +13,8 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2
 
 from timm_distill import DistillTask, create_distill_task, list_methods, merge_student
-from timm_distill.methods import METHODS, DistillMethod
+from timm_distill.composition import methods_of
+from timm_distill.methods import METHODS
 
 SIZE = (3, 32, 32)
 CLASSES = 5
@@ -37,9 +41,9 @@ def create_model(model: Tuple[str, Dict[str, Any]]) -> nn.Module:
     return timm.create_model(model[0], num_classes=CLASSES, **model[1])
 
 
-def create_student(method: str, student: Tuple[str, Dict[str, Any]] = CNN_STUDENT) -> nn.Module:
-    """Return a student; one with a distillation token where the method reads that."""
-    token = 'token_logits' in METHODS.get(method).cls.student_outputs
+def create_student(kd: str, student: Tuple[str, Dict[str, Any]] = CNN_STUDENT) -> nn.Module:
+    """Return a student; one with a distillation token where a method reads that."""
+    token = any('token_logits' in cls.student_outputs for cls in methods_of(kd).values())
     return create_model(TOKEN_STUDENT if token else student)
 
 
@@ -57,13 +61,24 @@ def create_task(method: str, pair: str = 'cnn_to_cnn') -> DistillTask:
     return copy.deepcopy(_task(method, pair)).train()
 
 
-def create_batch(method: str = '', soft: bool = False, size: int = 4) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Return images and what the method takes as target: soft ones only where images may be mixed."""
-    cls = METHODS.get(method).cls if method else DistillMethod
-    target = torch.rand(size, CLASSES).softmax(1) if soft and cls.mixed_images else torch.arange(size) % CLASSES
-    if cls.needs_indices:
+def create_batch(kd: str = 'none', soft: bool = False, size: int = 4) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return images and what the methods take as target: soft ones only where images may be mixed."""
+    classes = methods_of(kd).values()
+    soft = soft and all(cls.mixed_images for cls in classes)
+    target = torch.rand(size, CLASSES).softmax(1) if soft else torch.arange(size) % CLASSES
+    if any(cls.needs_indices for cls in classes):
         target = torch.stack([target, torch.arange(size)], 1)
     return torch.randn(size, *SIZE), target
+
+
+def train(task: DistillTask, kd: str, steps: int = 2) -> None:
+    """Train on batches of the current random state."""
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
+    for step in range(steps):
+        optimizer.zero_grad()
+        task(*create_batch(kd))['loss'].backward()
+        optimizer.step()
+        task.update_ema(step=step)
 
 
 @each_pair
@@ -154,3 +169,75 @@ def test_defaults_can_be_given_by_name(method: str) -> None:
     task = create_distill_task(create_student(method), create_model(CNN), kd=method, kd_kwargs=options,
                                sample_labels=SAMPLE_LABELS, input_size=SIZE, verbose=False)
     assert torch.isfinite(task(*create_batch(method))['loss'])
+
+
+@each_method
+def test_state_saved_and_loaded_into_another_task_goes_on_bit_identical(method: str, tmp_path: Path) -> None:
+    task = create_task(method)
+    train(task, method)
+    torch.save(task.get_checkpoint_state(), tmp_path / 'state.pt')
+    other = create_task(method)
+    other.load_checkpoint_state(**torch.load(tmp_path / 'state.pt', weights_only=True))
+    for trained in (task, other):
+        torch.manual_seed(3)
+        train(trained, method)
+    expected, actual = ({**t.module.state_dict(), **t.module.memory()} for t in (task, other))
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
+@each_method
+@pytest.mark.parametrize('soft', [False, True], ids=['hard', 'soft'])
+def test_batch_of_one_is_finite(method: str, soft: bool) -> None:
+    torch.manual_seed(0)
+    task = create_distill_task(create_student(method), create_model(CNN), kd=method, sample_labels=SAMPLE_LABELS,
+                               input_size=SIZE, verbose=False).train()
+    task.student.eval()  # its own batch norms take no single image at this size
+    for module in task.module.adapters:
+        module.eval()
+    result = task(*create_batch(method, soft, size=1))
+    result['loss'].backward()
+    assert all(torch.isfinite(value).all() for value in result.values())
+    assert all(torch.isfinite(p.grad).all() for p in task.module.parameters() if p.grad is not None)
+
+
+@each_method
+def test_beside_norm_it_merges_exactly_and_releases_the_plain_student(method: str) -> None:
+    kd = 'norm' if method == 'norm' else f'norm+{method}'
+    task = create_task(kd)
+    train(task, kd)
+    state, images = task.get_checkpoint_state()['state_dict'], create_batch()[0]
+    assert list(state) == list(create_student(kd).state_dict())
+    with torch.no_grad():
+        expected, actual = task.get_trainable_module().eval()(images), merge_student(task)(images)
+    assert (actual - expected).abs().max() < 1e-5 * (expected - expected.mean()).abs().max()
+
+
+def _run_rank(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2')
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+    states = {}
+    for method in list_methods():
+        task = create_task(method)
+        if not task.module.memory() and not list(task.module.methods.parameters()):
+            continue
+        task.prepare_distributed(device_ids=[torch.device('cpu')])
+        torch.manual_seed(1 + rank)
+        train(task, method, steps=3)
+        states[method] = {**dict(task.module.named_parameters()), **task.module.memory()}
+    torch.save(states, Path(folder) / f'rank{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_processes_keep_equal_parameters_and_memories_of_the_methods_that_have_some(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_run_rank, args=(port, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f'rank{rank}.pt', weights_only=True) for rank in range(2))
+    assert 'crd' in first and first.keys() == second.keys()
+    for method, state in first.items():
+        assert all(torch.equal(second[method][name], tensor) for name, tensor in state.items()), method
+        assert all(torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point()), method
