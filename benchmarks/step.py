@@ -38,6 +38,7 @@ PAIRS = {
     'deit_small -> deit_tiny': ('deit_small_patch16_224', 'deit_tiny_patch16_224'),
 }
 FORMS = ('direct', 'moments')
+SAMPLES = 50000  # of an imagined training set, for methods that keep something of each
 COLUMNS = ('what', 'pair', 'images', 'mode', 'variant', 'seconds', 'images_per_second', 'reference', 'ratio',
            'quartiles', 'over_kd', 'memory_mib')
 
@@ -233,7 +234,8 @@ def create_step(kd: str, kd_kwargs: Dict[str, Any], setting: Setting) -> Callabl
     """Return a step of the task."""
     task = timm_distill.create_distill_task(
         setting.student, setting.teacher, kd, kd_kwargs=kd_kwargs, teacher_pretrained=False,
-        input_size=(3, setting.size, setting.size), device=setting.device, verbose=False)
+        sample_labels=torch.arange(SAMPLES) % 1000, input_size=(3, setting.size, setting.size), device=setting.device,
+        verbose=False)
     if setting.channels_last:
         task.to(memory_format=torch.channels_last)
     optimizer = create_optimizer(task.trainable_module)
@@ -241,6 +243,8 @@ def create_step(kd: str, kd_kwargs: Dict[str, Any], setting: Setting) -> Callabl
     if setting.compile:
         task.compile()
     batch, target = create_batch(setting)
+    if task.needs_indices:
+        target = torch.stack([target, torch.arange(len(target), device=target.device)], 1)
 
     def _run() -> None:
         with autocast(setting):

@@ -45,7 +45,7 @@ def ofa_loss(
     log_student = F.log_softmax(to_full_precision(student_logits) / temperature, dim=1)
     teacher = F.softmax(to_full_precision(teacher_logits.detach()) / temperature, dim=1)
     target = target if target.ndim == 1 else target.argmax(1)
-    mask = F.one_hot(target, teacher.shape[1]).to(teacher.dtype)
+    mask = torch.zeros_like(teacher).scatter_(1, target[:, None], 1.)
     weight = (teacher + mask) ** eps - mask
     return -(weight * log_student).sum(1).mean()
 
