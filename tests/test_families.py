@@ -182,18 +182,21 @@ def test_teachers_map_is_the_grid_without_prefix_tokens(taught: Taught) -> None:
 
 
 @torch.no_grad()
-def test_teachers_stages_are_the_deepest_map_of_every_grid(taught: Taught) -> None:
+def test_teachers_stages_are_the_deepest_map_of_every_grid_or_the_quarters_of_one(taught: Taught) -> None:
     teacher, stages = taught.teacher, taught.features.stages
     if not hasattr(teacher.model, 'forward_intermediates'):
         assert stages == ()
         return
     maps = teacher.model.forward_intermediates(
         teacher.prepare(taught.images), output_fmt='NCHW', intermediates_only=True)
-    deepest = {tuple(map_.shape[2:]): map_ for map_ in maps}
     assert stages and [tuple(stage.shape[1:]) for stage in stages] == [stage.shape for stage in teacher.stages]
-    assert {tuple(stage.shape[2:]) for stage in stages} == set(deepest)
-    for stage in stages:
-        torch.testing.assert_close(stage, deepest[tuple(stage.shape[2:])])
+    deepest = {tuple(map_.shape[2:]): map_ for map_ in maps}
+    expected = list(deepest.values())
+    if len(deepest) == 1 and len(maps) >= 4:
+        expected = [maps[len(maps) * quarter // 4 - 1] for quarter in (1, 2, 3, 4)]
+    assert len(stages) == len(expected)
+    for stage, map_ in zip(stages, expected):
+        torch.testing.assert_close(stage, map_)
 
 
 def test_classifier_for_methods_that_reuse_it_has_a_row_for_every_class(taught: Taught) -> None:
