@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
@@ -32,12 +33,14 @@ from timm_distill import DistillTask, MergeError, Teacher, UsageError, check_pai
 from timm_distill.analysis import PredictionRecorder, Predictions, agreement, collect_predictions
 from timm_distill.args import args_to_yaml, check_train_args, create_train_parser, parse_args
 from timm_distill.checkpoint import DistillCheckpointSaver, read_checkpoint, resume_task, set_rng_state
+from timm_distill.class_means import cached_class_means, class_means_key, compute_class_means, load_class_means
 from timm_distill.composition import check_mixing, methods_of
 from timm_distill.data import (
     DataLoaders,
     IndexedDataset,
     class_names,
     create_loaders,
+    create_pass_loader,
     create_train_loss,
     read_labels,
     set_loader_epoch,
@@ -176,6 +179,8 @@ def train(args: argparse.Namespace) -> RunResult:
     checkpoint = read_checkpoint(args.resume) if args.resume else None
     run = build_run(args)
     report_teacher(run)
+    if checkpoint is None:
+        prepare_class_means(run)  # a checkpoint holds them
     start_epoch = resume(run, checkpoint)
     prepare_for_device(run)
     recorder = Recorder(run, args_text, checkpoint, start_epoch)
@@ -389,6 +394,34 @@ def report_teacher(run: Run) -> None:
         if top1 < 200 / teacher.num_classes:
             _logger.warning(f'That is near chance ({100 / teacher.num_classes:.3f}): are its weights right, and is the '
                             'order of its classes that of the data?')
+
+
+def prepare_class_means(run: Run) -> None:
+    """Give the methods that need them the teacher's class means: from a file, from the cache, or from a pass."""
+    args, task, shape = run.args, run.task, run.task.class_means_shape
+    if shape is None:
+        if args.nd_class_means:
+            _logger.warning(f'--nd-class-means {args.nd_class_means} is ignored: no method of --kd reads class means.')
+        return
+    if args.nd_class_means:
+        task.set_class_means(load_class_means(args.nd_class_means, shape))
+        return
+    assert task.teacher is not None
+    dataset, training = run.loaders.train.dataset, args.nd_class_means_transform == 'train'
+    loader = create_pass_loader(args, run.data_config, dataset, run.device, training,
+                                model_dtype=run.precision.model_dtype, distributed=args.distributed)
+    transform = [sorted(run.data_config.items()), loader.dataset.transform, *([args.seed] if training else [])]
+    key = class_means_key(task.teacher, dataset, transform) if args.rank == 0 else ''
+    folder = os.path.join(args.output or './output/train', 'class_means')
+    task.set_class_means(cached_class_means(
+        os.path.join(folder, f'{safe_model_name(args.teacher)}-{key}.safetensors'),
+        shape,
+        partial(compute_class_means, task.teacher, loader, shape[0], run.device, run.precision.model_dtype,
+                run.precision.autocast, args.distributed),
+        metadata={'teacher': args.teacher, 'transform': args.nd_class_means_transform},
+        device=run.device,
+        distributed=args.distributed,
+    ))
 
 
 def build_optimizer(args: argparse.Namespace, task: DistillTask) -> torch.optim.Optimizer:

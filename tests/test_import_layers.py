@@ -21,7 +21,7 @@ LAYERS = {
     'report': 2,
     'taps': 2,
     'teacher': 3, 'merge': 3, 'reading': 3,
-    'presets': 4, 'stage_matching': 4, 'export': 4,
+    'presets': 4, 'class_means': 4, 'stage_matching': 4, 'export': 4,
     'methods': 5, 'student': 5,
     'composition': 6,
     'task': 7,

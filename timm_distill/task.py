@@ -103,6 +103,8 @@ class DistillTask(TrainingTask):
             'loss' (weighted sum), 'output' (logits, [B, K]) and, with methods, 'task_loss' and their unweighted terms.
         """
         if self._probe is None:
+            for method in self.module.methods.values():
+                method.check_ready()
             self._probe = input[:_PROBE_IMAGES].detach().clone()
         if self.teacher is None:
             logits = self.trainable_module(input)
@@ -146,6 +148,24 @@ class DistillTask(TrainingTask):
         if 'head' in self._teacher_outputs:
             features.head = self.teacher.run_head
         return features
+
+    @property
+    def class_means_shape(self) -> Optional[Tuple[int, int]]:
+        """The student's classes and the width of the teacher's pre-logits, (K, D); None where no method needs means."""
+        if not any(method.needs_class_means for method in self.module.methods.values()):
+            return None
+        assert self.teacher is not None
+        return int(getattr(self.module.student, 'num_classes', 0)), self.teacher.pre_logits_channels
+
+    def set_class_means(self, means: torch.Tensor) -> None:
+        """Give the methods that need them the teacher's mean pre-logits of every class, [K, D].
+
+        Raises:
+            UsageError: If the shape is another, or a value is not finite.
+        """
+        for method in self.module.methods.values():
+            if method.needs_class_means:
+                method.set_class_means(means)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
         """Return the parameters to clip; `exclude_head` leaves out the student's classifier (for AGC)."""
@@ -303,6 +323,7 @@ def create_distill_task(
         num_samples: Optional[int] = None,
         sample_labels: Optional[torch.Tensor] = None,
         input_size: Optional[Sequence[int]] = None,
+        class_means: Optional[torch.Tensor] = None,
         mean: Optional[Sequence[float]] = None,
         std: Optional[Sequence[float]] = None,
         student_kwargs: Optional[Dict[str, Any]] = None,
@@ -334,6 +355,8 @@ def create_distill_task(
             by default.
         sample_labels: Label of every image of the training set by index, [N], for methods that choose among them.
         input_size: (channels, height, width) that the student is fed; its own default otherwise.
+        class_means: The teacher's mean pre-logits of every class, [K, D], for methods that need them; may be given to
+            `task.set_class_means` later.
         mean: Normalisation of the input, per channel; the student's default otherwise.
         std: Likewise.
         student_kwargs: More arguments of `timm.create_model` for the student.
@@ -368,8 +391,11 @@ def create_distill_task(
     if verbose and methods:
         _log_composition(kd, composition)
     criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
-    return DistillTask(module.to(device=device, dtype=dtype), teacher_model, criterion, composition.weights,
+    task = DistillTask(module.to(device=device, dtype=dtype), teacher_model, criterion, composition.weights,
                        composition.task_loss_weight, input_size, composition.schedules, device, dtype, verbose)
+    if class_means is not None:
+        task.set_class_means(class_means)
+    return task
 
 
 def merge_student(task: DistillTask, ema: bool = False) -> nn.Module:

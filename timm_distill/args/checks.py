@@ -53,6 +53,8 @@ _NEEDS_KD: Dict[str, Any] = {
     'distill_loss_weight': None,
     'kd_tap': 'auto',
     'kd_schedule': {},
+    'nd_class_means': '',
+    'nd_class_means_transform': 'eval',
 }
 
 

@@ -31,6 +31,10 @@ def add_distillation_args(parser: ArgumentParser) -> None:
     group.add_argument('--kd-tap', default='auto', choices=['auto', 'features', 'pre_logits', 'side'],
                        help='where features are matched: the last feature map, the classifier\'s input, or the first '
                             'of the two from which the adapter can be merged away (auto)')
+    group.add_argument('--nd-class-means', metavar='FILE', default='',
+                       help='class means of the teacher for nd (.safetensors) in place of a pass over the training set')
+    group.add_argument('--nd-class-means-transform', default='eval', choices=['eval', 'train'],
+                       help='transform of the images in that pass: that of validation, or of training as in the paper')
     group.add_argument('--task-loss-weight', type=float, default=None,
                        help='factor on the label loss; given alone, the distillation losses get 1 minus it; None: 1')
     group.add_argument('--distill-loss-weight', type=float, default=None,

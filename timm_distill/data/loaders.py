@@ -1,4 +1,5 @@
 """Loaders of the training and the validation data, as timm builds them."""
+import copy
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Optional, Tuple
@@ -9,7 +10,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UsageError
 from .datasets import create_datasets
-from .indexing import index_samples
+from .indexing import IndexedDataset, index_samples
 from .targets import is_mixup_active
 from .workers import ResumableLoader, find_resumable, make_resumable
 
@@ -121,6 +122,33 @@ def create_eval_loader(
         crop_mode=data_config['crop_mode'],
         num_workers=num_workers,
     )
+
+
+def create_pass_loader(
+        args: Namespace,
+        data_config: Dict[str, Any],
+        dataset: Dataset,
+        device: torch.device,
+        training_transform: bool = False,
+        **kwargs: Any,
+) -> Any:
+    """Loader of every training image once and in order, unmixed; the training loader stays as it is.
+
+    Args:
+        args: Training arguments.
+        data_config: Resolved by `timm.data.resolve_data_config`.
+        dataset: Dataset of the training loader, with its transform.
+        device: Where the prefetcher puts batches.
+        training_transform: Keep that transform; else the images are as in validation.
+        kwargs: As for `create_eval_loader`.
+    """
+    if isinstance(dataset, IndexedDataset):
+        dataset = dataset.dataset
+    copied = copy.copy(dataset)
+    loader = create_eval_loader(args, data_config, copied, device, batch_size=args.validation_batch_size, **kwargs)
+    if training_transform:
+        copied.transform = dataset.transform  # type: ignore[attr-defined]
+    return loader
 
 
 def _create_train_loader(

@@ -9,6 +9,7 @@ import sys
 from typing import Any, List
 
 from ..errors import UsageError
+from ..presets import list_presets
 from .base import METHODS, DistillMethod, register_method
 
 __all__ = [
@@ -69,7 +70,7 @@ def load_method_file(path: str) -> None:
 
 
 def describe_methods() -> str:
-    """Return a text that lists each method with its defaults, what it needs and its paper."""
+    """Return a text that lists each method with its defaults, what it needs and its paper, and each preset."""
     blocks = []
     for name in list_methods():
         entry = METHODS.get(name)
@@ -80,4 +81,6 @@ def describe_methods() -> str:
             f'    defaults  {defaults}',
             f'    paper     {entry.cls.paper}',
         ]))
+    blocks.append('Presets, published combinations under one name:')
+    blocks += [preset.describe() for preset in list_presets()]
     return '\n\n'.join(blocks)

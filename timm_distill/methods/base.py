@@ -65,6 +65,9 @@ class DistillMethod(nn.Module):
         """Take the teacher's mean pre-logits of every class, [K, D]."""
         raise NotImplementedError
 
+    def check_ready(self) -> None:
+        """Raise a UsageError where something that the method needs has not been given; called before an epoch."""
+
     def weight(self, epoch: int) -> float:
         """Return the factor that the method's own schedule puts on its terms in an epoch, counted from 0."""
         return 1.
