@@ -12,7 +12,7 @@ SCRIPTS = ('train_distill', 'validate')
 
 # A file imports only from lower numbers.
 LAYERS = {
-    'errors': -1, 'rng': -1,
+    'errors': -1, 'rng': -1, 'precision': -1,
     'registry': 0, 'losses': 0, 'moments': 0, 'linalg': 0, 'layouts': 0, 'probing': 0, 'schedules': 0,
     'gradients': -1,
     'connectors': 0, 'args': 0, 'data': 0, 'engine': 0, 'checkpoint': 0, 'device': 0, 'provenance': 0,

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch.func import functional_call
 
 from .folding import fold_affine
-from .moments import full_float32
+from .precision import full_float32
 from .probing import evaluation_mode
 from .taps import StudentTap
 

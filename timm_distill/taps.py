@@ -236,9 +236,11 @@ class Stage:
     Attributes:
         index: Its index for `forward_intermediates`.
         shape: Shape of the map for one image, (C, H, W).
+        nonnegative: Whether it was measured to hold no negative number, as behind a ReLU.
     """
     index: int
     shape: Tuple[int, int, int]
+    nonnegative: bool = False
 
 
 def resolve_stages(model: nn.Module, input_size: Sequence[int]) -> Tuple[Stage, ...]:
@@ -255,8 +257,8 @@ def resolve_stages(model: nn.Module, input_size: Sequence[int]) -> Tuple[Stage, 
         except CANNOT_RUN as e:
             _logger.debug(f'{type(model).__name__} gives no intermediate features: {e}')
             return ()
-    stages = [Stage(index, tuple(feature.shape[1:])) for index, feature in enumerate(maps)  # type: ignore[arg-type]
-              if isinstance(feature, torch.Tensor) and feature.ndim == 4]
+    stages = [Stage(index, tuple(feature.shape[1:]), bool((feature >= 0).all()))  # type: ignore[arg-type]
+              for index, feature in enumerate(maps) if isinstance(feature, torch.Tensor) and feature.ndim == 4]
     deepest = {stage.shape[1:]: stage for stage in stages}
     if len(deepest) == 1:
         quarters = {len(stages) * (i + 1) // 4 - 1 for i in range(4)} - {-1}

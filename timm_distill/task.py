@@ -508,6 +508,10 @@ def _log_adapters(tap: StudentTap, adapters: Sequence[Adapter]) -> None:
 def _log_composition(kd: str, composition: Composition) -> None:
     weights = ', '.join(f'{name}_weight={weight:g}' for name, weight in composition.weights.items())
     _logger.info(f'Distillation: kd={kd}, task_loss_weight={composition.task_loss_weight:g}, {weights}')
+    for name, method in composition.methods.items():
+        if composition.weights[name] == 1 != method.published_weight:
+            _logger.info(f'The weight of {name} in the published code is {method.published_weight:g}, not 1 '
+                         f'(--kd-weight {name}={method.published_weight:g}).')
 
 
 def _build_methods(

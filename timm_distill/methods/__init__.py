@@ -80,7 +80,12 @@ def describe_methods() -> str:
             f'    needs     {entry.cls.describe_needs()}',
             f'    defaults  {defaults}',
             f'    paper     {entry.cls.paper}',
+            *_describe_weight(name, entry.cls.published_weight),
         ]))
     blocks.append('Presets, published combinations under one name:')
     blocks += [preset.describe() for preset in list_presets()]
     return '\n\n'.join(blocks)
+
+
+def _describe_weight(name: str, weight: float) -> List[str]:
+    return [] if weight == 1 else [f'    weight    {weight:g} in the published code (--kd-weight {name}={weight:g})']
