@@ -1,4 +1,5 @@
 #!/usr/bin/env python
+# PYTHON_ARGCOMPLETE_OK
 """Train a timm model, alone or distilled from a frozen teacher, and save plain timm checkpoints.
 
     train_distill.py --data-dir DIR --teacher resnet50 --student mobilenetv2_100 --kd norm
@@ -16,14 +17,15 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import timm
 import torch
 import torch.nn as nn
+import torchvision
 from timm import utils
 from timm.data import resolve_data_config
-from timm.layers import convert_sync_batchnorm, set_fast_norm
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
@@ -31,7 +33,13 @@ from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kw
 import timm_distill
 from timm_distill import DistillTask, MergeError, Teacher, UsageError, check_pair, create_distill_task
 from timm_distill.analysis import PredictionRecorder, Predictions, agreement, collect_predictions
-from timm_distill.args import args_to_yaml, check_train_args, create_train_parser, parse_args
+from timm_distill.args import (
+    args_to_yaml,
+    check_train_args,
+    create_train_parser,
+    parse_args,
+    translate_timm_distillation,
+)
 from timm_distill.checkpoint import DistillCheckpointSaver, read_checkpoint, resume_task, set_rng_state
 from timm_distill.class_means import cached_class_means, class_means_key, compute_class_means, load_class_means
 from timm_distill.composition import check_mixing, methods_of
@@ -47,15 +55,22 @@ from timm_distill.data import (
     user_message,
 )
 from timm_distill.demo import run_demo
-from timm_distill.device import Precision, enable_fast_math, resolve_device_name, resolve_precision
-from timm_distill.engine import NonFiniteLossError, StepTiming, evaluate, train_one_epoch
+from timm_distill.device import (
+    Precision,
+    enable_fast_math,
+    import_device_modules,
+    resolve_device_name,
+    resolve_precision,
+)
+from timm_distill.engine import NonFiniteLossError, StepTiming, evaluate, evaluator_class, train_one_epoch
 from timm_distill.export import export_hub, load_release, push_to_hub
 from timm_distill.gradients import allow_retained_graphs
-from timm_distill.methods import describe_methods, load_method_file
+from timm_distill.methods import describe_methods, list_methods, load_method_file
 from timm_distill.pair import time_teacher
-from timm_distill.probing import runnable_size
+from timm_distill.probing import CANNOT_RUN, random_images, runnable_size
 from timm_distill.provenance import collect_provenance
 from timm_distill.report import ReportData, can_draw, read_summary, write_report
+from timm_distill.tracking import WandbLog, start_wandb
 
 _logger = logging.getLogger('train')
 
@@ -97,6 +112,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
     if args.demo:
         run_demo(main, args.demo_dir)
         return None
+    translate_timm_distillation(args, list_methods())
     check_train_args(args)
     check_mixing(args.kd, mixing_flags(args))
     if args.dry_run:
@@ -171,6 +187,11 @@ class Run:
     teacher_predictions: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
     timing: StepTiming = field(default_factory=StepTiming)
 
+    @property
+    def last_epoch(self) -> int:
+        """How many epochs are trained: all of them, unless `--stop-epoch` stops before."""
+        return min(self.args.stop_epoch or self.num_epochs, self.num_epochs)
+
 
 def train(args: argparse.Namespace) -> RunResult:
     """Train as the flags say. The output folder is made when everything else stands."""
@@ -186,7 +207,7 @@ def train(args: argparse.Namespace) -> RunResult:
     recorder = Recorder(run, args_text, checkpoint, start_epoch)
     restore_random_state(run, checkpoint)
     try:
-        for epoch in range(start_epoch, run.num_epochs):
+        for epoch in range(start_epoch, run.last_epoch):
             run_epoch(run, epoch, recorder)
     except UsageError:
         recorder.discard()
@@ -208,19 +229,26 @@ def build_run(args: argparse.Namespace) -> Run:
     data_config = resolve_data_config(vars(args), model=student, verbose=args.rank == 0)
     data_config = fit_input_size(args, student, data_config)
     with_indices = any(method.needs_indices for method in methods_of(args.kd).values())
+    if with_indices and args.task == 'multilabel':
+        raise UsageError(f'--kd {args.kd} reads one label per image: it does not go with --task multilabel')
+    check_train_sizes(args, student, data_config)
+    patch_size = find_patch_size(student) if args.naflex_loader else None
     loaders = create_loaders(
-        args, data_config, args.num_classes, device, precision.model_dtype, args.distributed, with_indices)
+        args, data_config, args.num_classes, device, precision.model_dtype, args.distributed, with_indices, patch_size)
     task = build_task(args, student, data_config, device, precision, loaders)
-    optimizer = build_optimizer(args, task)
+    optimizer = build_optimizer(args, task, loaders.batch_size)
     scheduler, num_epochs = build_scheduler(args, optimizer, loaders)
     return Run(args, device, precision, data_config, loaders, task, optimizer, scheduler, num_epochs)
 
 
 def setup_device(args: argparse.Namespace) -> Tuple[torch.device, Precision]:
     """Choose device and precision, and join the process group."""
+    import_device_modules(args.device_modules or ())
     args.device = resolve_device_name(args.device)
     enable_fast_math()
     device = utils.init_distributed_device(args)
+    if args.fuser:
+        utils.set_jit_fuser(args.fuser)
     if args.fast_norm:
         set_fast_norm()
     _logger.info(f'Process {args.rank} of {args.world_size} on {device}.')
@@ -245,6 +273,8 @@ def build_student(args: argparse.Namespace) -> nn.Module:
         student.set_grad_checkpointing(enable=True)
     if args.num_classes is None:
         args.num_classes = student.num_classes
+    if args.split_bn:
+        student = convert_splitbn_model(student, max(args.aug_splits, 2))
     return student
 
 
@@ -264,6 +294,26 @@ def fit_input_size(args: argparse.Namespace, student: nn.Module, data_config: Di
     _logger.warning(f"The student '{args.model}' takes {size[0]}x{size[1]} alone: images are loaded at that size, not "
                     f'at {wanted[1]}x{wanted[2]}. --model-kwargs img_size=N builds some models for other sizes.')
     return {**data_config, 'input_size': (wanted[0], *size)}
+
+
+def check_train_sizes(args: argparse.Namespace, student: nn.Module, data_config: Dict[str, Any]) -> None:
+    """Reject `--train-img-sizes` that the student cannot run at."""
+    channels = data_config['input_size'][0]
+    for size in args.train_img_sizes or ():
+        other, reason = runnable_size(student, (channels, size, size))
+        if reason or other is not None:
+            raise UsageError(f"The student '{args.model}' cannot run at {size}x{size}, one of --train-img-sizes. "
+                             '--model-kwargs dynamic_img_size=True lets many models take any size.')
+
+
+def find_patch_size(student: nn.Module) -> Tuple[int, int]:
+    """Return the patch size (height, width) of a student that reads patch sequences."""
+    get_patch_size = getattr(student, 'get_patch_size', None)
+    if get_patch_size is None:
+        raise UsageError(f'--naflex-loader gives sequences of patches, which {type(student).__name__} cannot read: '
+                         'choose a naflexvit model as --student, or leave it out')
+    height, width = get_patch_size()
+    return height, width
 
 
 def _student_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
@@ -321,7 +371,7 @@ def build_task(
         kd_kwargs=args.kd_kwargs,
         kd_schedule=args.kd_schedule,
         kd_tap=args.kd_tap,
-        criterion=create_train_loss(args, device),
+        criterion=create_train_loss(args, device, args.num_classes),
         task_loss_weight=args.task_loss_weight,
         distill_loss_weight=args.distill_loss_weight,
         num_epochs=count_epochs(args),
@@ -337,12 +387,30 @@ def build_task(
         dtype=precision.model_dtype,
         verbose=args.rank == 0,
     )
+    check_task(args, task)
     if args.channels_last:
         task.to(memory_format=torch.channels_last)
     if args.distributed and args.sync_bn:
         args.dist_bn = ''  # synchronised statistics need no distribution after the epoch
         task.trainable_module = convert_sync_batchnorm(task.trainable_module)
     return task
+
+
+def check_task(args: argparse.Namespace, task: DistillTask) -> None:
+    """Reject methods that cannot read what these flags give them."""
+    on_logits = [name for name, method in task.module.methods.items() if 'logits' in method.teacher_outputs]
+    if on_logits and args.task == 'multilabel':
+        raise UsageError(f'--kd {"+".join(on_logits)} compares logits as distributions over classes, of which a '
+                         'multi-label model has none: use a method that reads features alone (--list-kd)')
+    if task.teacher is None:
+        return
+    for size in args.train_img_sizes or ():
+        try:
+            task.teacher_features(random_images(task.teacher, (task.input_size[0], size, size)))
+        except CANNOT_RUN as e:
+            raise UsageError(f"The teacher '{args.teacher}' cannot run at {size}x{size}, one of --train-img-sizes: "
+                             f'{" ".join(str(e).split())[:200]}. --teacher-kwargs dynamic_img_size=True lets many '
+                             'models take any size.') from e
 
 
 def validate(run: Run, model: nn.Module, log_name: str = 'Test') -> 'OrderedDict[str, float]':
@@ -357,6 +425,7 @@ def validate(run: Run, model: nn.Module, log_name: str = 'Test') -> 'OrderedDict
         prefetcher=not run.args.no_prefetcher,
         distributed=run.args.distributed,
         tta=run.args.tta,
+        create_evaluator=evaluator_class(run.args.task, run.args.multilabel_threshold),
         log_interval=run.args.log_interval,
         log_name=log_name,
     )
@@ -365,6 +434,11 @@ def validate(run: Run, model: nn.Module, log_name: str = 'Test') -> 'OrderedDict
 def count_samples(loader: Any) -> Optional[int]:
     """Return the images of a loader's set, over all ranks; None where that is unknown."""
     return len(loader.dataset) if hasattr(loader.dataset, '__len__') else None
+
+
+def has_single_predictions(args: argparse.Namespace) -> bool:
+    """Whether a model's output is one prediction per image: views are averaged after it, labels may be several."""
+    return not args.tta and args.task == 'classification' and not args.naflex_loader
 
 
 class _TeacherLogits(nn.Module):
@@ -386,11 +460,13 @@ def report_teacher(run: Run) -> None:
                         'its accuracy cannot be measured here.')
         return
     recorder = PredictionRecorder(_TeacherLogits(teacher))
-    top1 = validate(run, recorder, 'Teacher')['top1']
-    if not args.tta:  # its views of an image are averaged after the model
+    metrics = validate(run, recorder, 'Teacher')
+    if has_single_predictions(args):
         run.teacher_predictions = recorder.read(count_samples(run.loaders.eval))
     if args.rank == 0:
-        _logger.info(f'Teacher {args.teacher} top-1: {top1:.3f}')
+        top1 = metrics.get('top1', 100.)
+        accuracy = f'top-1: {top1:.3f}' if 'top1' in metrics else f"mAP: {metrics['map']:.3f}"
+        _logger.info(f'Teacher {args.teacher} {accuracy}')
         if top1 < 200 / teacher.num_classes:
             _logger.warning(f'That is near chance ({100 / teacher.num_classes:.3f}): are its weights right, and is the '
                             'order of its classes that of the data?')
@@ -424,16 +500,16 @@ def prepare_class_means(run: Run) -> None:
     ))
 
 
-def build_optimizer(args: argparse.Namespace, task: DistillTask) -> torch.optim.Optimizer:
+def build_optimizer(args: argparse.Namespace, task: DistillTask, batch_size: float) -> torch.optim.Optimizer:
     """Create the optimizer over everything that trains: student, adapter and methods."""
     if not args.lr:
-        args.lr = scale_learning_rate(args)
+        args.lr = scale_learning_rate(args, batch_size)
     return create_optimizer_v2(task.trainable_module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
 
 
-def scale_learning_rate(args: argparse.Namespace) -> float:
+def scale_learning_rate(args: argparse.Namespace, batch_size: float) -> float:
     """Compute the learning rate from `--lr-base` and the global batch size, as timm does."""
-    global_batch_size = args.batch_size * args.world_size * args.grad_accum_steps
+    global_batch_size = batch_size * args.world_size * args.grad_accum_steps
     ratio = global_batch_size / args.lr_base_size
     if not args.lr_base_scale:
         adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
@@ -441,7 +517,7 @@ def scale_learning_rate(args: argparse.Namespace) -> float:
     lr = args.lr_base * (ratio ** 0.5 if args.lr_base_scale == 'sqrt' else ratio)
     if args.rank == 0:
         _logger.info(f'Learning rate {lr:g}: --lr-base {args.lr_base} scaled ({args.lr_base_scale}) from a batch of '
-                     f'{args.lr_base_size} to {global_batch_size}.')
+                     f'{args.lr_base_size} to {global_batch_size:g}.')
     return lr
 
 
@@ -452,11 +528,14 @@ def build_scheduler(
 ) -> Tuple[Any, int]:
     """Create the learning rate schedule; returns it and the number of epochs."""
     decreasing = loaders.eval is None or args.eval_metric == 'loss'
-    scheduler, num_epochs = create_scheduler_v2(
-        optimizer,
-        **scheduler_kwargs(args, decreasing_metric=decreasing),
-        updates_per_epoch=-(-len(loaders.train) // args.grad_accum_steps),
-    )
+    try:
+        scheduler, num_epochs = create_scheduler_v2(
+            optimizer,
+            **scheduler_kwargs(args, decreasing_metric=decreasing),
+            updates_per_epoch=-(-len(loaders.train) // args.grad_accum_steps),
+        )
+    except ValueError as e:  # lengths that do not fit into one another
+        raise UsageError(f'--sched {args.sched}: {e}') from e
     if args.rank == 0:
         _logger.info(f'Scheduled epochs: {num_epochs}.')
     return scheduler, num_epochs
@@ -547,10 +626,13 @@ class Recorder:
         self.run = run
         self.metric = run.args.eval_metric if run.loaders.eval is not None else 'loss'
         self.saver: Optional[DistillCheckpointSaver] = None
+        self.wandb: Optional[WandbLog] = None
         self.result = RunResult(param_count=sum(p.numel() for p in run.task.module.student.parameters()))
         if run.args.rank != 0:
             return
-        self.result.output_dir = utils.get_outdir(run.args.output or './output/train', _run_name(run))
+        name = _run_name(run)
+        self.wandb = start_wandb(run.args, name)
+        self.result.output_dir = utils.get_outdir(run.args.output or './output/train', name)
         with open(self._path('args.yaml'), 'w') as f:
             f.write(args_text)
         utils.trim_summary(self._path('summary.csv'), start_epoch)
@@ -619,17 +701,23 @@ class Recorder:
         self.result.history.append(entry)
         if self.saver is not None:
             lrs = [group['lr'] for group in self.run.optimizer.param_groups]
-            utils.update_summary(
-                epoch, train_metrics, eval_metrics, filename=self._path('summary.csv'), lr=sum(lrs) / len(lrs))
+            lr = sum(lrs) / len(lrs)
+            utils.update_summary(epoch, train_metrics, eval_metrics, filename=self._path('summary.csv'), lr=lr)
+            if self.wandb is not None:
+                self.wandb.log(epoch, train_metrics, eval_metrics, lr)
 
     def save(self, epoch: int, metric: float) -> None:
         """Write the checkpoints of an epoch."""
         if self.saver is not None:
             self.result.best_metric, self.result.best_epoch = self.saver.save_checkpoint(epoch, metric=metric)
+            if epoch + 1 in self.run.args.save_epochs:
+                self.saver.save_milestone(epoch + 1)
 
     def finish(self, seconds: float) -> RunResult:
         """Return the run's result, its epochs ranked as timm prints them: the best last."""
         self.result.seconds = seconds
+        if self.wandb is not None:
+            self.wandb.finish()
         if self.saver is None:
             return self.result
         best = self._path('model_best.pth.tar')
@@ -686,10 +774,12 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder) -> None:
         log_grad_norm=args.log_grad_norm,
         distributed=args.distributed,
         timing=run.timing,
+        batch_scale=run.loaders.batch_scale,
+        on_update=create_update_hook(args, run.device, recorder.result.output_dir),
     )
     share_batch_norm(args, run.task.get_trainable_module())
     metric = None
-    validating = (epoch + 1) % args.val_interval == 0 or epoch + 1 == run.num_epochs
+    validating = (epoch + 1) % args.val_interval == 0 or epoch + 1 in (run.last_epoch, *args.save_epochs)
     if validating:
         eval_metrics = validate_student(run)
         metric = recorder.rank(train_metrics, eval_metrics)
@@ -698,6 +788,27 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder) -> None:
         run.scheduler.step(epoch + 1, metric)  # before saving, so that a resumed schedule knows this epoch
     if metric is not None:
         recorder.save(epoch, metric)
+
+
+def create_update_hook(
+        args: argparse.Namespace,
+        device: torch.device,
+        output_dir: str,
+) -> Optional[Callable[[int, Any, bool], None]]:
+    """Return what `--synchronize-step` and `--save-images` do after an update, None for nothing."""
+    synchronizes = args.synchronize_step and device.type != 'cpu'
+    saves_images = args.save_images and bool(output_dir)
+    if not synchronizes and not saves_images:
+        return None
+
+    def after_update(batch_idx: int, images: Any, logged: bool) -> None:
+        if synchronizes:
+            torch.accelerator.synchronize(device)
+        if saves_images and logged and isinstance(images, torch.Tensor):
+            path = os.path.join(output_dir, f'train-batch-{batch_idx}.jpg')
+            torchvision.utils.save_image(images, path, padding=0, normalize=True)
+
+    return after_update
 
 
 def disable_mixup(loaders: DataLoaders) -> None:
@@ -745,7 +856,7 @@ def write_run_report(run: Run, recorder: Recorder) -> None:
             _logger.info("No report: pip install 'timm_distill[report]' draws one, --no-report leaves it out.")
         return
     student = teacher = None
-    if run.loaders.eval is not None and not args.tta:
+    if run.loaders.eval is not None and has_single_predictions(args):
         num_samples = count_samples(run.loaders.eval)
         student = collect_predictions(
             best_student(run, recorder), run.loaders.eval, run.device, run.precision.autocast,

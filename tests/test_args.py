@@ -2,6 +2,8 @@
 import argparse
 import json
 import logging
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -17,42 +19,20 @@ from timm_distill.args import (
     create_train_parser,
     create_validate_parser,
     parse_args,
+    translate_timm_distillation,
 )
 from timm_distill.errors import UsageError
 
-TIMM_FLAGS = Path(__file__).resolve().parents[2] / 'shared' / 'timm_flags.json'
+TIMM_FLAGS = json.loads((Path(__file__).parent / 'timm_flags.json').read_text())
 PARSERS = {'train': create_train_parser, 'validate': create_validate_parser}
 
 # Flags that differ from timm's on purpose, with the reason.
 EXCEPTIONS = {
     '--device': 'without the flag the scripts take cuda where there is one and the CPU otherwise',
 }
-# timm's flags that neither script acts on yet, with the reason; a new one of timm's has to be added here or to args/.
-LEFT_OUT = {
-    'train': {
-        'needs augmentation splits': ['aug_splits', 'jsd_loss', 'resplit', 'split_bn'],
-        'replaced by --teacher, --kd and --kd-kwargs': [
-            'kd_model_name', 'kd_distill_type', 'kd_loss_type', 'kd_temperature', 'kd_student_feature_dim',
-            'kd_teacher_feature_dim', 'kd_token_distill_type'],
-        'no effect in timm either': ['drop_connect'],
-        'the loop never waits for the device, and writes no images': ['synchronize_step', 'save_images'],
-        'no torchscript, fusers or device plugins': ['torchscript', 'fuser', 'device_modules'],
-        'no wandb': ['log_wandb', 'wandb_project', 'wandb_tags', 'wandb_resume_id'],
-        'no scheduled resolution': [
-            'train_img_sizes', 'train_batch_sizes', 'train_size_probs', 'train_size_schedule',
-            'train_size_schedule_spread', 'train_size_random_mix', 'train_batches_per_epoch',
-            'variable_batch_loss_scale'],
-        'no NaFlex': [
-            'naflex_loader', 'naflex_train_seq_lens', 'naflex_max_seq_len', 'naflex_patch_sizes',
-            'naflex_patch_size_probs', 'naflex_loss_scale', 'naflex_patchify_channels_first'],
-    },
-    'validate': {
-        'one model on one device': ['num_gpu', 'retry'],
-        'no torchscript, fusers or rewriting': ['torchscript', 'fuser', 'aot_autograd', 'reparam'],
-        'ImageNet label sets': ['real_labels', 'valid_labels'],
-        'other preprocessing and metrics': ['tf_preprocessing', 'crop_border_pixels', 'metrics_avg'],
-        'no NaFlex': ['naflex_loader', 'naflex_max_seq_len'],
-    },
+# timm's flags that are understood and refused: how to ask for them, and a word of the reason.
+REFUSED = {
+    'torchscript': (['--torchscript'], 'plain timm model'),
 }
 
 
@@ -74,12 +54,6 @@ def normalize(description: dict) -> dict:
     return {**description, 'type': description['type'] or 'str'}  # argparse's default is text
 
 
-def timm_flags(script: str) -> list:
-    if not TIMM_FLAGS.exists():
-        pytest.skip(f'no list of timm\'s flags at {TIMM_FLAGS}')
-    return json.loads(TIMM_FLAGS.read_text())[script]
-
-
 def describe(action: argparse.Action) -> dict:
     return {
         'dest': action.dest,
@@ -91,24 +65,35 @@ def describe(action: argparse.Action) -> dict:
 
 
 @pytest.mark.parametrize('script', PARSERS)
+def test_every_flag_of_timm_is_there(script):
+    ours = {a.dest for a in PARSERS[script]()._actions}
+    missing = [flag['flags'] for flag in TIMM_FLAGS[script] if flag['dest'] not in ours]
+    assert not missing, f'add these flags of timm to args/, with its default and meaning: {missing}'
+
+
+@pytest.mark.parametrize('script', PARSERS)
 def test_timm_flags_keep_name_default_type_and_choices(script):
     actions = {a.dest: a for a in PARSERS[script]()._actions}
-    for flag in timm_flags(script):
-        action = actions.get(flag['dest'])
-        if action is None or flag['flags'][0] in EXCEPTIONS:
+    for flag in TIMM_FLAGS[script]:
+        if flag['flags'][0] in EXCEPTIONS:
             continue
+        action = actions[flag['dest']]
         assert set(flag['flags']) <= set(action.option_strings or [action.dest]), flag['flags']
         expected = {key: flag[key] for key in describe(action)}
         assert normalize(describe(action)) == normalize(expected), flag['flags']
 
 
-@pytest.mark.parametrize('script', PARSERS)
-def test_timm_flags_are_either_there_or_left_out_with_a_reason(script):
-    ours = {a.dest for a in PARSERS[script]()._actions}
-    left_out = [dest for dests in LEFT_OUT[script].values() for dest in dests]
-    missing = [f['dest'] for f in timm_flags(script) if f['dest'] not in ours and f['dest'] not in left_out]
-    assert not missing, f'add these flags to args/, or to LEFT_OUT here with the reason: {missing}'
-    assert not ours & set(left_out), 'take flags that args/ has out of LEFT_OUT'
+def test_frozen_list_holds_all_flags_of_timms_scripts():
+    assert [len(TIMM_FLAGS[script]) for script in PARSERS] == [172, 57]
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_refused_flag_says_why_in_one_line(name):
+    argv, reason = REFUSED[name]
+    assert name in {flag['dest'] for flag in TIMM_FLAGS['train']}
+    with pytest.raises(UsageError, match=reason) as error:
+        check_train_args(parse(*argv))
+    assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('script', PARSERS)
@@ -116,6 +101,39 @@ def test_every_flag_has_a_help_text(script):
     parser = PARSERS[script]()
     assert all(action.help for action in parser._actions), [a.dest for a in parser._actions if not a.help]
     assert 'usage' in parser.format_help()
+
+
+@pytest.mark.parametrize('script', PARSERS)
+def test_help_is_short_and_names_every_flag_under_a_topic(script, capsys):
+    parser = PARSERS[script]()
+    with pytest.raises(SystemExit) as exit_info:
+        parse_args(parser, ['--help'])
+    assert exit_info.value.code == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) < 80
+    missing = [a.dest for a in parser._actions if a.dest not in ('help', 'config', 'data')
+               and not any(name in out for name in a.option_strings)]
+    assert not missing
+
+
+def test_help_of_a_topic_explains_its_flags_alone(capsys):
+    with pytest.raises(SystemExit):
+        parse('-h', 'kd')
+    out = capsys.readouterr().out
+    assert '--teacher-checkpoint' in out
+    assert 'instead of pretrained ones' in out
+    assert '--epochs' not in out
+    with pytest.raises(SystemExit) as exit_info:
+        parse('-h', 'dataset')
+    assert exit_info.value.code == 2
+    assert "no topic 'dataset'" in capsys.readouterr().err
+
+
+def test_completion_is_offered_where_argcomplete_is_installed(monkeypatch):
+    parsers = []
+    monkeypatch.setitem(sys.modules, 'argcomplete', types.SimpleNamespace(autocomplete=parsers.append))
+    parse()
+    assert len(parsers) == 1
 
 
 def test_student_is_another_name_of_model():
@@ -154,10 +172,10 @@ def test_item_that_is_not_key_value_exits_with_2_and_is_named(item, capsys):
 
 def test_unknown_flag_exits_with_2_in_one_line(capsys):
     with pytest.raises(SystemExit) as exit_info:
-        parse('--naflex-loader')
+        parse('--no-such-flag')
     assert exit_info.value.code == 2
     err = capsys.readouterr().err
-    assert '--naflex-loader' in err
+    assert '--no-such-flag' in err
     assert err.count('\n') == 1
 
 
@@ -260,6 +278,26 @@ def test_config_cannot_run_code(tmp_path):
     (['--mean', '0.5', '0.5'], '--mean'),
     (['--bce-sum'], '--bce-loss'),
     (['--interpolation', 'cubic'], '--interpolation'),
+    (['--aug-splits', '1'], '--aug-splits 1'),
+    (['--aug-splits', '2', '--mixup', '0.1'], '--mixup'),
+    (['--aug-splits', '2', '--no-prefetcher'], '--no-prefetcher'),
+    (['--jsd-loss'], '--aug-splits 2'),
+    (['--split-bn'], '--resplit'),
+    (['--split-bn', '--resplit', '--sync-bn'], '--sync-bn'),
+    (['--naflex-loader', '--train-img-sizes', '32'], '--train-img-sizes'),
+    (['--naflex-loader', '--kd', 'norm', '--teacher', 'resnet50'], '--kd norm works without it'),
+    (['--naflex-loader', '--naflex-patch-sizes', '8', '--naflex-patch-size-probs', '0.5', '0.5'], '2 values for 1'),
+    (['--train-img-sizes', '24', '32', '--train-batch-sizes', '8'], '1 values for 2'),
+    (['--train-img-sizes', '24', '--use-multi-epochs-loader'], '--use-multi-epochs-loader'),
+    (['--sched', 'plateau', '--sched-on-updates'], '--sched-on-updates'),
+    (['--stop-epoch', '5', '--epochs', '3'], '--stop-epoch 5'),
+    (['--save-epochs', '0'], '--save-epochs 0'),
+    (['--wandb-resume-id', 'x'], '--resume'),
+    (['--target-format', 'multihot'], '--task multilabel'),
+    (['--bce-loss', '--loss', 'asl'], '--bce-loss contradicts'),
+    (['--eval-metric', 'map'], '--eval-metric'),
+    (['--task', 'multilabel', '--eval-metric', 'top1'], 'map, micro_f1'),
+    (['--fuser', 'old2'], '--fuser'),
 ])
 def test_impossible_settings_are_usage_errors_that_name_the_flag(argv, words):
     with pytest.raises(UsageError) as error:
@@ -277,3 +315,63 @@ def test_ignored_teacher_warns(caplog):
     with caplog.at_level(logging.WARNING):
         check_train_args(parse('--teacher', 'resnet50', '--task-loss-weight', '0.5'))
     assert '--teacher, --task-loss-weight ignored' in caplog.text
+
+
+def test_multilabel_has_timms_defaults_unless_others_are_given(tmp_path):
+    args = parse('--task', 'multilabel')
+    assert (args.smoothing, args.eval_metric) == (0., 'map')
+    check_train_args(args)
+    assert parse('--task', 'multilabel', '--smoothing', '0.2').smoothing == 0.2
+    config = write_config(tmp_path, task='multilabel', eval_metric='loss')
+    args = parse('-c', config)
+    assert (args.smoothing, args.eval_metric) == (0., 'loss')
+    validate_args = parse_args(create_validate_parser(), ['--task', 'multilabel'])
+    check_validate_args(validate_args)
+
+
+METHODS = ['kd', 'norm', 'token']
+
+
+def test_timms_distillation_flags_become_ours():
+    args = parse('--kd-model-name', 'resnet50', '--kd-temperature', '2', '--task-loss-weight', '0.3')
+    translate_timm_distillation(args, METHODS)
+    assert (args.teacher, args.kd, args.kd_kwargs) == ('resnet50', 'kd', {'kd.temperature': 2.})
+    assert args.task_loss_weight == 0.3
+    args = parse('--kd-model-name', 'resnet50', '--kd-distill-type', 'token', '--kd-token-distill-type', 'hard')
+    translate_timm_distillation(args, METHODS)
+    assert (args.kd, args.kd_kwargs) == ('token', {'token.hard': True, 'token.temperature': 4.})
+    untouched = parse('--teacher', 'resnet50', '--kd', 'norm')
+    translate_timm_distillation(untouched, METHODS)
+    assert untouched == parse('--teacher', 'resnet50', '--kd', 'norm')
+
+
+def test_translated_flags_read_back_from_the_run_s_args_yaml(tmp_path):
+    args = parse('--kd-model-name', 'resnet50')
+    translate_timm_distillation(args, METHODS)
+    (tmp_path / 'args.yaml').write_text(args_to_yaml(args))
+    again = parse('-c', str(tmp_path / 'args.yaml'))
+    translate_timm_distillation(again, METHODS)
+    assert again == args
+
+
+@pytest.mark.parametrize(('argv', 'words'), [
+    (['--teacher', 'resnet18'], 'two teachers'),
+    (['--kd', 'norm'], '--kd-distill-type'),
+    (['--kd-loss-type', 'mse'], 'kl alone'),
+    (['--kd-distill-type', 'feature'], 'kd, norm, token'),
+])
+def test_timms_distillation_flags_that_cannot_be_followed_are_usage_errors(argv, words):
+    with pytest.raises(UsageError, match=words):
+        translate_timm_distillation(parse('--kd-model-name', 'resnet50', *argv), METHODS)
+
+
+def test_timms_distillation_flags_without_a_teacher_are_ignored_with_a_warning(caplog):
+    translate_timm_distillation(parse('--kd-temperature', '2'), METHODS)
+    assert '--kd-temperature ignored' in caplog.text
+
+
+def test_flags_without_effect_warn(caplog):
+    check_train_args(parse('--drop-connect', '0.1', '--resplit', '--train-batch-sizes', '8'))
+    assert '--drop-connect has no effect, as in timm: use --drop-path' in caplog.text
+    assert '--resplit has no effect without --reprob' in caplog.text
+    assert '--train-batch-sizes has no effect without --train-img-sizes' in caplog.text

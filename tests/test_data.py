@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 from timm_distill.args import create_train_parser, create_validate_parser, parse_args
@@ -24,6 +24,7 @@ from timm_distill.data import (
     set_loader_epoch,
     user_message,
 )
+from timm_distill.data.batch_scale import BatchScale
 from timm_distill.errors import UsageError
 from timm_distill.rng import get_rng_state, set_rng_state
 
@@ -120,6 +121,100 @@ def test_mixup_without_prefetcher_happens_in_the_loop(folder):
     assert y.shape == (4,)
     _, mixed = data.mixup_fn(x, y)
     assert mixed.shape == (4, 3)
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_mixup_ends_at_its_epoch_in_running_loader_processes_too(folder, workers):
+    train = loaders(folder, '--mixup', '1', '--smoothing', '0', '-j', workers).train
+    mixed = torch.cat([y for _, y in train])
+    train.mixup_enabled = False
+    plain = torch.cat([y for _, y in train])
+    assert set(plain.unique().tolist()) == {0., 1.}
+    assert mixed.max(1).values.min() < 1
+
+
+def test_views_of_an_image_follow_one_another_in_the_batch(folder):
+    x, y = next(iter(loaders(folder, '--aug-splits', '3').train))
+    assert x.shape == (12, 3, 32, 32)
+    assert y.tolist() == y[:4].tolist() * 3
+
+
+def test_scheduled_sizes_give_batches_of_these_sizes_and_their_scale(folder):
+    data = loaders(folder, '--train-img-sizes', '24', '32', '--train-batch-sizes', '6', '2',
+                   '--variable-batch-loss-scale', 'linear', '--train-batches-per-epoch', '6')
+    shapes = {x.shape for x, _ in data.train}
+    assert shapes <= {(6, 3, 24, 24), (2, 3, 32, 32)}
+    assert data.batch_size == 4.
+    assert data.batch_scale(6) == 1.5
+
+
+def test_batch_scale_follows_its_mode():
+    assert [BatchScale(mode, 4.)(16) for mode in ('none', 'sqrt', 'linear')] == [1., 2., 4.]
+
+
+def test_patch_sequences_vary_in_length_and_batch_size(folder):
+    args = train_args(folder, '--naflex-loader', '--naflex-train-seq-lens', '4', '8', '--naflex-max-seq-len', '9')
+    data = create_loaders(args, DATA_CONFIG, 3, CPU, patch_size=(8, 8))
+    for patches, target in data.train:
+        size, length, _ = patches['patches'].shape
+        assert (length, size == len(target)) in ((4, True), (8, True))
+    patches, target = next(iter(data.eval))
+    assert patches['patches'].shape == (4, 9, 192)
+    assert data.batch_scale(8) == 2.
+
+
+class LabelLists(torch.utils.data.Dataset):
+    """Images with any number of labels, in place of a Hugging Face dataset."""
+    transform = target_transform = None
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        image = self.transform(Image.new('RGB', (32, 32), color=(index * 20, 0, 0)))
+        return image, self.target_transform([index % 3, 2] if index else [])
+
+
+def test_multilabel_targets_are_vectors_with_and_without_mixup(folder, monkeypatch):
+    monkeypatch.setattr('timm_distill.data.datasets.create_dataset', lambda *args, **kwargs: LabelLists())
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: True)
+    flags = ['--task', 'multilabel', '--dataset', 'hfds/x', '--aa', 'original']
+    data = loaders(folder, *flags)
+    target = torch.cat([y for _, y in data.eval])
+    assert target.tolist()[:3] == [[0, 0, 0], [0, 1, 1], [0, 0, 1]]
+    _, mixed = next(iter(loaders(folder, *flags, '--mixup', '0.5').train))
+    assert mixed.shape == (4, 3)
+
+
+@pytest.mark.parametrize(('flags', 'words'), [
+    (['--task', 'multilabel'], 'several labels per image'),
+    (['--dataset', 'tfds/imagenet2012'], 'pip install tensorflow-datasets'),
+    (['--dataset', 'torch/no_such_set'], 'Unknown torchvision dataset'),
+])
+def test_dataset_that_cannot_be_opened_is_a_usage_error_of_one_line(folder, monkeypatch, flags, words):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None if name == 'tensorflow_datasets' else True)
+    assert words in error_of(folder, *flags)
+
+
+def test_further_label_losses_follow_their_flags(folder):
+    def loss(*flags):
+        return create_train_loss(train_args(folder, *flags), num_classes=3)
+
+    assert isinstance(loss('--jsd-loss', '--aug-splits', '3'), JsdCrossEntropy)
+    assert type(loss('--task', 'multilabel', '--loss', 'asl')).__name__ == 'AsymmetricLossMultiLabel'
+    assert loss('--loss', 'poly', '--poly-epsilon', '1').epsilon == 1
+    stats = folder / 'stats.json'
+    stats.write_text('{"pos_counts": [2, 2, 4], "num_samples": 8}')
+    weighted = loss('--task', 'multilabel', '--class-stats', str(stats), '--loss-pos-weight', 'neg_pos')
+    assert weighted.pos_weight.tolist() == [3., 3., 1.]
+    for flags, words in (
+            (['--task', 'multilabel', '--loss-class-weight', '1,2'], '2 entries, but the model has 3 classes'),
+            (['--loss', 'zlpr'], 'multi-label'),
+            (['--task', 'multilabel', '--loss-pos-weight', 'neg_pos'], 'class stats'),
+            (['--task', 'multilabel', '--class-stats', 'none.json'], 'none.json'),
+    ):
+        with pytest.raises(UsageError, match=words):
+            loss(*flags)
 
 
 def test_label_loss_follows_mixup_smoothing_and_bce(folder):

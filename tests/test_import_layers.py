@@ -15,7 +15,7 @@ LAYERS = {
     'errors': -1, 'rng': -1, 'precision': -1,
     'registry': 0, 'losses': 0, 'moments': 0, 'linalg': 0, 'layouts': 0, 'probing': 0, 'schedules': 0,
     'gradients': -1,
-    'connectors': 0, 'args': 0, 'data': 0, 'engine': 0, 'checkpoint': 0, 'device': 0, 'provenance': 0,
+    'connectors': 0, 'args': 0, 'data': 0, 'engine': 0, 'tracking': 0, 'checkpoint': 0, 'device': 0, 'provenance': 0,
     'model_card': 0, 'analysis': 0,
     'adapters': 1, 'folding': 1, 'heads': 1, 'report_figures': 1,
     'report': 2,
@@ -25,6 +25,7 @@ LAYERS = {
     'methods': 5, 'student': 5,
     'composition': 6,
     'task': 7,
+    'evaluation': 5,
     'demo': 8, 'pair': 8, 'validate': 8,
     'train_distill': 9,
 }

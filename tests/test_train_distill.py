@@ -248,3 +248,65 @@ def test_bad_input_exits_with_code_2_and_no_traceback(tmp_path):
     assert 'Traceback' not in out.stderr
     assert out.stderr.splitlines()[-1].startswith('train_distill.py: error:')
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('flags', [
+    ['--aug-splits', '2', '--split-bn'],
+    ['--aug-splits', '3', '--jsd-loss', '--aa', 'augmix-m5-w2', '--reprob', '0.2', '--resplit'],
+    ['--train-img-sizes', '24', '32', '--train-batch-sizes', '40', '30', '--variable-batch-loss-scale', 'sqrt'],
+])
+def test_distillation_goes_with_views_and_sizes_and_leaves_a_plain_checkpoint(
+        digits_dir, teacher_file, tmp_path, flags):
+    result = run(digits_dir, tmp_path, *distil_flags(teacher_file)[:-2], '--epochs', 1, *flags)
+    model = timm.create_model(STUDENT, num_classes=10)
+    model.load_state_dict(torch.load(result.checkpoint, weights_only=False)['state_dict'])
+    assert rows(result.output_dir)[0]['train_norm_loss']
+
+
+def test_split_batch_norms_survive_a_resume(digits_dir, tmp_path):
+    flags = ['--model', TEACHER, '--aug-splits', '2', '--split-bn', '--sched', 'none']
+    whole = run(digits_dir, tmp_path, *flags, '--epochs', 2, experiment='whole')
+    run(digits_dir, tmp_path, *flags, '--epochs', 1, experiment='half')
+    run(digits_dir, tmp_path, *flags, '--epochs', 2, '--resume', tmp_path / 'half' / 'last.pth.tar',
+        experiment='resumed')
+    assert rows(tmp_path / 'resumed')[-1] == rows(whole.output_dir)[-1]
+
+
+NAFLEX = ['--model', 'naflexvit_base_patch16_gap', '--model-kwargs', 'embed_dim=32', 'depth=1', 'num_heads=2',
+          'patch_size=8', '--naflex-loader', '--naflex-max-seq-len', '16', '--naflex-train-seq-lens', '9', '16']
+
+
+def test_patch_sequences_train_without_distillation(digits_dir, tmp_path):
+    result = run(digits_dir, tmp_path, *NAFLEX, '--mixup', '0.2', '--epochs', 1, '--model-ema')
+    assert 0 <= float(rows(result.output_dir)[0]['eval_top1']) <= 100
+
+
+def test_stop_epoch_keeps_the_schedule_and_save_epochs_keeps_milestones(digits_dir, tmp_path):
+    flags = ['--model', TEACHER, '--epochs', 3]
+    whole = run(digits_dir, tmp_path, *flags, experiment='whole')
+    result = run(digits_dir, tmp_path, *flags, '--stop-epoch', 2, '--save-epochs', 1, experiment='stop')
+    folder = Path(result.output_dir)
+    assert torch.load(folder / 'milestone-1.pth.tar', weights_only=False)['epoch'] == 0
+    run(digits_dir, tmp_path, *flags, '--resume', folder / 'last.pth.tar', experiment='rest')
+    assert rows(tmp_path / 'rest')[-1] == rows(whole.output_dir)[-1]
+
+
+def test_milestones_and_the_stop_epoch_are_validated_whatever_the_interval(digits_dir, tmp_path):
+    result = run(digits_dir, tmp_path, '--model', TEACHER, '--epochs', 9, '--val-interval', 5, '--save-epochs', 1,
+                 '--stop-epoch', 3)
+    assert [row['epoch'] for row in rows(result.output_dir)] == ['0', '2']
+
+
+def test_timms_distillation_flags_train_as_ours_do(digits_dir, teacher_file, tmp_path):
+    common = ['--student', STUDENT, '--teacher-checkpoint', teacher_file, '--epochs', 1, '--task-loss-weight', '0.3']
+    timm_run = run(digits_dir, tmp_path, *common, '--kd-model-name', TEACHER, '--kd-temperature', '2', experiment='a')
+    our_run = run(digits_dir, tmp_path, *common, '--teacher', TEACHER, '--kd', 'kd', '--kd-kwargs', 'kd.temperature=2.',
+                  experiment='b')
+    assert rows(timm_run.output_dir) == rows(our_run.output_dir)
+    assert (tmp_path / 'a' / 'args.yaml').read_text() == (tmp_path / 'b' / 'args.yaml').read_text().replace(
+        'experiment: b', 'experiment: a')
+
+
+def test_save_images_writes_the_batch_of_every_log_line(digits_dir, tmp_path):
+    result = run(digits_dir, tmp_path, '--model', TEACHER, '--epochs', 1, '--save-images', '--log-interval', 4)
+    assert {'train-batch-0.jpg', 'train-batch-4.jpg', 'train-batch-9.jpg'} <= set(os.listdir(result.output_dir))

@@ -1,9 +1,10 @@
 """Where a run computes and in which precision; both scripts resolve their flags here."""
+import importlib
 import logging
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Optional
+from typing import Callable, Optional, Sequence
 
 import torch
 from timm.utils import NativeScaler
@@ -25,6 +26,19 @@ class Precision:
     model_dtype: Optional[torch.dtype]
     autocast: Callable
     loss_scaler: Optional[NativeScaler]
+
+
+def import_device_modules(names: Sequence[str]) -> None:
+    """Import what `--device-modules` names: packages that bring torch a device.
+
+    Raises:
+        UsageError: If one cannot be imported.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as e:  # whatever a foreign package raises
+            raise UsageError(f"--device-modules '{name}' cannot be imported: {type(e).__name__}: {e}") from e
 
 
 def resolve_device_name(name: Optional[str]) -> str:

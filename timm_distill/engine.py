@@ -11,12 +11,18 @@ import time
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from timm.task import ClassificationEvaluator, TrainingTask, evaluation_sample_limit
+from timm.task import (
+    ClassificationEvaluator,
+    MultiLabelClassificationEvaluator,
+    TrainingTask,
+    evaluation_sample_limit,
+)
 from timm.utils import AverageMeter, dispatch_clip_grad
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -26,7 +32,7 @@ from .gradients import GradientNorms
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ['NonFiniteLossError', 'StepTiming', 'evaluate', 'train_one_epoch']
+__all__ = ['NonFiniteLossError', 'StepTiming', 'evaluate', 'evaluator_class', 'train_one_epoch']
 
 
 class NonFiniteLossError(RuntimeError):
@@ -152,11 +158,11 @@ class TrainLog:
         self.images += num_images
         self.data_time += data_time
 
-    def update(self, update_idx: int, optimizer: torch.optim.Optimizer, bar: tqdm) -> None:
-        """Note one optimizer update, and write a line where one is due."""
+    def update(self, update_idx: int, optimizer: torch.optim.Optimizer, bar: tqdm) -> bool:
+        """Note one optimizer update; where a line is due, write it and return true."""
         self.updates += 1
         if update_idx % self.log_interval and update_idx != self.num_updates - 1:
-            return
+            return False
         average, newest = self.losses.read_finite(self.epoch)
         self.loss = average['loss']
         if self.primary:
@@ -164,6 +170,7 @@ class TrainLog:
             lrs = [group['lr'] for group in optimizer.param_groups]
             self._write(update_idx, average, newest, sum(lrs) / len(lrs))
         self._restart()
+        return True
 
     def _write(self, update_idx: int, average: Dict[str, float], newest: Dict[str, float], lr: float) -> None:
         elapsed = max(time.perf_counter() - self.start, 1e-9)
@@ -286,6 +293,8 @@ def train_one_epoch(
         log_interval: int = 50,
         log_grad_norm: int = 0,
         distributed: bool = False,
+        batch_scale: Optional[Callable] = None,
+        on_update: Optional[Callable] = None,
         desc: str = '',
         progress: Optional[bool] = None,
         timing: Optional[StepTiming] = None,
@@ -314,6 +323,9 @@ def train_one_epoch(
         log_interval: Updates between log lines. Only there do the loops wait for the device.
         log_grad_norm: Updates between measurements of each term's gradient norm, 0 for none. Training is the same.
         distributed: Average what is logged and returned over all ranks.
+        batch_scale: Gives the factor on the gradients of a batch by its size; None where all batches count alike.
+        on_update: Called after each update with the index of the newest batch, its images, and whether a line was
+            logged.
         desc: Text in front of the progress bar, for example which run of several this is.
         progress: Show a progress bar; None shows one where stderr is a terminal.
         timing: Where to add the time of the epoch.
@@ -332,7 +344,8 @@ def train_one_epoch(
     epoch_start = time.perf_counter()
     with progress_bar(loader, desc, progress if log.primary else False) as bar:
         data_start = time.perf_counter()
-        for (input, target), (group_size, need_update) in zip(bar, accumulation_plan(len(loader), grad_accum_steps)):
+        plan = accumulation_plan(len(loader), grad_accum_steps)
+        for batch_idx, ((input, target), (group_size, need_update)) in enumerate(zip(bar, plan)):
             input, target = _prepare_batch(input, target, device, model_dtype, prefetcher, channels_last, mixup_fn)
             data_time = time.perf_counter() - data_start
             if timing is not None:
@@ -340,16 +353,20 @@ def train_one_epoch(
             with nullcontext() if need_update else task.no_sync():
                 with amp_autocast():
                     result = task(input, target)
-                log.add(result, input.shape[0], data_time)
+                log.add(result, target.shape[0], data_time)
                 norms.add(result, group_size, update_idx)
                 loss = result['loss'] / group_size if group_size > 1 else result['loss']
+                if batch_scale is not None:
+                    loss = batch_scale(target.shape[0]) * loss
                 _backward_and_step(loss, task, optimizer, need_update, loss_scaler, clip_grad, clip_mode)
             if need_update:
                 num_updates = epoch * updates_per_epoch + update_idx + 1
                 optimizer.zero_grad()
                 task.update_ema(step=num_updates)
                 norms.finish_update()
-                log.update(update_idx, optimizer, bar)
+                logged = log.update(update_idx, optimizer, bar)
+                if on_update is not None:
+                    on_update(batch_idx, input, logged)
                 recovery_due = recovery_interval and (update_idx + 1) % recovery_interval == 0
                 if saver is not None and recovery_due and losses.fetch():  # never save a diverged run
                     saver.save_recovery(epoch, batch_idx=update_idx)
@@ -375,16 +392,30 @@ def _log_evaluation(
         bar: tqdm,
 ) -> None:
     metrics = evaluator.summary()
-    bar.set_postfix(top1=f"{metrics['top1']:.2f}", refresh=False)
+    name = 'top1' if 'top1' in metrics else 'loss'  # multi-label metrics need all predictions
+    bar.set_postfix({name: f'{metrics[name]:.2f}'}, refresh=False)
+    accuracy = f"  Acc@1: {metrics['top1']:.3f}  Acc@5: {metrics['top5']:.3f}" if 'top1' in metrics else ''
     _logger.info(
         f'{log_name}: [{batch_idx:>4d}/{num_batches - 1:>4d}]  '
         f'Time: {seconds / (batch_idx + 1):.3f}s, {evaluator.num_samples / max(seconds, 1e-9):.1f} images/s  '
-        f"Loss: {metrics['loss']:.4f}  Acc@1: {metrics['top1']:.3f}  Acc@5: {metrics['top5']:.3f}")
+        f"Loss: {metrics['loss']:.4f}{accuracy}")
 
 
 def _merge_views(output: torch.Tensor, target: torch.Tensor, tta: int) -> Tuple[torch.Tensor, torch.Tensor]:
     """Average the logits of each image's views, which follow one another in the batch."""
     return output.unflatten(0, (-1, tta)).mean(dim=1), target[::tta]
+
+
+def evaluator_class(task: str, threshold: float = 0.5) -> Callable[..., ClassificationEvaluator]:
+    """Return the class of the metrics for a kind of targets, 'classification' or 'multilabel'.
+
+    Args:
+        task: Kind of targets.
+        threshold: Probability from which a label of several counts as predicted.
+    """
+    if task == 'multilabel':
+        return partial(MultiLabelClassificationEvaluator, threshold=threshold)
+    return ClassificationEvaluator
 
 
 @torch.inference_mode()
@@ -399,6 +430,8 @@ def evaluate(
         prefetcher: bool = True,
         distributed: bool = False,
         tta: int = 0,
+        create_evaluator: Callable[..., ClassificationEvaluator] = ClassificationEvaluator,
+        on_output: Optional[Callable] = None,
         log_interval: int = 50,
         log_name: str = 'Test',
         progress: Optional[bool] = None,
@@ -415,16 +448,18 @@ def evaluate(
         prefetcher: The loader already transfers and converts.
         distributed: Count over all ranks.
         tta: Views of an image that follow one another in a batch and are averaged, 0 or 1 for none.
+        create_evaluator: Class of the metrics, called with the device and `max_samples`.
+        on_output: Called with the logits and targets of each batch.
         log_interval: Batches between log lines. Only there does the loop wait for the device.
         log_name: First word of the log lines.
         progress: Show a progress bar; None shows one where stderr is a terminal.
 
     Returns:
-        'loss' (cross-entropy), 'top1' and 'top5' (percent).
+        The evaluator's metrics: 'loss' (cross-entropy), 'top1' and 'top5' (percent).
     """
     model.eval()
     max_samples, views = evaluation_sample_limit(loader), max(tta, 1)
-    evaluator = ClassificationEvaluator(device, max_samples=None if max_samples is None else max_samples // views)
+    evaluator = create_evaluator(device, max_samples=None if max_samples is None else max_samples // views)
     primary = not distributed or dist.get_rank() == 0
     start = time.perf_counter()
     with progress_bar(loader, log_name, progress if primary else False) as bar:
@@ -437,6 +472,8 @@ def evaluate(
             if views > 1:
                 output, target = _merge_views(output, target, views)
             evaluator.update(output, target)
+            if on_output is not None:
+                on_output(output, target)
             if primary and (batch_idx % log_interval == 0 or batch_idx == len(loader) - 1):
                 _log_evaluation(log_name, batch_idx, len(loader), evaluator, time.perf_counter() - start, bar)
     return evaluator.compute(distributed)

@@ -4,10 +4,11 @@ Knows a student, its adapters and the tap between them; nothing of methods, teac
 """
 import copy
 from contextlib import contextmanager
-from typing import Dict, Iterable, Iterator, List, Optional
+from typing import Dict, Iterable, Iterator, List, Optional, Set
 
 import torch
 import torch.nn as nn
+from timm.layers import SplitBatchNorm2d
 from torch.func import functional_call
 
 from .folding import fold_affine
@@ -46,12 +47,24 @@ def merged_state_dict(
         tap: Optional[StudentTap],
 ) -> Dict[str, torch.Tensor]:
     """Return the merged student's state dict: keys, shapes and dtypes of the plain architecture."""
-    return {**student.state_dict(), **merged_tensors(student, adapters, tap)}
+    split = split_batch_norm_tensors(student)
+    merged = {**student.state_dict(), **merged_tensors(student, adapters, tap)}
+    return {name: value for name, value in merged.items() if name not in split}
+
+
+def split_batch_norm_tensors(model: nn.Module) -> Set[str]:
+    """Return the names of what `--split-bn` adds to a model: batch norms that only further views train."""
+    prefixes = [f'{name}.aux_bn' if name else 'aux_bn' for name, m in model.named_modules()
+                if isinstance(m, SplitBatchNorm2d)]
+    return {name for name in model.state_dict() if prefixes and name.startswith(tuple(prefixes))}
 
 
 def merged_copy(student: nn.Module, adapters: Iterable[nn.Module], tap: Optional[StudentTap]) -> nn.Module:
     """Return a plain timm model with the merged weights, in eval mode; the student stays as it is."""
     model = copy.deepcopy(student)
+    for module in model.modules():
+        if isinstance(module, SplitBatchNorm2d):
+            module.aux_bn = nn.ModuleList()  # not used in eval mode
     if tap is not None and tap.inside:
         plain_linear(model, tap.inside)
     model.load_state_dict(merged_state_dict(student, adapters, tap))

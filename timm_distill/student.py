@@ -12,7 +12,15 @@ from timm.models import group_parameters
 from .adapters import Adapter, AdapterOutput, Match
 from .errors import UsageError
 from .layouts import FeatureLayout
-from .merge import AdaptedLinear, adapt_linear, merge_error, merged_copy, merged_state_dict, merged_tensors
+from .merge import (
+    AdaptedLinear,
+    adapt_linear,
+    merge_error,
+    merged_copy,
+    merged_state_dict,
+    merged_tensors,
+    split_batch_norm_tensors,
+)
 from .probing import RawFeature, resize_images
 from .reading import FeatureReader
 from .taps import Features, StudentTap
@@ -197,8 +205,9 @@ class AdaptedStudent(nn.Module):
     def task_state(self) -> Dict[str, Any]:
         """Return what a merged state dict lacks for resuming: raw tensors that merging changed, adapters, methods."""
         raw = self.student.state_dict()
+        changed = [*merged_tensors(self.student, self.adapters, self.tap), *split_batch_norm_tensors(self.student)]
         return {
-            'student': {name: raw[name] for name in merged_tensors(self.student, self.adapters, self.tap)},
+            'student': {name: raw[name] for name in changed},
             'adapter': self.adapters.state_dict(),
             'methods': self.methods.state_dict(),
             'memory': self.memory(),

@@ -102,7 +102,7 @@ class DistillTask(TrainingTask):
         Returns:
             'loss' (weighted sum), 'output' (logits, [B, K]) and, with methods, 'task_loss' and their unweighted terms.
         """
-        if self._probe is None:
+        if self._probe is None and isinstance(input, torch.Tensor):  # patch sequences come as a dict
             for method in self.module.methods.values():
                 method.check_ready()
             self._probe = input[:_PROBE_IMAGES].detach().clone()

@@ -8,6 +8,7 @@ from .checks import check_train_args, check_validate_args
 from .config import args_to_yaml, parse_args
 from .export import create_export_parser
 from .scripts import create_train_parser, create_validate_parser
+from .timm_kd import translate_timm_distillation
 
 __all__ = [
     'args_to_yaml',
@@ -17,4 +18,5 @@ __all__ = [
     'create_train_parser',
     'create_validate_parser',
     'parse_args',
+    'translate_timm_distillation',
 ]

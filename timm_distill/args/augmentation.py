@@ -1,4 +1,7 @@
 """Flags of augmentation, mixing, regularisation and the label loss."""
+from typing import Any
+
+from timm.loss import LOSS_TYPES
 
 from .checks import INTERPOLATIONS
 from .parser import ArgumentParser
@@ -27,9 +30,13 @@ def add_augmentation_args(parser: ArgumentParser) -> None:
                        help='augmentation policy, e.g. rand-m9-mstd0.5-inc1, augmix-m5-w4, v0 or original')
     group.add_argument('--aug-repeats', type=float, default=0,
                        help='copies of each image per epoch over all processes; distributed training only')
+    group.add_argument('--aug-splits', type=int, default=0,
+                       help='views of each image in a batch, the first without --aa; 0 or at least 2')
     group.add_argument('--reprob', type=float, default=0., metavar='PCT', help='probability of random erasing')
     group.add_argument('--remode', type=str, default='pixel', help='what erased pixels become: pixel, rand or const')
     group.add_argument('--recount', type=int, default=1, help='largest number of erased boxes')
+    group.add_argument('--resplit', action='store_true', default=False,
+                       help='no random erasing in the first of --aug-splits (without them: in half of the batch)')
     group.add_argument('--train-interpolation', type=str, default='random',
                        help=f'resize filter for training: random or one of {", ".join(INTERPOLATIONS)}')
 
@@ -51,10 +58,15 @@ def add_mixup_args(parser: ArgumentParser) -> None:
 
 def add_regularization_args(parser: ArgumentParser) -> None:
     group = parser.add_topic('loss', 'Regularisation and label loss')
-    group.add_argument('--smoothing', type=float, default=0.1, help='label smoothing')
+    group.add_argument('--smoothing', type=float, default=0.1,
+                       help='label smoothing; 0 by default with --task multilabel')
     group.add_argument('--drop', type=float, default=0.0, metavar='PCT', help='dropout rate')
+    group.add_argument('--drop-connect', type=float, default=None, metavar='PCT',
+                       help='without effect, as in timm: use --drop-path')
     group.add_argument('--drop-path', type=float, default=None, metavar='PCT', help='stochastic depth rate')
     group.add_argument('--drop-block', type=float, default=None, metavar='PCT', help='drop-block rate')
+    group.add_argument('--jsd-loss', action='store_true', default=False,
+                       help='cross entropy plus Jensen-Shannon divergence between --aug-splits')
     group.add_argument('--bce-loss', action='store_true', default=False,
                        help='binary cross entropy per class in place of cross entropy')
     group.add_argument('--bce-sum', action='store_true', default=False,
@@ -63,3 +75,25 @@ def add_regularization_args(parser: ArgumentParser) -> None:
                        help='with --bce-loss: soft targets above this become 1, all others 0')
     group.add_argument('--bce-pos-weight', type=float, default=None,
                        help='with --bce-loss: weight of the positive term')
+    add_loss_args(group)
+
+
+def add_loss_args(group: Any) -> None:
+    """Further label losses of timm 1.0.31."""
+    group.add_argument('--loss', type=str, default=None, choices=LOSS_TYPES,
+                       help='label loss; None: bce with --bce-loss or --task multilabel, jsd with --jsd-loss, else ce')
+    group.add_argument('--class-stats', type=str, default='', metavar='FILE',
+                       help='JSON file with pos_counts (positive samples per class) and num_samples')
+    group.add_argument('--loss-pos-weight', type=str, default=None, metavar='W',
+                       help='weight of the positive term (bce, multi-label asl): number, list a,b,c, file, or neg_pos '
+                            'to compute it from --class-stats')
+    group.add_argument('--loss-class-weight', type=str, default=None, metavar='W',
+                       help='weight of each class (bce, multi-label asl): list a,b,c, file, or inv_freq or '
+                            'effective_num to compute it from --class-stats')
+    group.add_argument('--loss-weight-power', type=float, default=1., metavar='P',
+                       help='exponent of neg_pos and inv_freq')
+    group.add_argument('--poly-epsilon', type=float, default=2., help='poly: coefficient of the first polynomial term')
+    group.add_argument('--poly-gamma', type=float, default=0., help='multi-label poly: focusing parameter')
+    group.add_argument('--asl-gamma-pos', type=float, default=1., help='asl: focusing parameter of positives')
+    group.add_argument('--asl-gamma-neg', type=float, default=4., help='asl: focusing parameter of negatives')
+    group.add_argument('--asl-clip', type=float, default=0.05, help='multi-label asl: margin shifted onto negatives')

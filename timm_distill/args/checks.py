@@ -8,6 +8,7 @@ from typing import Any, Dict, Optional, Tuple
 from timm.optim import list_optimizers
 
 from ..errors import UsageError
+from .combinations import check_train_combinations
 
 _logger = logging.getLogger(__name__)
 INTERPOLATIONS = ('bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')
@@ -28,12 +29,13 @@ _ONE_OF: Dict[str, Tuple[Optional[str], ...]] = {
     'train_interpolation': ('', 'random', *INTERPOLATIONS),
     'dist_bn': ('', 'broadcast', 'reduce'),
     'worker_seeding': ('all', 'part'),
-    'eval_metric': ('top1', 'top5', 'loss'),
+    'fuser': ('', 'te', 'old', 'nvfuser'),
     'results_format': ('csv', 'json'),
 }
 _AT_LEAST_ONE = (
     'batch_size', 'validation_batch_size', 'epochs', 'grad_accum_steps', 'num_classes', 'img_size', 'in_chans',
-    'log_interval', 'log_freq', 'val_interval', 'checkpoint_hist', 'recount',
+    'log_interval', 'log_freq', 'val_interval', 'checkpoint_hist', 'recount', 'stop_epoch', 'num_gpu',
+    'naflex_max_seq_len', 'train_batches_per_epoch',
 )
 _NOT_NEGATIVE = (
     'mixup', 'cutmix', 'workers', 'weight_decay', 'lr', 'lr_base', 'warmup_lr', 'min_lr', 'warmup_epochs',
@@ -42,7 +44,7 @@ _NOT_NEGATIVE = (
 )
 _PROBABILITIES = (
     'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
-    'mixup_switch_prob', 'smoothing', 'drop', 'drop_path', 'drop_block', 'model_ema_decay',
+    'mixup_switch_prob', 'smoothing', 'drop', 'drop_path', 'drop_block', 'model_ema_decay', 'multilabel_threshold',
 )
 # Settings that only a distillation run reads, with the value that means 'not given'.
 _NEEDS_KD: Dict[str, Any] = {
@@ -68,10 +70,7 @@ def check_train_args(args: argparse.Namespace) -> None:
     _check_optimizer(args)
     _check_augmentation(args)
     _check_distillation(args)
-    if args.no_resume_opt and not args.resume:
-        _logger.warning('--no-resume-opt has no effect without --resume.')
-    if args.torchcompile_mode and not args.torchcompile:
-        _logger.warning('--torchcompile-mode has no effect without --torchcompile.')
+    check_train_combinations(args)
 
 
 def check_validate_args(args: argparse.Namespace) -> None:
@@ -122,8 +121,6 @@ def _check_augmentation(args: argparse.Namespace) -> None:
             raise UsageError(f'{_flag(name)} {" ".join(map(str, value))} must be two numbers, smallest first')
     if (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None) and args.batch_size % 2:
         raise UsageError(f'--batch-size {args.batch_size} must be even with --mixup or --cutmix, which mix in pairs')
-    if not args.bce_loss and (args.bce_sum or args.bce_target_thresh is not None or args.bce_pos_weight is not None):
-        raise UsageError('--bce-sum, --bce-target-thresh and --bce-pos-weight need --bce-loss')
 
 
 def _check_distillation(args: argparse.Namespace) -> None:

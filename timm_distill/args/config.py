@@ -1,10 +1,13 @@
 """Parsing a command line over the values of a `--config` file, and writing such a file."""
 import argparse
 import difflib
-from typing import Any, Dict, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 import yaml
 from timm.utils import ParseKwargs
+
+# Defaults that differ for multi-label targets, as in timm.
+_MULTILABEL_DEFAULTS = {'smoothing': 0., 'eval_metric': 'map'}
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -14,14 +17,39 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
         parser: A newly created parser; its defaults are changed where there is a config file.
         argv: Arguments without the program's name, `sys.argv[1:]` if None.
     """
+    _complete(parser)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f'unrecognized arguments: {" ".join(unknown)}')
+    config: Dict[str, Any] = {}
     if hasattr(args, 'config'):
-        parser.set_defaults(**_read_config(parser, args.config))
-        args = parser.parse_args(argv)
+        config = _read_config(parser, args.config)
+        args = _reparse(parser, argv, config)
+    if args.task == 'multilabel':
+        known = {name: value for name, value in _MULTILABEL_DEFAULTS.items() if hasattr(args, name)}
+        args = _reparse(parser, argv, {**known, **config})
+    return args
+
+
+def _reparse(
+        parser: argparse.ArgumentParser,
+        argv: Optional[Sequence[str]],
+        defaults: Mapping[str, Any],
+) -> argparse.Namespace:
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    if hasattr(args, 'config'):
         del args.config
     return args
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks for completions, where argcomplete is installed."""
+    try:
+        import argcomplete
+    except ImportError:
+        return
+    argcomplete.autocomplete(parser)
 
 
 def args_to_yaml(args: argparse.Namespace) -> str:

@@ -41,3 +41,56 @@ def add_loader_args(parser: ArgumentParser) -> None:
     group.add_argument('--pin-mem', action='store_true', default=False, help='load into pinned memory')
     group.add_argument('--no-prefetcher', action='store_true', default=False,
                        help='normalise, erase and mix one step at a time, without timm\'s prefetcher')
+
+
+def add_target_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('data', 'Dataset')
+    group.add_argument('--task', type=str, default='classification', choices=['classification', 'multilabel'],
+                       help='one label per image, or any number of them (needs a --dataset with such targets)')
+    group.add_argument('--target-format', type=str, default='indices', choices=['indices', 'multihot'],
+                       help='multilabel: targets are lists of class indices, or vectors with one entry per class')
+    group.add_argument('--multilabel-threshold', type=float, default=0.5, metavar='P',
+                       help='multilabel: probability from which a label counts as predicted, for the F1 metrics')
+
+
+def add_naflex_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('naflex', 'NaFlex: images at their own aspect ratio, for naflexvit models')
+    group.add_argument('--naflex-loader', action='store_true', default=False,
+                       help='load patch sequences of varying length instead of images of one size')
+    group.add_argument('--naflex-max-seq-len', type=int, default=576, metavar='N',
+                       help='longest sequence in validation')
+
+
+def add_train_naflex_args(parser: ArgumentParser) -> None:
+    add_naflex_args(parser)
+    group = parser.topics['naflex']
+    group.add_argument('--naflex-train-seq-lens', type=int, nargs='+', default=[128, 256, 576, 784, 1024],
+                       metavar='N', help='sequence lengths that training batches are drawn from')
+    group.add_argument('--naflex-patch-sizes', type=int, nargs='+', default=None, metavar='N',
+                       help='patch sizes that training batches are drawn from; None: the model\'s own')
+    group.add_argument('--naflex-patch-size-probs', type=float, nargs='+', default=None, metavar='P',
+                       help='probability of each of --naflex-patch-sizes; None: all alike')
+    group.add_argument('--naflex-loss-scale', type=str, default='linear', choices=['none', 'sqrt', 'linear'],
+                       help='how the loss of a batch grows with its size, which falls with the sequence length')
+    group.add_argument('--naflex-patchify-channels-first', action='store_true', default=False,
+                       help='order the values of a patch by channel, row, column, not row, column, channel')
+
+
+def add_resolution_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('sizes', 'Training at several image sizes')
+    group.add_argument('--train-img-sizes', type=int, nargs='+', default=None, metavar='N',
+                       help='image sizes that training batches are drawn from')
+    group.add_argument('--train-batch-sizes', type=int, nargs='+', default=None, metavar='N',
+                       help='batch size for each of --train-img-sizes; None: --batch-size for all')
+    group.add_argument('--train-size-probs', type=float, nargs='+', default=None, metavar='P',
+                       help='weight of each of --train-img-sizes; None: all alike')
+    group.add_argument('--train-size-schedule', type=str, default='constant', choices=['constant', 'progressive'],
+                       help='draw from all sizes throughout, or move from the first to the last')
+    group.add_argument('--train-size-schedule-spread', type=float, default=0.65, metavar='S',
+                       help='progressive: how far around the current size others are drawn, in steps of the list')
+    group.add_argument('--train-size-random-mix', type=float, default=0.1, metavar='P',
+                       help='progressive: part of the batches that may have any size')
+    group.add_argument('--train-batches-per-epoch', '--train-steps-per-epoch', type=int, default=None, metavar='N',
+                       help='batches of an epoch; None: as many as the images make on average')
+    group.add_argument('--variable-batch-loss-scale', type=str, default='none', choices=['none', 'sqrt', 'linear'],
+                       help='how the loss of a batch grows with its size')

@@ -50,3 +50,20 @@ def add_distillation_args(parser: ArgumentParser) -> None:
     group.add_argument('--demo', action='store_true', default=False,
                        help='short complete run on handwritten digits; needs no data, no network and no other flag')
     group.add_argument('--demo-dir', metavar='DIR', default='./output/demo', help='where --demo writes')
+
+
+def add_timm_distillation_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('timm-kd', 'Distillation with the flags of timm\'s own script',
+                             'Another way to write --teacher, --kd and --kd-kwargs.')
+    group.add_argument('--kd-model-name', type=str, default=None, metavar='NAME', help='the same as --teacher')
+    group.add_argument('--kd-distill-type', type=str, default='logit', choices=['logit', 'feature', 'token'],
+                       help='with --kd-model-name: what is distilled')
+    group.add_argument('--kd-loss-type', type=str, default='kl', help='with --kd-model-name: kl is the only one')
+    group.add_argument('--kd-temperature', type=float, default=4.0, metavar='T',
+                       help='with --kd-model-name: temperature of the softened logits')
+    group.add_argument('--kd-student-feature-dim', type=int, default=None, metavar='N',
+                       help='without effect: the width of the student\'s feature is measured')
+    group.add_argument('--kd-teacher-feature-dim', type=int, default=None, metavar='N',
+                       help='without effect: the width of the teacher\'s feature is measured')
+    group.add_argument('--kd-token-distill-type', type=str, default='soft', choices=['soft', 'hard'],
+                       help='with --kd-distill-type token: the teacher\'s distribution or its prediction')

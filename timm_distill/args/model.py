@@ -9,6 +9,7 @@ def add_model_args(
         model_flags: Sequence[str] = ('--model', '--student'),
         model_default: str = 'resnet50',
         batch_size: int = 128,
+        aot_autograd: bool = False,
 ) -> None:
     """What both scripts need to build a model and to shape its input."""
     group = parser.add_topic('model', 'Model')
@@ -40,10 +41,18 @@ def add_model_args(
                        help='compute normalisation layers in low precision under AMP (experimental)')
     group.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKeyValues, metavar='KEY=VALUE',
                        help='extra arguments for the model\'s constructor')
-    group.add_argument('--torchcompile', type=str, nargs='?', default=None, const='inductor', metavar='BACKEND',
-                       help='compile the model; without a value the backend is inductor')
+    group.add_argument('--fuser', type=str, default='', metavar='NAME',
+                       help='TorchScript fuser: te, old or nvfuser; empty: torch\'s own choice')
     group.add_argument('--torchcompile-mode', type=str, default=None, metavar='MODE',
                        help='mode passed to torch.compile')
+    exclusive = group.add_mutually_exclusive_group()
+    exclusive.add_argument('--torchscript', action='store_true', default=False,
+                           help='turn the model into TorchScript; with train_distill.py only an error that says why')
+    exclusive.add_argument('--torchcompile', type=str, nargs='?', default=None, const='inductor', metavar='BACKEND',
+                           help='compile the model; without a value the backend is inductor')
+    if aot_autograd:
+        exclusive.add_argument('--aot-autograd', action='store_true', default=False,
+                               help='fuse operations with functorch\'s memory-efficient fusion')
 
 
 def add_train_model_args(parser: ArgumentParser) -> None:
@@ -75,6 +84,14 @@ def add_device_args(parser: ArgumentParser) -> None:
     group.add_argument('--amp-dtype', type=str, default='float16', help='lower precision: float16 or bfloat16')
     group.add_argument('--model-dtype', type=str, default=None,
                        help='dtype of model and input without --amp: float32, float16 or bfloat16')
+
+
+def add_train_device_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('device', 'Device')
+    group.add_argument('--device-modules', type=str, nargs='+', default=None, metavar='MODULE',
+                       help='Python modules to import first, for devices that come as plug-ins')
+    group.add_argument('--synchronize-step', action='store_true', default=False,
+                       help='wait for the device after every update')
 
 
 def add_distributed_args(parser: ArgumentParser) -> None:

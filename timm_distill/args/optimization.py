@@ -1,5 +1,4 @@
 """Flags of the optimizer, the learning rate, batch norms and the moving average."""
-
 from .checks import SCHEDULES
 from .parser import ArgumentParser, ParseKeyValues
 
@@ -28,6 +27,8 @@ def add_optimizer_args(parser: ArgumentParser) -> None:
 def add_schedule_args(parser: ArgumentParser) -> None:
     group = parser.add_topic('lr', 'Learning rate and schedule')
     group.add_argument('--epochs', type=int, default=300, metavar='N', help='epochs to train')
+    group.add_argument('--stop-epoch', type=int, default=None, metavar='N',
+                       help='stop after this many epochs without changing the schedule; --resume goes on')
     group.add_argument('--start-epoch', type=int, default=None, metavar='N',
                        help='first epoch; None: 0, or where --resume stopped')
     group.add_argument('--epoch-repeats', type=float, default=0., metavar='N',
@@ -53,6 +54,10 @@ def add_schedule_args(parser: ArgumentParser) -> None:
     group.add_argument('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='EPOCH',
                        help='multistep: increasing epochs at which the rate falls')
     group.add_argument('--decay-epochs', type=float, default=90, metavar='N', help='step: epochs between two falls')
+    group.add_argument('--lr-decay-fn', type=str, default=None, metavar='NAME',
+                       help='wsd, rsqrt: shape of the final decay, e.g. 1-sqrt, linear or cosine')
+    group.add_argument('--lr-stable-timescale', type=float, default=None, metavar='N',
+                       help='rsqrt: timescale in epochs; None: --warmup-epochs')
     group.add_argument('--decay-rate', '--dr', type=float, default=0.1, metavar='RATE', help='factor of each fall')
     group.add_argument('--patience-epochs', type=int, default=10, metavar='N',
                        help='plateau: epochs without progress before a fall')
@@ -72,6 +77,8 @@ def add_batch_norm_args(parser: ArgumentParser) -> None:
     group = parser.add_topic('bn', 'Batch norm')
     group.add_argument('--bn-momentum', type=float, default=None, help='for models whose constructor takes it')
     group.add_argument('--bn-eps', type=float, default=None, help='for models whose constructor takes it')
+    group.add_argument('--split-bn', action='store_true', default=False,
+                       help='batch norms of their own for each of --aug-splits; the saved model has those of the first')
     group.add_argument('--sync-bn', action='store_true', default=False,
                        help='batch statistics over all processes')
     group.add_argument('--dist-bn', type=str, default='reduce',

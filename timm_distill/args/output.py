@@ -22,9 +22,23 @@ def add_output_args(parser: ArgumentParser) -> None:
                        help='write report.html and report.png at the end (needs matplotlib)')
     group.add_argument('--push-to-hub', type=str, default='', metavar='ID',
                        help='upload the best student, OUTPUT/hub, to this repository of the Hugging Face hub')
+    group.add_argument('--save-epochs', type=int, nargs='+', default=[], metavar='N',
+                       help='keep milestone-N.pth.tar after each of these many epochs')
+    group.add_argument('--save-images', action='store_true', default=False,
+                       help='save the training batch of every log line as a picture')
     group.add_argument('--tta', type=int, default=0, metavar='N',
                        help='average the outputs of N consecutive inputs in validation; 0: off')
     group.add_argument('--worker-seeding', type=str, default='all',
                        help='generators seeded in loader processes: all, or part (not NumPy\'s)')
     group.add_argument('--use-multi-epochs-loader', action='store_true', default=False,
                        help='keep loader processes over epochs: faster, but a resumed run sees other augmentations')
+
+
+def add_wandb_args(parser: ArgumentParser) -> None:
+    group = parser.add_topic('wandb', 'Weights & Biases')
+    group.add_argument('--log-wandb', action='store_true', default=False,
+                       help='log the metrics of each epoch to Weights & Biases, where its package is installed')
+    group.add_argument('--wandb-project', type=str, default=None, metavar='NAME', help='project of the run')
+    group.add_argument('--wandb-tags', type=str, nargs='+', default=[], metavar='TAG', help='tags of the run')
+    group.add_argument('--wandb-resume-id', type=str, default='', metavar='ID',
+                       help='with --resume: go on with this run of Weights & Biases')

@@ -8,7 +8,8 @@ from .datasets import class_names, create_datasets, create_eval_dataset
 from .images import StrictImageDataset, user_message
 from .indexing import IndexedDataset, index_samples, read_labels
 from .loaders import DataLoaders, create_eval_loader, create_loaders, create_pass_loader, set_loader_epoch
-from .targets import create_train_loss, is_mixup_active
+from .mixing import is_mixup_active
+from .targets import create_train_loss
 
 __all__ = [
     'DataLoaders',

@@ -1,4 +1,5 @@
 """Datasets of the splits, with checks of class folders where timm would go on with other data than the user meant."""
+import importlib.util
 import os
 import tarfile
 from argparse import Namespace
@@ -9,9 +10,17 @@ from torch.utils.data import Dataset
 
 from ..errors import UsageError
 from .images import StrictImageDataset
+from .targets import set_multi_label_targets
 
-# Readers that bring their own splits and labels; all other datasets are class folders or tar files.
-_READERS = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+# Readers that bring their own splits and labels, each with the package that it needs and that package's name for pip;
+# all other datasets are class folders or tar files.
+_READERS = {
+    'torch': ('torchvision', 'torchvision'),
+    'hfds': ('datasets', 'datasets'),
+    'hfids': ('datasets', 'datasets'),
+    'tfds': ('tensorflow_datasets', 'tensorflow-datasets'),
+    'wds': ('webdataset', 'webdataset'),
+}
 # Folder names that timm takes for one another when it looks for a split.
 _SPLIT_ALIASES = (
     ('train', 'training'),
@@ -44,7 +53,7 @@ def create_datasets(
         repeats=args.epoch_repeats,
         num_samples=args.train_num_samples,
     )
-    _check_class_count(args, dataset_train, num_classes)
+    _fit_targets(args, dataset_train, num_classes)
     if not args.val_split:
         return dataset_train, None
     dataset_eval = _create_split(
@@ -56,6 +65,8 @@ def create_datasets(
         num_samples=args.val_num_samples,
     )
     _check_same_classes(args, dataset_train, dataset_eval)
+    if args.task == 'multilabel':
+        set_multi_label_targets(args, dataset_eval, num_classes)
     return dataset_train, dataset_eval
 
 
@@ -70,8 +81,15 @@ def create_eval_dataset(args: Namespace, data_config: Dict[str, Any], num_classe
         seed=args.seed,
         num_samples=args.num_samples,
     )
-    _check_class_count(args, dataset, num_classes)
+    _fit_targets(args, dataset, num_classes)
     return dataset
+
+
+def _fit_targets(args: Namespace, dataset: Dataset, num_classes: int) -> None:
+    if args.task == 'multilabel':
+        set_multi_label_targets(args, dataset, num_classes)
+    else:
+        _check_class_count(args, dataset, num_classes)
 
 
 def _create_split(
@@ -95,21 +113,41 @@ def _create_split(
         input_img_mode=args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L'),
         input_key=args.input_key,
         target_key=args.target_key,
+        target_format=args.target_format if args.task == 'multilabel' else None,
         trust_remote_code=args.dataset_trust_remote_code,
     )
-    dataset = _create_folder_dataset(args, flag, kwargs) if is_folder else create_dataset(args.dataset, **kwargs)
+    if getattr(args, 'tf_preprocessing', False):
+        kwargs['load_bytes'] = True
+    dataset = _create_folder_dataset(args, flag, kwargs) if is_folder else _create_reader_dataset(args, flag, kwargs)
     return StrictImageDataset(dataset) if isinstance(dataset, ImageDataset) else dataset
 
 
 def _create_folder_dataset(args: Namespace, flag: str, kwargs: Dict[str, Any]) -> Dataset:
     if args.target_key is not None:
         raise UsageError(f'--target-key {args.target_key} needs a --dataset with columns, class folders have none')
+    if args.task == 'multilabel':
+        raise UsageError('--task multilabel needs a --dataset with several labels per image (hfds/, hfids/, tfds/ or '
+                         'wds/), class folders give one')
     try:
         return create_dataset(args.dataset, **kwargs)
     except (AssertionError, OSError, RuntimeError, ValueError, tarfile.TarError) as error:
         # timm's own words say whether images, the class map or a tar file is at fault
         raise UsageError(
             f"no dataset in {kwargs['root']} for {flag} '{kwargs['split']}': {' '.join(str(error).split())}") from error
+
+
+def _create_reader_dataset(args: Namespace, flag: str, kwargs: Dict[str, Any]) -> Dataset:
+    reader = args.dataset.partition('/')[0].lower()
+    module, package = _READERS[reader]
+    if importlib.util.find_spec(module) is None:
+        raise UsageError(f'--dataset {args.dataset} needs the package {package}, which is not installed: '
+                         f'pip install {package}')
+    try:
+        return create_dataset(args.dataset, **kwargs)
+    except Exception as error:  # each of these libraries raises its own
+        reason = ' '.join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"--dataset {args.dataset} cannot be opened with {flag} '{kwargs['split']}' and --data-dir "
+                         f"{kwargs['root']}: {reason}") from error
 
 
 def _is_folder_dataset(name: str) -> bool:

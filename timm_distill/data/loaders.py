@@ -1,18 +1,23 @@
 """Loaders of the training and the validation data, as timm builds them."""
 import copy
+import logging
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
-from timm.data import FastCollateMixup, Mixup, create_loader
+from timm.data import AugMixDataset, create_loader
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UsageError
+from .batch_scale import BatchScale
 from .datasets import create_datasets
 from .indexing import IndexedDataset, index_samples
-from .targets import is_mixup_active
+from .mixing import create_mixup
+from .naflex import PatchSize, create_naflex_eval_loader, create_naflex_train_loader
 from .workers import ResumableLoader, find_resumable, make_resumable
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -23,10 +28,14 @@ class DataLoaders:
         train: Training loader; with the prefetcher its batches lie on the device, normalised and mixed.
         eval: Validation loader, None without validation data.
         mixup_fn: To call on each (input, target) of `train`; None where there is no mixup or the loader does it.
+        batch_size: Images of a training batch, on average where batches differ.
+        batch_scale: Factor on the loss of a batch by its size; None where all are alike.
     """
     train: Any
     eval: Optional[Any]
-    mixup_fn: Optional[Callable]
+    mixup_fn: Optional[Callable] = None
+    batch_size: float = 0.
+    batch_scale: Optional[BatchScale] = None
 
     def _resumable(self) -> Dict[str, ResumableLoader]:
         loaders = {'train': find_resumable(self.train), 'eval': find_resumable(self.eval)}
@@ -51,6 +60,7 @@ def create_loaders(
         model_dtype: Optional[torch.dtype] = None,
         distributed: bool = False,
         with_indices: bool = False,
+        patch_size: Optional[PatchSize] = None,
 ) -> DataLoaders:
     """Datasets, loaders and mixup of a training run.
 
@@ -62,6 +72,7 @@ def create_loaders(
         model_dtype: Of the images; float32 if None.
         distributed: Whether each process takes its own part of the data.
         with_indices: Training targets are pairs (label, index of the sample), [B, 2].
+        patch_size: The student's (height, width) of a patch, for `--naflex-loader`.
 
     Raises:
         UsageError: As `create_datasets`, and for settings that leave the training loader without a batch or an index.
@@ -71,9 +82,8 @@ def create_loaders(
     dataset_train, dataset_eval = create_datasets(args, data_config, num_classes)
     if with_indices:
         dataset_train = index_samples(dataset_train)
-    collate_fn, mixup_fn = _create_mixup(args, num_classes)
-    common: Dict[str, Any] = {'model_dtype': model_dtype, 'distributed': distributed}
-    loader_train = _create_train_loader(args, data_config, dataset_train, device, collate_fn=collate_fn, **common)
+    common: Dict[str, Any] = {'model_dtype': model_dtype, 'distributed': distributed, 'patch_size': patch_size}
+    loader_train, mixup_fn = _create_train_loader(args, data_config, dataset_train, device, num_classes, **common)
     if not isinstance(dataset_train, IterableDataset) and len(loader_train) == 0:
         raise UsageError(
             f'--batch-size {args.batch_size} is more than the training images of a process '
@@ -82,7 +92,26 @@ def create_loaders(
     if dataset_eval is not None:
         batch_size = args.validation_batch_size
         loader_eval = create_eval_loader(args, data_config, dataset_eval, device, batch_size=batch_size, **common)
-    return DataLoaders(loader_train, loader_eval, mixup_fn)
+    batch_size, batch_scale = _batch_sizes(args, loader_train, device, distributed)
+    return DataLoaders(loader_train, loader_eval, mixup_fn, batch_size, batch_scale)
+
+
+def _batch_sizes(
+        args: Namespace,
+        loader: Any,
+        device: torch.device,
+        distributed: bool,
+) -> Tuple[float, Optional[BatchScale]]:
+    """Return the images of a training batch, and what a batch counts where batches differ in size."""
+    if args.naflex_loader:
+        exchange = device if distributed else None
+        return float(args.batch_size), BatchScale(args.naflex_loss_scale, args.batch_size, exchange)
+    if args.train_img_sizes is None:
+        return float(args.batch_size), None
+    sampler = loader.batch_sampler
+    _logger.info(f'Training sizes {args.train_img_sizes} with batches of {sampler.batch_sizes} images, on average '
+                 f'{sampler.average_batch_size:.2f}, {len(sampler)} batches per epoch.')
+    return sampler.average_batch_size, BatchScale(args.variable_batch_loss_scale, sampler.average_batch_size)
 
 
 def create_eval_loader(
@@ -93,6 +122,7 @@ def create_eval_loader(
         batch_size: Optional[int] = None,
         model_dtype: Optional[torch.dtype] = None,
         distributed: bool = False,
+        patch_size: Optional[PatchSize] = None,
 ) -> Any:
     """Validation loader; both scripts use it, so that equal data configs give equal numbers.
 
@@ -104,23 +134,48 @@ def create_eval_loader(
         batch_size: `--batch-size` if None.
         model_dtype: Of the images; float32 if None.
         distributed: Whether each process takes its own part of the data.
+        patch_size: The model's (height, width) of a patch, for `--naflex-loader`.
     """
     num_workers = args.workers
     if distributed and ('tfds' in args.dataset or 'wds' in args.dataset):
         num_workers = min(2, num_workers)  # each worker of each process may pad the end of a streamed dataset
-    return _create_loader(
-        args,
-        data_config,
-        dataset,
-        device,
-        model_dtype=model_dtype,
-        distributed=distributed,
+    kwargs: Dict[str, Any] = dict(
+        _common_kwargs(args, data_config, device, model_dtype, distributed),
         batch_size=batch_size or args.batch_size,
         is_training=False,
         interpolation=data_config['interpolation'],
         crop_pct=data_config['crop_pct'],
         crop_mode=data_config['crop_mode'],
+        crop_border_pixels=getattr(args, 'crop_border_pixels', None),
         num_workers=num_workers,
+    )
+    if args.naflex_loader:
+        return make_resumable(create_naflex_eval_loader(args, dataset, patch_size or (16, 16), **kwargs))
+    tf_preprocessing = getattr(args, 'tf_preprocessing', False)
+    return make_resumable(create_loader(
+        dataset,  # type: ignore[arg-type]  # torchvision's datasets work too
+        input_size=data_config['input_size'],
+        tf_preprocessing=tf_preprocessing,
+        **kwargs,
+    ))
+
+
+def _common_kwargs(
+        args: Namespace,
+        data_config: Dict[str, Any],
+        device: torch.device,
+        model_dtype: Optional[torch.dtype],
+        distributed: bool,
+) -> Dict[str, Any]:
+    """What training and validation have in common."""
+    return dict(
+        mean=data_config['mean'],
+        std=data_config['std'],
+        pin_memory=args.pin_mem,
+        img_dtype=model_dtype or torch.float32,
+        device=device,
+        distributed=distributed,
+        use_prefetcher=not args.no_prefetcher,
     )
 
 
@@ -156,20 +211,49 @@ def _create_train_loader(
         data_config: Dict[str, Any],
         dataset: Dataset,
         device: torch.device,
-        **kwargs: Any,
-) -> Any:
+        num_classes: int,
+        model_dtype: Optional[torch.dtype] = None,
+        distributed: bool = False,
+        patch_size: Optional[PatchSize] = None,
+) -> Tuple[Any, Optional[Callable]]:
+    """Return the loader, and mixup where the loader does not do it."""
+    kwargs = {**_common_kwargs(args, data_config, device, model_dtype, distributed), **_train_kwargs(args, data_config)}
+    if args.naflex_loader:
+        rank, world_size = getattr(args, 'rank', 0), getattr(args, 'world_size', 1)
+        loader = create_naflex_train_loader(
+            args, dataset, num_classes, patch_size or (16, 16), rank, world_size, **kwargs)
+        return make_resumable(loader), None
+    collate_fn, mixup_fn = create_mixup(args, num_classes)
+    if args.aug_splits > 1:
+        dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
+    try:
+        loader = create_loader(
+            dataset,  # type: ignore[arg-type]
+            input_size=data_config['input_size'],
+            collate_fn=collate_fn,
+            use_multi_epochs_loader=args.use_multi_epochs_loader,
+            **_size_schedule_kwargs(args),
+            **kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        if args.train_img_sizes is None:
+            raise
+        raise UsageError(f'--train-img-sizes cannot be scheduled like this: {error}') from error
+    # the iterator of timm's multi-epochs loader reads beyond the end of an epoch, which no resumed run can repeat
+    return (loader if args.use_multi_epochs_loader else make_resumable(loader)), mixup_fn
+
+
+def _train_kwargs(args: Namespace, data_config: Dict[str, Any]) -> Dict[str, Any]:
+    """Augmentation and batching."""
     use_own = args.train_interpolation and not args.no_aug
-    return _create_loader(
-        args,
-        data_config,
-        dataset,
-        device,
+    return dict(
         batch_size=args.batch_size,
         is_training=True,
         no_aug=args.no_aug,
         re_prob=args.reprob,
         re_mode=args.remode,
         re_count=args.recount,
+        re_split=args.resplit,
         train_crop_mode=args.train_crop_mode,
         scale=args.scale,
         ratio=args.ratio,
@@ -181,53 +265,26 @@ def _create_train_loader(
         gaussian_blur_prob=args.gaussian_blur_prob,
         auto_augment=args.aa,
         num_aug_repeats=args.aug_repeats,
+        num_aug_splits=args.aug_splits,
         interpolation=args.train_interpolation if use_own else data_config['interpolation'],
         num_workers=args.workers,
         worker_seeding=args.worker_seeding,
-        use_multi_epochs_loader=args.use_multi_epochs_loader,
-        **kwargs,
     )
 
 
-def _create_loader(
-        args: Namespace,
-        data_config: Dict[str, Any],
-        dataset: Dataset,
-        device: torch.device,
-        model_dtype: Optional[torch.dtype] = None,
-        **kwargs: Any,
-) -> Any:
-    """What training and validation have in common."""
-    loader = create_loader(
-        dataset,  # type: ignore[arg-type]  # torchvision's datasets work too
-        input_size=data_config['input_size'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        pin_memory=args.pin_mem,
-        img_dtype=model_dtype or torch.float32,
-        device=device,
-        use_prefetcher=not args.no_prefetcher,
-        **kwargs,
+def _size_schedule_kwargs(args: Namespace) -> Dict[str, Any]:
+    """Which image sizes the batches have."""
+    return dict(
+        input_size_choices=args.train_img_sizes,
+        batch_size_choices=args.train_batch_sizes,
+        batch_choice_weights=args.train_size_probs,
+        batch_choice_seed=args.seed,
+        batch_choice_schedule=args.train_size_schedule,
+        batch_schedule_epochs=args.epochs if args.train_size_schedule == 'progressive' else None,
+        batch_schedule_spread=args.train_size_schedule_spread,
+        batch_schedule_random_mix=args.train_size_random_mix,
+        num_batches=args.train_batches_per_epoch,
     )
-    # the iterator of timm's multi-epochs loader reads beyond the end of an epoch, which no resumed run can repeat
-    return loader if kwargs.get('use_multi_epochs_loader') else make_resumable(loader)
-
-
-def _create_mixup(args: Namespace, num_classes: int) -> Tuple[Optional[Callable], Optional[Callable]]:
-    """Mixup as a collate function or as a step of the loop: one of the two, or neither where it is off."""
-    if not is_mixup_active(args):
-        return None, None
-    mixup = (Mixup if args.no_prefetcher else FastCollateMixup)(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
-        num_classes=num_classes,
-    )
-    return (None, mixup) if args.no_prefetcher else (mixup, None)
 
 
 def set_loader_epoch(loader: Any, epoch: int) -> None:

@@ -1,0 +1,130 @@
+"""Flags that exclude or need one another. One small function per subject; each names the flag to change."""
+import argparse
+import logging
+
+from ..errors import UsageError
+
+_logger = logging.getLogger(__name__)
+
+_EVAL_METRICS = {
+    'classification': ('top1', 'top5', 'loss'),
+    'multilabel': ('map', 'micro_f1', 'macro_f1', 'sample_f1', 'loss'),
+}
+
+
+def check_train_combinations(args: argparse.Namespace) -> None:
+    """Reject combinations of training flags that cannot work, warn of flags without effect.
+
+    Raises:
+        UsageError: Names the flags and which to change.
+    """
+    for check in (_check_aug_splits, _check_naflex, _check_size_schedule, _check_targets, _check_schedule, _check_run):
+        check(args)
+    _warn_of_flags_without_effect(args)
+
+
+def check_metric(args: argparse.Namespace) -> None:
+    """Reject an `--eval-metric` that the evaluation does not give."""
+    allowed = _EVAL_METRICS[args.task]
+    if args.eval_metric not in allowed:
+        raise UsageError(f"--eval-metric '{args.eval_metric}' must be one of {', '.join(allowed)} "
+                         f'with --task {args.task}')
+
+
+def _reject(condition: object, message: str) -> None:
+    if condition:
+        raise UsageError(message)
+
+
+def _mixes(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+def _check_aug_splits(args: argparse.Namespace) -> None:
+    splits = args.aug_splits
+    _reject(splits == 1 or splits < 0, f'--aug-splits {splits} must be 0 (off) or at least 2')
+    _reject(splits and args.no_prefetcher, '--aug-splits needs the prefetcher: leave out --no-prefetcher')
+    _reject(splits and _mixes(args), '--aug-splits does not go with --mixup and --cutmix: leave out one of the two')
+    _reject((args.jsd_loss or args.loss == 'jsd') and splits < 2,
+            'The Jensen-Shannon loss compares views of an image: give --aug-splits 2 or more')
+    _reject(args.split_bn and splits < 2 and not args.resplit,
+            '--split-bn splits batches by view: give --aug-splits 2 or more, or --resplit')
+    _reject(args.split_bn and args.sync_bn, '--split-bn does not go with --sync-bn: leave out one of the two')
+
+
+def _check_naflex(args: argparse.Namespace) -> None:
+    if not args.naflex_loader:
+        return
+    _reject(args.train_img_sizes is not None,
+            '--naflex-loader and --train-img-sizes are two ways to vary the size: leave out one of the two')
+    _reject(args.use_multi_epochs_loader, '--naflex-loader does not go with --use-multi-epochs-loader')
+    _reject(args.aug_splits, '--naflex-loader does not go with --aug-splits')
+    _reject(args.aug_repeats, '--naflex-loader does not go with --aug-repeats')
+    _reject(args.no_prefetcher, '--naflex-loader needs the prefetcher, which normalises patches: '
+                                'leave out --no-prefetcher')
+    _reject(args.channels_last, '--naflex-loader loads patches, which have no --channels-last order')
+    _reject(args.tta > 1, '--naflex-loader does not go with --tta')
+    _reject(args.kd != 'none', f'--naflex-loader gives sequences of patches, and teachers read images: '
+                               f'--kd {args.kd} works without it, and --kd none with it')
+    probs, sizes = args.naflex_patch_size_probs, args.naflex_patch_sizes or []
+    _reject(probs is not None and len(probs) != len(sizes),
+            f'--naflex-patch-size-probs has {len(probs or [])} values for {len(sizes)} --naflex-patch-sizes')
+
+
+def _check_size_schedule(args: argparse.Namespace) -> None:
+    sizes = args.train_img_sizes
+    if sizes is None:
+        return
+    _reject(min(sizes) < 1, f'--train-img-sizes {" ".join(map(str, sizes))} must be 1 or more')
+    lists = (('--train-batch-sizes', args.train_batch_sizes), ('--train-size-probs', args.train_size_probs))
+    for flag, values in lists:
+        _reject(values is not None and len(values) != len(sizes),
+                f'{flag} has {len(values or [])} values for {len(sizes)} --train-img-sizes')
+    _reject(args.use_multi_epochs_loader, '--train-img-sizes does not go with --use-multi-epochs-loader')
+    _reject(args.aug_splits, '--train-img-sizes does not go with --aug-splits')
+    _reject(_mixes(args) and any(size % 2 for size in args.train_batch_sizes or []),
+            '--train-batch-sizes must be even with --mixup or --cutmix, which mix in pairs')
+
+
+def _check_targets(args: argparse.Namespace) -> None:
+    check_metric(args)
+    _reject(args.target_format == 'multihot' and args.task != 'multilabel',
+            '--target-format multihot needs --task multilabel')
+    _reject(args.task == 'multilabel' and args.jsd_loss, '--jsd-loss needs one label per image: not --task multilabel')
+    for flag, given, loss in (('--bce-loss', args.bce_loss, 'bce'), ('--jsd-loss', args.jsd_loss, 'jsd')):
+        _reject(given and args.loss not in (None, loss), f'{flag} contradicts --loss {args.loss}: leave out one')
+    _reject(args.bce_pos_weight is not None and args.loss_pos_weight is not None,
+            '--bce-pos-weight and --loss-pos-weight are the same: leave out one of the two')
+    is_bce = args.bce_loss or args.loss == 'bce' or (args.task == 'multilabel' and args.loss is None)
+    _reject(not is_bce and (args.bce_sum or args.bce_target_thresh is not None or args.bce_pos_weight is not None),
+            '--bce-sum, --bce-target-thresh and --bce-pos-weight need --bce-loss')
+
+
+def _check_schedule(args: argparse.Namespace) -> None:
+    _reject(args.sched == 'plateau' and args.sched_on_updates,
+            '--sched plateau follows the validation of each epoch: leave out --sched-on-updates')
+    _reject(args.stop_epoch is not None and args.stop_epoch > args.epochs,
+            f'--stop-epoch {args.stop_epoch} is beyond --epochs {args.epochs}')
+    _reject(any(epoch < 1 for epoch in args.save_epochs),
+            f'--save-epochs {" ".join(map(str, args.save_epochs))} counts completed epochs, from 1')
+
+
+def _check_run(args: argparse.Namespace) -> None:
+    _reject(args.torchscript, '--torchscript is not supported: a scripted student can neither be given an adapter nor '
+                              'be saved as a plain timm model; --torchcompile makes training faster')
+    _reject(args.wandb_resume_id and not args.resume, '--wandb-resume-id goes on with a run: give --resume too')
+
+
+def _warn_of_flags_without_effect(args: argparse.Namespace) -> None:
+    for flag, given, needed, present in (
+            ('--no-resume-opt', args.no_resume_opt, '--resume', args.resume),
+            ('--torchcompile-mode', args.torchcompile_mode, '--torchcompile', args.torchcompile),
+            ('--resplit', args.resplit, '--reprob', args.reprob or args.split_bn),
+            ('--train-batch-sizes', args.train_batch_sizes, '--train-img-sizes', args.train_img_sizes),
+            ('--naflex-patch-sizes', args.naflex_patch_sizes, '--naflex-loader', args.naflex_loader),
+            ('--wandb-project', args.wandb_project, '--log-wandb', args.log_wandb),
+    ):
+        if given and not present:
+            _logger.warning(f'{flag} has no effect without {needed}.')
+    if args.drop_connect is not None:
+        _logger.warning('--drop-connect has no effect, as in timm: use --drop-path.')
