@@ -60,6 +60,7 @@ from timm_distill.device import (
     enable_fast_math,
     import_device_modules,
     resolve_device_name,
+    resolve_dtype,
     resolve_precision,
 )
 from timm_distill.engine import NonFiniteLossError, StepTiming, evaluate, evaluator_class, train_one_epoch
@@ -144,6 +145,7 @@ def dry_run(args: argparse.Namespace) -> None:
         teacher_kwargs=args.teacher_kwargs,
         teacher_pretrained=args.teacher_pretrained,
         teacher_checkpoint=args.teacher_checkpoint,
+        teacher_dtype=resolve_dtype(args.teacher_dtype),
         kd_weight=args.kd_weight,
         kd_kwargs=args.kd_kwargs,
         kd_schedule=args.kd_schedule,
@@ -383,6 +385,8 @@ def build_task(
         teacher_checkpoint=args.teacher_checkpoint,
         teacher_pretrained=args.teacher_pretrained,
         teacher_kwargs=args.teacher_kwargs,
+        teacher_dtype=resolve_dtype(args.teacher_dtype),
+        teacher_stream=args.teacher_stream,
         device=device,
         dtype=precision.model_dtype,
         verbose=args.rank == 0,

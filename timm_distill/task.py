@@ -15,11 +15,11 @@ from .composition import Composition, create_composition
 from .errors import MergeError, UsageError
 from .merge import MERGE_TOLERANCE
 from .methods import DistillMethod
-from .probing import random_images, runnable_size
+from .probing import classifier_parameters, random_images, runnable_size
 from .reading import FeatureReader, FeatureSpec, PairSpec
 from .schedules import ScheduleSpec
 from .student import AdaptedStudent
-from .taps import Features, Stage, StudentTap, classifier_parameters, resolve_student_tap
+from .taps import Features, Stage, StudentTap, resolve_student_tap
 from .teacher import Teacher, create_teacher
 
 _logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class DistillTask(TrainingTask):
         if self.teacher is None:
             logits = self.trainable_module(input)
             return {'loss': self.criterion(logits, target), 'output': logits}
-        teacher = self.teacher_features(input)
+        teacher = self.teacher_features(input, wait=False)
         if self.needs_indices:
             target, teacher.indices = _split_indices(target)
         logits, task_logits, terms = self.trainable_module(input, teacher, target)
@@ -135,10 +135,12 @@ class DistillTask(TrainingTask):
             terms[name[:-len('_loss')]] = self._term_weights[method] * result[name]
         return terms
 
-    def teacher_features(self, input: torch.Tensor) -> Features:
+    def teacher_features(self, input: torch.Tensor, wait: bool = True) -> Features:
         """Run the teacher on a batch normalised for the student, [B, C, H, W], for all that the methods read."""
         assert self.teacher is not None
-        features = self.teacher(input, self._teacher_outputs)
+        own_stream = getattr(self.teacher, 'own_stream', False)  # a teacher may be any module
+        run = self.teacher if wait or not own_stream else self.teacher.start
+        features = run(input, self._teacher_outputs)
         features.tap = features.feature
         tap = self.module.tap
         if tap is not None and tap.point == 'pre_logits' and features.pre_logits is not None:
@@ -330,6 +332,8 @@ def create_distill_task(
         teacher_checkpoint: Optional[str] = None,
         teacher_pretrained: bool = True,
         teacher_kwargs: Optional[Dict[str, Any]] = None,
+        teacher_dtype: Optional[torch.dtype] = None,
+        teacher_stream: bool = False,
         device: Union[str, torch.device, None] = None,
         dtype: Optional[torch.dtype] = None,
         verbose: bool = True,
@@ -363,6 +367,8 @@ def create_distill_task(
         teacher_checkpoint: Weights of a teacher that is built by name.
         teacher_pretrained: Load timm's pretrained weights for it otherwise.
         teacher_kwargs: More arguments of `timm.create_model` for the teacher.
+        teacher_dtype: Precision that the teacher computes in; that of the run, autocast included, by default.
+        teacher_stream: Run the teacher in a CUDA stream of its own, beside the student's forward.
         device: Device of everything.
         dtype: Dtype of everything.
         verbose: Log what was built.
@@ -382,8 +388,8 @@ def create_distill_task(
         teacher_model = _resolve_teacher(
             teacher, input_size, int(getattr(model, 'num_classes', 0)),
             mean or config.get('mean', IMAGENET_DEFAULT_MEAN), std or config.get('std', IMAGENET_DEFAULT_STD),
-            checkpoint=teacher_checkpoint, pretrained=teacher_pretrained, model_kwargs=teacher_kwargs,
-            device=device, dtype=dtype, verbose=verbose)
+            checkpoint=teacher_checkpoint, pretrained=teacher_pretrained, model_kwargs=teacher_kwargs, verbose=verbose,
+            device=device, dtype=teacher_dtype or dtype, autocast=teacher_dtype is None, own_stream=teacher_stream)
         _check_class_counts(model, teacher_model, methods)
     module = _adapt_student(model, teacher_model, methods, input_size, kd_tap, verbose)
     if teacher_model is not None:
@@ -424,8 +430,10 @@ def _resolve_teacher(
         num_classes: int,
         mean: Sequence[float],
         std: Sequence[float],
-        device: torch.device,
-        dtype: Optional[torch.dtype],
+        checkpoint: Optional[str],
+        pretrained: bool,
+        model_kwargs: Optional[Dict[str, Any]],
+        verbose: bool,
         **kwargs: Any,
 ) -> Teacher:
     if teacher is None:
@@ -433,9 +441,9 @@ def _resolve_teacher(
     if isinstance(teacher, Teacher):
         return teacher
     if isinstance(teacher, nn.Module):
-        return Teacher(teacher.to(device=device, dtype=dtype), input_size, mean, std)
-    return create_teacher(teacher, input_size, num_classes, student_mean=mean, student_std=std,
-                          device=device, dtype=dtype, **kwargs)
+        return Teacher(teacher, input_size, mean, std, **kwargs)
+    return create_teacher(teacher, input_size, num_classes, checkpoint, pretrained, model_kwargs, mean, std,
+                          verbose=verbose, **kwargs)
 
 
 def _check_class_counts(student: nn.Module, teacher: Teacher, methods: Mapping[str, DistillMethod]) -> None:

@@ -51,6 +51,8 @@ _NEEDS_KD: Dict[str, Any] = {
     'teacher': None,
     'teacher_checkpoint': '',
     'teacher_kwargs': {},
+    'teacher_dtype': None,
+    'teacher_stream': False,
     'task_loss_weight': None,
     'distill_loss_weight': None,
     'kd_tap': 'auto',

@@ -14,6 +14,10 @@ def add_distillation_args(parser: ArgumentParser) -> None:
                        help='extra arguments for the teacher\'s constructor, e.g. img_size=256')
     group.add_argument('--teacher-pretrained', action=argparse.BooleanOptionalAction, default=True,
                        help='start the teacher from its pretrained weights; without them it teaches noise')
+    group.add_argument('--teacher-dtype', default=None, choices=['float32', 'bfloat16', 'float16'],
+                       help='precision that the teacher computes in; None: that of the run, --amp included')
+    group.add_argument('--teacher-stream', action='store_true', default=False,
+                       help='on CUDA, run the teacher in a stream of its own beside the student\'s forward')
     group.add_argument('--teacher-eval', action=argparse.BooleanOptionalAction, default=None,
                        help='report the teacher\'s accuracy before training; None: when there is validation data')
     group.add_argument('--kd', default='none', metavar='NAME[+NAME...]',
