@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import timm
@@ -40,12 +41,14 @@ from timm_distill.args import (
     translate_timm_distillation,
 )
 from timm_distill.checkpoint import DistillCheckpointSaver, read_checkpoint, resume_task, set_rng_state
+from timm_distill.class_means import cached_class_means, class_means_key, compute_class_means, load_class_means
 from timm_distill.composition import check_mixing, methods_of
 from timm_distill.data import (
     DataLoaders,
     IndexedDataset,
     class_names,
     create_loaders,
+    create_pass_loader,
     create_train_loss,
     read_labels,
     set_loader_epoch,
@@ -57,6 +60,7 @@ from timm_distill.device import (
     enable_fast_math,
     import_device_modules,
     resolve_device_name,
+    resolve_dtype,
     resolve_precision,
 )
 from timm_distill.engine import NonFiniteLossError, StepTiming, evaluate, evaluator_class, train_one_epoch
@@ -141,6 +145,7 @@ def dry_run(args: argparse.Namespace) -> None:
         teacher_kwargs=args.teacher_kwargs,
         teacher_pretrained=args.teacher_pretrained,
         teacher_checkpoint=args.teacher_checkpoint,
+        teacher_dtype=resolve_dtype(args.teacher_dtype),
         kd_weight=args.kd_weight,
         kd_kwargs=args.kd_kwargs,
         kd_schedule=args.kd_schedule,
@@ -197,6 +202,8 @@ def train(args: argparse.Namespace) -> RunResult:
     checkpoint = read_checkpoint(args.resume) if args.resume else None
     run = build_run(args)
     report_teacher(run)
+    if checkpoint is None:
+        prepare_class_means(run)  # a checkpoint holds them
     start_epoch = resume(run, checkpoint)
     prepare_for_device(run)
     recorder = Recorder(run, args_text, checkpoint, start_epoch)
@@ -378,6 +385,8 @@ def build_task(
         teacher_checkpoint=args.teacher_checkpoint,
         teacher_pretrained=args.teacher_pretrained,
         teacher_kwargs=args.teacher_kwargs,
+        teacher_dtype=resolve_dtype(args.teacher_dtype),
+        teacher_stream=args.teacher_stream,
         device=device,
         dtype=precision.model_dtype,
         verbose=args.rank == 0,
@@ -465,6 +474,34 @@ def report_teacher(run: Run) -> None:
         if top1 < 200 / teacher.num_classes:
             _logger.warning(f'That is near chance ({100 / teacher.num_classes:.3f}): are its weights right, and is the '
                             'order of its classes that of the data?')
+
+
+def prepare_class_means(run: Run) -> None:
+    """Give the methods that need them the teacher's class means: from a file, from the cache, or from a pass."""
+    args, task, shape = run.args, run.task, run.task.class_means_shape
+    if shape is None:
+        if args.nd_class_means:
+            _logger.warning(f'--nd-class-means {args.nd_class_means} is ignored: no method of --kd reads class means.')
+        return
+    if args.nd_class_means:
+        task.set_class_means(load_class_means(args.nd_class_means, shape))
+        return
+    assert task.teacher is not None
+    dataset, training = run.loaders.train.dataset, args.nd_class_means_transform == 'train'
+    loader = create_pass_loader(args, run.data_config, dataset, run.device, training,
+                                model_dtype=run.precision.model_dtype, distributed=args.distributed)
+    transform = [sorted(run.data_config.items()), loader.dataset.transform, *([args.seed] if training else [])]
+    key = class_means_key(task.teacher, dataset, transform) if args.rank == 0 else ''
+    folder = os.path.join(args.output or './output/train', 'class_means')
+    task.set_class_means(cached_class_means(
+        os.path.join(folder, f'{safe_model_name(args.teacher)}-{key}.safetensors'),
+        shape,
+        partial(compute_class_means, task.teacher, loader, shape[0], run.device, run.precision.model_dtype,
+                run.precision.autocast, args.distributed),
+        metadata={'teacher': args.teacher, 'transform': args.nd_class_means_transform},
+        device=run.device,
+        distributed=args.distributed,
+    ))
 
 
 def build_optimizer(args: argparse.Namespace, task: DistillTask, batch_size: float) -> torch.optim.Optimizer:

@@ -3,6 +3,7 @@
 Models have random weights and run at the smallest size that they take. Those over 60 M parameters are marked slow;
 those over 140 M are tested by shapes alone, on the meta device, as their memory and time exceed what a suite may take.
 """
+import copy
 import json
 from dataclasses import dataclass
 from typing import Any, Dict, Tuple
@@ -14,7 +15,9 @@ from conftest import REPO_DIR
 from families import CLASSES, HUGE_M, Built, Family, build_small, family_params, list_families
 
 from timm_distill import DistillTask, Teacher, create_distill_task, merge_student
-from timm_distill.probing import RawFeature
+from timm_distill.batch_norms import is_batch_norm
+from timm_distill.fusing import settle_batch_norms
+from timm_distill.probing import RawFeature, evaluation_mode
 from timm_distill.taps import (
     Features,
     classifier_linear,
@@ -148,7 +151,10 @@ class Taught:
 
 @pytest.fixture(scope='module')
 def taught(built: Built, stock: nn.Module) -> Taught:
-    teacher, images = Teacher(stock, built.input_size), torch.randn(BATCH, *built.input_size)
+    images = torch.randn(BATCH, *built.input_size)
+    with evaluation_mode(stock):
+        settle_batch_norms(stock, images)
+    teacher = Teacher(stock, built.input_size)
     return Taught(teacher, images, teacher(images, TEACHER_OUTPUTS))
 
 
@@ -165,6 +171,21 @@ def test_teacher_gives_finite_feature_map_pre_logits_and_logits(taught: Taught) 
 def test_teachers_logits_are_those_of_its_model(taught: Taught) -> None:
     expected = first(taught.teacher.model(taught.teacher.prepare(taught.images)))
     torch.testing.assert_close(taught.features.logits, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@torch.no_grad()
+def test_folding_batch_norms_adds_nothing_to_the_rounding_of_the_logits(
+        taught: Taught, built: Built, stock: nn.Module) -> None:
+    fused, images = taught.teacher.fused, taught.teacher.prepare(taught.images)
+    assert fused.norms == sum(map(is_batch_norm, stock.modules()))
+    assert fused.fused == fused.norms - sum(map(is_batch_norm, taught.teacher.model.modules()))
+    if not fused.fused:
+        return
+    assert fused.error < 1e-9
+    plain = first(stock.eval()(images)).double()
+    exact = first(copy.deepcopy(stock).double()(images.double()))
+    # random models amplify rounding, some a thousandfold
+    assert difference(taught.features.logits.double(), exact) < max(10 * difference(plain, exact), 1e-5) < 0.1
 
 
 @torch.no_grad()

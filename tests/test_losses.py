@@ -5,7 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_distill.losses import kl_divergence, match_grids, pool_to_grid, standardize_logits, to_full_precision
+from timm_distill.losses import (
+    kl_divergence,
+    l2_normalize,
+    match_grids,
+    pool_to_grid,
+    squared_norm_of_product,
+    standardize_logits,
+    to_full_precision,
+)
 
 LOW = [torch.float16, torch.bfloat16]
 
@@ -77,3 +85,28 @@ def test_max_pooling_has_the_official_windows(size: int, grid: int) -> None:
 def test_max_pooling_adapts_where_the_official_windows_do_not_fit() -> None:
     x = torch.randn(2, 3, 7, 7)
     assert torch.equal(pool_to_grid(x, (4, 4), 'max'), F.adaptive_max_pool2d(x, (4, 4)))
+
+
+def test_normalised_vectors_have_unit_length_along_the_dimension() -> None:
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    for dim in (0, 1, -1):
+        torch.testing.assert_close(l2_normalize(x, dim), F.normalize(x, dim=dim))
+
+
+def test_a_vector_without_length_becomes_zero_with_zero_gradient() -> None:
+    x = torch.tensor([[0., 0.], [3., 4.]], requires_grad=True)
+    unit = l2_normalize(x)
+    unit.sum().backward()
+    assert unit.tolist() == [[0., 0.], [pytest.approx(0.6), pytest.approx(0.8)]]
+    assert x.grad is not None and torch.isfinite(x.grad).all() and not x.grad[0].any()
+
+
+@pytest.mark.parametrize('m, n, rank', [(40, 50, 3), (4, 5, 30), (1, 1, 1)], ids=['low_rank', 'small', 'scalar'])
+def test_squared_norm_of_a_product_is_that_of_the_matrix_with_its_gradient(m: int, n: int, rank: int) -> None:
+    x = torch.randn(2, m, rank, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, n, rank, dtype=torch.float64, requires_grad=True)
+    expected = (x @ y.mT).square().sum((1, 2))
+    actual = squared_norm_of_product(x, y)
+    torch.testing.assert_close(actual, expected)
+    gradients = [torch.autograd.grad(value.sum(), (x, y)) for value in (actual, expected)]
+    torch.testing.assert_close(*gradients)

@@ -511,6 +511,18 @@ def test_merge_is_verified_before_any_batch_was_seen() -> None:
     assert create_task().get_checkpoint_state()
 
 
+@pytest.mark.parametrize('weight, said', [(None, True), (1000., False), (5., False)])
+def test_a_published_weight_other_than_one_is_said_where_one_is_used(
+        weight: Optional[float],
+        said: bool,
+        caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        create_distill_task(create_model(), create_model('test_convnext'), kd='at', input_size=SIZE,
+                            kd_weight=None if weight is None else {'at': weight})
+    assert ('weight of at in the published code is 1000' in caplog.text) == said
+
+
 def test_verified_merge_is_logged_with_its_difference(caplog: pytest.LogCaptureFixture) -> None:
     task = create_task()
     task.verbose = True

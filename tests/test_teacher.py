@@ -14,7 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from timm_distill import Teacher, UsageError, create_teacher
+from timm_distill import Teacher, UsageError, create_distill_task, create_teacher
+from timm_distill.batch_norms import is_batch_norm
+from timm_distill.fusing import settle_batch_norms
+from timm_distill.taps import Features
+from timm_distill.teacher import hash_weights
 
 SIZE = (3, 32, 32)
 OUTPUTS = frozenset({'logits', 'feature', 'pre_logits'})
@@ -33,6 +37,13 @@ class PlantsFile:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (self.path,)
+
+
+class ViewsAsVectors(nn.Module):
+    """Runs on maps in contiguous order alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(x.shape[0], -1).view(x.shape)
 
 
 def create_model(name: str = 'test_resnet', seed: int = 0, **kwargs: Any) -> nn.Module:
@@ -89,19 +100,23 @@ def test_model_that_comes_in_training_mode_is_frozen() -> None:
     assert not any(t.requires_grad for t in (features.logits, features.feature, features.pre_logits))
 
 
-def test_building_a_teacher_leaves_random_state_and_tensors_untouched() -> None:
-    model = create_model()
+def test_building_a_teacher_leaves_the_model_and_the_random_state_untouched() -> None:
+    model = create_model().train()
     before, random_state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    Teacher(model, SIZE)
+    modules = [type(module) for module in model.modules()]
+    Teacher(model, SIZE, dtype=torch.bfloat16)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert_same_tensors(model, before)
+    assert [type(module) for module in model.modules()] == modules
+    assert all(module.training for module in model.modules()) and all(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize('name,kwargs', ARCHITECTURES, ids=[a[0] for a in ARCHITECTURES])
 def test_one_forward_gives_logits_feature_and_pre_logits(name: str, kwargs: Dict[str, Any]) -> None:
     model = create_model(name, **kwargs).eval()
     teacher = Teacher(model, SIZE, **own_normalisation(model))
-    calls = []
+    model, calls = teacher.model, []
     model.forward_features = lambda *a, run=model.forward_features, **k: calls.append(1) or run(*a, **k)
     x = torch.randn(2, *SIZE)
     features = teacher(x, OUTPUTS)
@@ -197,20 +212,20 @@ def test_weights_come_from_every_kind_of_file_with_their_own_class_count(
     write(model, path)
     teacher = create_teacher('test_resnet', SIZE, num_classes=5, checkpoint=str(path))
     assert teacher.num_classes == 7
-    assert_same_tensors(teacher.model, model.state_dict())
+    assert teacher.digest == hash_weights(model)
 
 
 def test_training_checkpoint_without_ema_gives_its_weights(tmp_path: Path) -> None:
     model = create_model(seed=1)
     torch.save({'epoch': 3, 'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
     teacher = create_teacher('test_resnet', SIZE, 5, checkpoint=str(tmp_path / 'last.pth.tar'))
-    assert_same_tensors(teacher.model, model.state_dict())
+    assert teacher.digest == hash_weights(model)
 
 
 def test_weights_come_from_a_local_folder(tmp_path: Path) -> None:
     timm.models.save_for_hf(model := create_model(seed=1), tmp_path, safe_serialization=True)
     teacher = create_teacher(f'local-dir:{tmp_path}', SIZE, 5)
-    assert_same_tensors(teacher.model, model.state_dict())
+    assert teacher.digest == hash_weights(model)
 
 
 def test_wrong_architecture_says_what_does_not_fit(tmp_path: Path) -> None:
@@ -309,5 +324,147 @@ def test_unknown_argument_of_the_model_is_a_usage_error() -> None:
 
 def test_dtype_holds_for_weights_and_normalisation() -> None:
     teacher = create_teacher('test_resnet', SIZE, 5, pretrained=False, dtype=torch.bfloat16)
-    assert {t.dtype for t in [*teacher.parameters(), teacher.input_scale]} == {torch.bfloat16}
+    assert {t.dtype for t in teacher.parameters()} == {torch.bfloat16}
     assert torch.isfinite(teacher(torch.randn(2, *SIZE, dtype=torch.bfloat16)).logits).all()
+
+
+# The teacher at its cheapest
+
+def create_settled_model(name: str = 'test_resnet') -> nn.Module:
+    """Return a model whose batch norms do something."""
+    model = create_model(name).eval()
+    with torch.no_grad():
+        settle_batch_norms(model, torch.randn(4, *SIZE))
+    return model
+
+
+def first_convolution(teacher: Teacher) -> torch.Tensor:
+    return next(p for p in teacher.parameters() if p.ndim == 4 and p.shape[2] == 3)
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet', 'test_byobnet'])
+def test_folded_teacher_gives_what_the_model_gives(name: str) -> None:
+    model, x = create_settled_model(name), torch.randn(2, *SIZE)
+    folded, plain = Teacher(model, SIZE), Teacher(model, SIZE, fuse=False)
+    assert folded.fused.fused == folded.fused.norms == sum(map(is_batch_norm, plain.model.modules())) > 0
+    assert not any(map(is_batch_norm, folded.model.modules()))
+    outputs = OUTPUTS | {'stages'}
+    for actual, expected in zip(folded(x, outputs).tensors(), plain(x, outputs).tensors(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_how_much_was_folded_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        Teacher(create_settled_model(), SIZE)
+    assert [r.message for r in caplog.records if 'folded' in r.message][0].startswith('Teacher: 15 of 15 batch norms')
+
+
+def test_digest_is_that_of_the_weights_as_they_came(tmp_path: Path) -> None:
+    model = save_random_teacher(tmp_path / 'teacher.safetensors')
+    teachers = [create_teacher('test_resnet', SIZE, 5, checkpoint=str(tmp_path / 'teacher.safetensors'), dtype=dtype)
+                for dtype in (None, torch.bfloat16)]
+    assert {teacher.digest for teacher in teachers} == {hash_weights(model)}
+    assert hash_weights(teachers[0].model) != hash_weights(model) != hash_weights(create_model(seed=2))
+
+
+def test_convolutions_are_channels_last_on_the_cpu_and_as_told() -> None:
+    model, x = create_settled_model(), torch.randn(2, *SIZE)
+    teachers = [Teacher(model, SIZE, channels_last=channels_last) for channels_last in (None, True, False)]
+    orders = [first_convolution(teacher).is_contiguous(memory_format=torch.channels_last) for teacher in teachers]
+    assert orders == [True, True, False]
+    torch.testing.assert_close(teachers[0](x).logits, teachers[2](x).logits)
+
+
+def test_model_that_needs_another_memory_order_keeps_it() -> None:
+    model = create_settled_model()
+    model.layer1 = nn.Sequential(model.layer1, ViewsAsVectors())
+    teacher, x = Teacher(model, SIZE), torch.randn(2, *SIZE)
+    assert not first_convolution(teacher).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(teacher(x).logits, Teacher(model, SIZE, fuse=False)(x).logits)
+
+
+def test_memory_format_of_the_task_reaches_the_teacher() -> None:
+    task = create_distill_task('test_resnet', Teacher(create_model(), SIZE, channels_last=False), kd='kd',
+                               num_classes=5, input_size=SIZE, verbose=False)
+    weight = first_convolution(task.teacher)
+    assert not weight.is_contiguous(memory_format=torch.channels_last)
+    task.to(memory_format=torch.channels_last)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('kd', ['kd', 'norm', 'norm+kd'])
+@pytest.mark.parametrize('teacher_dtype', [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize('run', ['float32', 'bfloat16', 'autocast'])
+def test_teacher_of_another_precision_trains_a_student(kd: str, teacher_dtype: torch.dtype, run: str) -> None:
+    def _loss(teacher_dtype: Any, dtype: Any, autocast: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        task = create_distill_task(
+            'test_efficientnet', create_settled_model(), kd=kd, num_classes=5, input_size=SIZE, dtype=dtype,
+            teacher_dtype=teacher_dtype, verbose=False).train()
+        images = torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(1)).to(dtype)
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            result = task(images, torch.arange(4))
+        result['loss'].backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in task.get_trainable_module().parameters())
+        return result['loss'].detach().float()
+
+    dtype = torch.bfloat16 if run == 'bfloat16' else torch.float32
+    actual = _loss(teacher_dtype, dtype, run == 'autocast')
+    torch.testing.assert_close(actual, _loss(None, torch.float32, False), rtol=0.05, atol=0.05)
+
+
+def test_features_have_the_dtype_of_the_images_outside_autocast() -> None:
+    x = torch.randn(2, *SIZE)
+    teacher = Teacher(create_settled_model(), SIZE, dtype=torch.bfloat16, autocast=False)
+    assert {t.dtype for t in teacher(x, OUTPUTS | {'stages'}).tensors()} == {torch.float32}
+    assert {t.dtype for t in teacher(x.bfloat16(), OUTPUTS).tensors()} == {torch.bfloat16}
+
+
+def test_own_precision_is_not_cast_again_by_autocast() -> None:
+    model, x = create_settled_model(), torch.randn(2, *SIZE)
+    own, of_the_run = Teacher(model, SIZE, dtype=torch.float32, autocast=False), Teacher(model, SIZE)
+    expected = own(x).logits
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(own(x).logits, expected)
+        assert of_the_run(x).logits.dtype == torch.bfloat16
+
+
+def test_images_are_normalised_before_they_are_rounded() -> None:
+    teacher = Teacher(create_model(), SIZE, dtype=torch.bfloat16)
+    x = torch.randn(2, *SIZE)
+    assert teacher.renormalize
+    expected = (x * teacher.input_scale + teacher.input_shift).bfloat16()
+    assert teacher.input_scale.dtype == torch.float32 and torch.equal(teacher.prepare(x), expected)
+
+
+def test_nothing_is_kept_that_was_not_asked_for() -> None:
+    teacher = Teacher(create_model(), SIZE)
+    features = teacher(torch.randn(2, *SIZE), frozenset({'logits'}))
+    assert len(features.tensors()) == 1 and features.tensors()[0] is features.logits
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
+
+
+def test_waiting_for_a_teacher_without_a_stream_does_nothing() -> None:
+    features = Features(logits=torch.zeros(1))
+    features.wait()
+    assert features.ready is None
+
+
+def test_own_stream_without_cuda_is_said_to_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(2, *SIZE)
+    teacher = Teacher(create_model(), SIZE, own_stream=True)
+    assert '--teacher-stream has no effect' in caplog.text
+    assert torch.equal(teacher.start(x).logits, teacher(x).logits)
+
+
+@pytest.mark.gpu
+def test_teacher_in_its_own_stream_gives_the_same_losses() -> None:
+    def _losses(teacher_stream: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        task = create_distill_task(
+            'test_efficientnet', create_settled_model(), kd='norm+kd', num_classes=5, input_size=SIZE, device='cuda',
+            teacher_stream=teacher_stream, verbose=False).train()
+        images = torch.randn(8, 64, *SIZE, generator=torch.Generator().manual_seed(1)).cuda()
+        return torch.stack([task(x.clone(), torch.arange(64, device='cuda') % 5)['loss'].detach() for x in images])
+
+    torch.testing.assert_close(_losses(True), _losses(False), rtol=1e-3, atol=1e-4)

@@ -1,5 +1,6 @@
 """timm_distill: distil any timm model into any other and get a plain timm checkpoint."""
 from .adapters import create_adapter, list_adapters
+from .class_means import compute_class_means
 from .errors import MergeError, UsageError
 from .methods import create_method, list_methods
 from .pair import PairReport, check_pair
@@ -15,6 +16,7 @@ __all__ = [
     'Teacher',
     'UsageError',
     'check_pair',
+    'compute_class_means',
     'create_adapter',
     'create_distill_task',
     'create_method',

@@ -53,12 +53,16 @@ def create_composition(
         _check_method(f'--kd-kwargs {method}.{option}', method, options, kd)
         options[method][option] = value
     methods = {name: create_method(name, **options[name]) for name in options}
-    task_loss_weight, weights = _resolve_weights(default_weights, kd_weight, task_loss_weight, distill_loss_weight)
+    presets = [preset for name, preset in presets_by_name().items() if name in parse_kd(kd)]
+    resolved, weights = _resolve_weights(default_weights, kd_weight, task_loss_weight, distill_loss_weight)
+    if task_loss_weight is None:
+        resolved = next((p.task_loss_weight for p in presets if p.task_loss_weight is not None), resolved)
     schedules: Dict[str, Callable[[int], float]] = {name: method.weight for name, method in methods.items()}
-    for name, spec in (kd_schedule or {}).items():
+    specs = {name: spec for preset in presets for name, spec in preset.schedules.items()}
+    for name, spec in {**specs, **(kd_schedule or {})}.items():
         _check_method(f'--kd-schedule {name}', name, options, kd)
         schedules[name] = create_weight_schedule(spec, methods[name].schedules, f'--kd-schedule {name}', num_epochs)
-    return Composition(methods, weights, schedules, task_loss_weight)
+    return Composition(methods, weights, schedules, resolved)
 
 
 def parse_kd(kd: str) -> List[str]:

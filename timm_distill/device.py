@@ -67,10 +67,15 @@ def enable_fast_math() -> None:
 
 def resolve_precision(device: torch.device, amp: bool, amp_dtype: str, model_dtype: Optional[str]) -> Precision:
     """Resolve `--amp`, `--amp-dtype` and `--model-dtype`."""
-    dtype = getattr(torch, model_dtype) if model_dtype else None
+    dtype = resolve_dtype(model_dtype)
     if not amp:
         return Precision(dtype, nullcontext, None)
     autocast_dtype = getattr(torch, amp_dtype)
     # only float16 gradients underflow, and only CUDA computes in float16
     scaler = NativeScaler(device=device.type) if device.type == 'cuda' and autocast_dtype == torch.float16 else None
     return Precision(dtype, partial(torch.autocast, device_type=device.type, dtype=autocast_dtype), scaler)
+
+
+def resolve_dtype(name: Optional[str]) -> Optional[torch.dtype]:
+    """Return the dtype of a flag such as `--model-dtype`, None where it is not given."""
+    return getattr(torch, name) if name else None

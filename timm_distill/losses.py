@@ -7,10 +7,7 @@ from typing import Tuple
 import torch
 import torch.nn.functional as F
 
-
-def to_full_precision(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` in float32, or as it is when it is float32 or float64."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+from .precision import in_full_precision, to_full_precision
 
 
 def kl_divergence(
@@ -92,3 +89,27 @@ def pool_to_grid(x: torch.Tensor, grid: Tuple[int, int], pool: str = 'avg') -> t
     if (x.shape[-2] // kernel[0], x.shape[-1] // kernel[1]) == grid:
         return F.max_pool2d(x, kernel)
     return F.adaptive_max_pool2d(x, grid)
+
+
+def l2_normalize(x: torch.Tensor, dim: int = -1, eps: float = 1e-12) -> torch.Tensor:
+    """Scale to unit length along `dim`; what is shorter than `eps` becomes zero, with zero gradient."""
+    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    short = norm <= eps
+    return x.masked_fill(short, 0.) / norm.masked_fill(short, 1.)
+
+
+@in_full_precision
+def squared_norm_of_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Squared Frobenius norm of x y^T, from the smaller of that matrix and the two Gram matrices x^T x and y^T y.
+
+    Args:
+        x: [..., M, R].
+        y: [..., N, R].
+
+    Returns:
+        [...].
+    """
+    (m, rank), n = x.shape[-2:], y.shape[-2]
+    if rank * (m + n) < m * n:
+        return ((x.mT @ x) * (y.mT @ y)).sum((-2, -1))
+    return (x @ y.mT).square().sum((-2, -1))

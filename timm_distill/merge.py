@@ -12,7 +12,7 @@ from timm.layers import SplitBatchNorm2d
 from torch.func import functional_call
 
 from .folding import fold_affine
-from .moments import full_float32
+from .precision import full_float32
 from .probing import evaluation_mode
 from .taps import StudentTap
 

@@ -5,7 +5,6 @@ is e = A x + k, where A = diag(a) W1 and a depends on the batch only through Cov
 it needs Cov[x] and Cov[t, x] alone; the contraction needs W2 A, a matrix of Cs x Cs. Pure functions of tensors; the
 backward passes are written by hand so that both keep only what is alive anyway and work on a few rows at a time.
 """
-from contextlib import contextmanager
 from typing import Any, Iterator, NamedTuple, Optional, Tuple
 
 import torch
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
+
+from .precision import full_float32
 
 _PART_SIZE = 2 ** 20  # numbers worked on at a time: large enough for fast products, small enough for caches
 
@@ -65,17 +66,6 @@ def share_moments(moments: Moments, num_positions: int, group: Any = None) -> Tu
     shift = moments.mean - mean
     cov = all_reduce(share * (moments.cov + torch.outer(shift, shift)), group=group)
     return Moments(mean, cov, moments.cross), int(count.item())
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """Compute CUDA products of float32 in float32: TF32 would lose the loss to cancellation."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
 def _products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -148,6 +148,8 @@ def _measure(task: DistillTask, teacher: str, student: str, kd: str, batch_size:
     if task.needs_indices:
         target = torch.stack([target, torch.arange(batch_size, device=task.device)], 1)
     module.train()
+    if task.class_means_shape is not None:
+        task.set_class_means(torch.randn(task.class_means_shape))
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
     memory = _step_memory(task, images, target)
     seconds = _time(lambda: _step(task, optimizer, images, target), task.device)

@@ -100,6 +100,24 @@ def call_head(head: Head, tensors: Mapping[str, torch.Tensor], feature: RawFeatu
     return functional_call(head, {f'model.{name}': value for name, value in tensors.items()}, (feature,))
 
 
+def classifier_parameters(model: nn.Module) -> List[nn.Parameter]:
+    """Return the parameters of a model's classifier or classifiers; none where it does not name them."""
+    classifier = getattr(model, 'get_classifier', lambda: ())()
+    heads = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
+    return [p for head in heads if isinstance(head, nn.Module) for p in head.parameters()]
+
+
+def output_error(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Return the largest difference relative to each tensor's spread; nan and other shapes are infinite."""
+    error = 0.
+    for a, e in zip(actual, expected, strict=True):
+        if a.shape != e.shape:
+            return float('inf')
+        difference = ((a - e).abs().max() / (e - e.mean()).abs().max().clamp(min=1e-300)).item()
+        error = max(error, difference if difference == difference else float('inf'))
+    return error
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Run without gradients and with every module in eval mode; restore each module's own mode."""

@@ -88,7 +88,7 @@ class FeatureReader:
         self.split = has_head(model) and not whole
         self.layout: Optional[FeatureLayout] = None
         self.stages: Tuple[Stage, ...] = ()
-        self.classifier = ''
+        self.classifiers: Tuple[str, ...] = ()
         self.spec: Optional[FeatureSpec] = None
         if 'token_logits' in outputs:
             _enable_token_head(model)
@@ -102,8 +102,9 @@ class FeatureReader:
         return self.outputs == {'logits'}
 
     def _read_structure(self, model: nn.Module, images: torch.Tensor, input_size: Sequence[int]) -> None:
-        self.classifier = _classifier_name(model, images)
-        model.get_submodule(self.classifier).register_forward_pre_hook(_capture_input)
+        self.classifiers = _classifier_names(model, images)
+        for name in self.classifiers:
+            model.get_submodule(name).register_forward_pre_hook(_capture_input)
         if self.split:
             self.layout = resolve_feature_layout(model, input_size)
             stages = resolve_stages(model, input_size)
@@ -149,18 +150,24 @@ class FeatureReader:
         features.stages = features.stages or (features.feature,)
 
     def run_head(self, model: nn.Module, raw: RawFeature, features: Features) -> None:
-        """Run the head, or the model that is not split, and note logits and pre-logits."""
-        if not self.classifier:
+        """Run the head, or the model that is not split, and note logits and pre-logits.
+
+        Pre-logits of several classifiers (class and distillation token) are averaged, as timm does.
+        """
+        if not self.classifiers:
             self.note_logits(features, self._head(model, raw))
             return
-        classifier = model.get_submodule(self.classifier)
-        captured: List[torch.Tensor] = []
-        classifier.__dict__['_captured_inputs'] = captured
+        classifiers = [model.get_submodule(name) for name in self.classifiers]
+        captured: List[List[torch.Tensor]] = [[] for _ in classifiers]
         try:
+            for classifier, inputs in zip(classifiers, captured):
+                classifier.__dict__['_captured_inputs'] = inputs
             self.note_logits(features, self._head(model, raw))
         finally:
-            del classifier.__dict__['_captured_inputs']  # nothing of a batch stays behind: the module is copied
-        self.note_pre_logits(features, captured[-1])
+            for classifier in classifiers:
+                del classifier.__dict__['_captured_inputs']  # nothing of a batch stays behind: the module is copied
+        inputs = [each[-1] for each in captured]
+        self.note_pre_logits(features, inputs[0] if len(inputs) == 1 else torch.stack(inputs).mean(0))
 
     def _head(self, model: nn.Module, raw: RawFeature) -> Any:
         return model.forward_head(raw) if self.split else model(raw)
@@ -186,20 +193,21 @@ def _capture_input(module: nn.Module, args: Tuple[torch.Tensor, ...]) -> None:
         captured.append(args[0])
 
 
-def _classifier_name(model: nn.Module, images: torch.Tensor) -> str:
-    """Return the name of the module that gives the logits; of the first, where there are several.
+def _classifier_names(model: nn.Module, images: torch.Tensor) -> Tuple[str, ...]:
+    """Return the names of the modules that give the logits: several only where these read features of one width.
 
     Raises:
         UsageError: If there is none.
     """
     classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
-    if isinstance(classifier, (tuple, list)):
-        classifier = classifier[0]
-    if not isinstance(classifier, nn.Module) or isinstance(classifier, nn.ModuleList):
-        classifier = last_linear(model, images)
-    for name, module in model.named_modules():
-        if module is classifier:
-            return name
+    heads = list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
+    if not all(isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList) for head in heads):
+        heads = [last_linear(model, images)]
+    if len({getattr(head, 'in_features', None) for head in heads}) > 1:
+        heads = heads[:1]
+    names = tuple(name for name, module in model.named_modules() if any(module is head for head in heads))
+    if names:
+        return names
     raise UsageError(f'The student {type(model).__name__} has no classifier whose input could be read: choose another '
                      '--student, or a --kd method that reads logits alone (--list-kd).')
 

@@ -81,6 +81,7 @@ class AdaptedStudent(nn.Module):
         if teacher is None or target is None:
             return features.logits  # type: ignore[return-value]
         logits = features.logits
+        teacher.wait()
         features.logits, teacher.logits = self.transform_logits(logits), self.transform_logits(teacher.logits)
         if teacher.head is not None:
             head = teacher.head
@@ -107,6 +108,8 @@ class AdaptedStudent(nn.Module):
             teacher: Optional[Features],
     ) -> Features:
         linear: AdaptedLinear = self.student.get_submodule(tap.inside)  # type: ignore[assignment]
+        if teacher is not None:
+            teacher.wait()
         linear.match_with(None if teacher is None else teacher.tap)
         features, raw = reader.run_trunk(self.student, images)
         reader.read_feature(features, raw, self.student)
@@ -133,7 +136,10 @@ class AdaptedStudent(nn.Module):
         """Run the adapters on the feature at the tap and note their losses."""
         if self.tap is None:
             return feature
-        target = None if teacher is None else teacher.tap
+        target = None
+        if teacher is not None:
+            teacher.wait()
+            target = teacher.tap
         adapted = [
             adapter(site.layout.to_positions(tensor), None if target is None else Match(target, site.layout.to_map))
             for adapter, site, tensor in zip(self.adapters, self.tap.sites, self.tap.read(feature))

@@ -52,6 +52,7 @@ class Features:
         token_logits: Logits of the distillation token, [B, K] (students with one only).
         head: The teacher's frozen head, from a map [B, Ct, H, W] or vector [B, D, 1, 1] to logits (teacher only).
         indices: Indices of the batch's samples in the training set, [B] (teacher only).
+        ready: What a CUDA stream other than the one that computes them has to wait for (teacher only).
     """
     logits: Optional[torch.Tensor] = None
     feature: Optional[torch.Tensor] = None
@@ -62,6 +63,31 @@ class Features:
     token_logits: Optional[torch.Tensor] = None
     head: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
     indices: Optional[torch.Tensor] = None
+    ready: Optional[torch.cuda.Event] = None
+
+    def tensors(self) -> List[torch.Tensor]:
+        """Return what the model gave: logits, feature, pre-logits and stages, as far as they were asked for."""
+        return [x for x in (self.logits, self.feature, self.pre_logits, *self.stages) if x is not None]
+
+    def to(self, dtype: torch.dtype) -> 'Features':
+        """Convert what the model gave, in place."""
+        self.logits, self.feature, self.pre_logits = (
+            None if x is None else x.to(dtype) for x in (self.logits, self.feature, self.pre_logits))
+        self.stages = tuple(x.to(dtype) for x in self.stages)
+        return self
+
+    def wait(self) -> None:
+        """Let the current CUDA stream wait until the features are there."""
+        if self.ready is not None:
+            self._join(self.ready)
+            self.ready = None
+
+    @torch.compiler.disable
+    def _join(self, ready: torch.cuda.Event) -> None:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(ready)
+        for tensor in self.tensors():
+            tensor.record_stream(stream)
 
 
 @dataclass(frozen=True)
@@ -236,9 +262,11 @@ class Stage:
     Attributes:
         index: Its index for `forward_intermediates`.
         shape: Shape of the map for one image, (C, H, W).
+        nonnegative: Whether it was measured to hold no negative number, as behind a ReLU.
     """
     index: int
     shape: Tuple[int, int, int]
+    nonnegative: bool = False
 
 
 def resolve_stages(model: nn.Module, input_size: Sequence[int]) -> Tuple[Stage, ...]:
@@ -255,8 +283,8 @@ def resolve_stages(model: nn.Module, input_size: Sequence[int]) -> Tuple[Stage, 
         except CANNOT_RUN as e:
             _logger.debug(f'{type(model).__name__} gives no intermediate features: {e}')
             return ()
-    stages = [Stage(index, tuple(feature.shape[1:])) for index, feature in enumerate(maps)  # type: ignore[arg-type]
-              if isinstance(feature, torch.Tensor) and feature.ndim == 4]
+    stages = [Stage(index, tuple(feature.shape[1:]), bool((feature >= 0).all()))  # type: ignore[arg-type]
+              for index, feature in enumerate(maps) if isinstance(feature, torch.Tensor) and feature.ndim == 4]
     deepest = {stage.shape[1:]: stage for stage in stages}
     if len(deepest) == 1:
         quarters = {len(stages) * (i + 1) // 4 - 1 for i in range(4)} - {-1}
@@ -314,13 +342,6 @@ def classifier_linear(model: nn.Module) -> Optional[nn.Module]:
         if len(linears) == 1:
             return linears[0]
     return None
-
-
-def classifier_parameters(model: nn.Module) -> List[nn.Parameter]:
-    """Return the parameters of a model's classifier or classifiers; none where it does not name them."""
-    classifier = getattr(model, 'get_classifier', lambda: ())()
-    heads = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
-    return [p for head in heads if isinstance(head, nn.Module) for p in head.parameters()]
 
 
 def _measure_point(student: nn.Module, input_size: Sequence[int], point: str) -> StudentTap:

@@ -15,11 +15,11 @@ from .composition import Composition, create_composition
 from .errors import MergeError, UsageError
 from .merge import MERGE_TOLERANCE
 from .methods import DistillMethod
-from .probing import random_images, runnable_size
+from .probing import classifier_parameters, random_images, runnable_size
 from .reading import FeatureReader, FeatureSpec, PairSpec
 from .schedules import ScheduleSpec
 from .student import AdaptedStudent
-from .taps import Features, Stage, StudentTap, classifier_parameters, resolve_student_tap
+from .taps import Features, Stage, StudentTap, resolve_student_tap
 from .teacher import Teacher, create_teacher
 
 _logger = logging.getLogger(__name__)
@@ -103,11 +103,13 @@ class DistillTask(TrainingTask):
             'loss' (weighted sum), 'output' (logits, [B, K]) and, with methods, 'task_loss' and their unweighted terms.
         """
         if self._probe is None and isinstance(input, torch.Tensor):  # patch sequences come as a dict
+            for method in self.module.methods.values():
+                method.check_ready()
             self._probe = input[:_PROBE_IMAGES].detach().clone()
         if self.teacher is None:
             logits = self.trainable_module(input)
             return {'loss': self.criterion(logits, target), 'output': logits}
-        teacher = self.teacher_features(input)
+        teacher = self.teacher_features(input, wait=False)
         if self.needs_indices:
             target, teacher.indices = _split_indices(target)
         logits, task_logits, terms = self.trainable_module(input, teacher, target)
@@ -133,10 +135,12 @@ class DistillTask(TrainingTask):
             terms[name[:-len('_loss')]] = self._term_weights[method] * result[name]
         return terms
 
-    def teacher_features(self, input: torch.Tensor) -> Features:
+    def teacher_features(self, input: torch.Tensor, wait: bool = True) -> Features:
         """Run the teacher on a batch normalised for the student, [B, C, H, W], for all that the methods read."""
         assert self.teacher is not None
-        features = self.teacher(input, self._teacher_outputs)
+        own_stream = getattr(self.teacher, 'own_stream', False)  # a teacher may be any module
+        run = self.teacher if wait or not own_stream else self.teacher.start
+        features = run(input, self._teacher_outputs)
         features.tap = features.feature
         tap = self.module.tap
         if tap is not None and tap.point == 'pre_logits' and features.pre_logits is not None:
@@ -146,6 +150,24 @@ class DistillTask(TrainingTask):
         if 'head' in self._teacher_outputs:
             features.head = self.teacher.run_head
         return features
+
+    @property
+    def class_means_shape(self) -> Optional[Tuple[int, int]]:
+        """The student's classes and the width of the teacher's pre-logits, (K, D); None where no method needs means."""
+        if not any(method.needs_class_means for method in self.module.methods.values()):
+            return None
+        assert self.teacher is not None
+        return int(getattr(self.module.student, 'num_classes', 0)), self.teacher.pre_logits_channels
+
+    def set_class_means(self, means: torch.Tensor) -> None:
+        """Give the methods that need them the teacher's mean pre-logits of every class, [K, D].
+
+        Raises:
+            UsageError: If the shape is another, or a value is not finite.
+        """
+        for method in self.module.methods.values():
+            if method.needs_class_means:
+                method.set_class_means(means)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
         """Return the parameters to clip; `exclude_head` leaves out the student's classifier (for AGC)."""
@@ -303,12 +325,15 @@ def create_distill_task(
         num_samples: Optional[int] = None,
         sample_labels: Optional[torch.Tensor] = None,
         input_size: Optional[Sequence[int]] = None,
+        class_means: Optional[torch.Tensor] = None,
         mean: Optional[Sequence[float]] = None,
         std: Optional[Sequence[float]] = None,
         student_kwargs: Optional[Dict[str, Any]] = None,
         teacher_checkpoint: Optional[str] = None,
         teacher_pretrained: bool = True,
         teacher_kwargs: Optional[Dict[str, Any]] = None,
+        teacher_dtype: Optional[torch.dtype] = None,
+        teacher_stream: bool = False,
         device: Union[str, torch.device, None] = None,
         dtype: Optional[torch.dtype] = None,
         verbose: bool = True,
@@ -334,12 +359,16 @@ def create_distill_task(
             by default.
         sample_labels: Label of every image of the training set by index, [N], for methods that choose among them.
         input_size: (channels, height, width) that the student is fed; its own default otherwise.
+        class_means: The teacher's mean pre-logits of every class, [K, D], for methods that need them; may be given to
+            `task.set_class_means` later.
         mean: Normalisation of the input, per channel; the student's default otherwise.
         std: Likewise.
         student_kwargs: More arguments of `timm.create_model` for the student.
         teacher_checkpoint: Weights of a teacher that is built by name.
         teacher_pretrained: Load timm's pretrained weights for it otherwise.
         teacher_kwargs: More arguments of `timm.create_model` for the teacher.
+        teacher_dtype: Precision that the teacher computes in; that of the run, autocast included, by default.
+        teacher_stream: Run the teacher in a CUDA stream of its own, beside the student's forward.
         device: Device of everything.
         dtype: Dtype of everything.
         verbose: Log what was built.
@@ -359,8 +388,8 @@ def create_distill_task(
         teacher_model = _resolve_teacher(
             teacher, input_size, int(getattr(model, 'num_classes', 0)),
             mean or config.get('mean', IMAGENET_DEFAULT_MEAN), std or config.get('std', IMAGENET_DEFAULT_STD),
-            checkpoint=teacher_checkpoint, pretrained=teacher_pretrained, model_kwargs=teacher_kwargs,
-            device=device, dtype=dtype, verbose=verbose)
+            checkpoint=teacher_checkpoint, pretrained=teacher_pretrained, model_kwargs=teacher_kwargs, verbose=verbose,
+            device=device, dtype=teacher_dtype or dtype, autocast=teacher_dtype is None, own_stream=teacher_stream)
         _check_class_counts(model, teacher_model, methods)
     module = _adapt_student(model, teacher_model, methods, input_size, kd_tap, verbose)
     if teacher_model is not None:
@@ -368,8 +397,11 @@ def create_distill_task(
     if verbose and methods:
         _log_composition(kd, composition)
     criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
-    return DistillTask(module.to(device=device, dtype=dtype), teacher_model, criterion, composition.weights,
+    task = DistillTask(module.to(device=device, dtype=dtype), teacher_model, criterion, composition.weights,
                        composition.task_loss_weight, input_size, composition.schedules, device, dtype, verbose)
+    if class_means is not None:
+        task.set_class_means(class_means)
+    return task
 
 
 def merge_student(task: DistillTask, ema: bool = False) -> nn.Module:
@@ -398,8 +430,10 @@ def _resolve_teacher(
         num_classes: int,
         mean: Sequence[float],
         std: Sequence[float],
-        device: torch.device,
-        dtype: Optional[torch.dtype],
+        checkpoint: Optional[str],
+        pretrained: bool,
+        model_kwargs: Optional[Dict[str, Any]],
+        verbose: bool,
         **kwargs: Any,
 ) -> Teacher:
     if teacher is None:
@@ -407,9 +441,9 @@ def _resolve_teacher(
     if isinstance(teacher, Teacher):
         return teacher
     if isinstance(teacher, nn.Module):
-        return Teacher(teacher.to(device=device, dtype=dtype), input_size, mean, std)
-    return create_teacher(teacher, input_size, num_classes, student_mean=mean, student_std=std,
-                          device=device, dtype=dtype, **kwargs)
+        return Teacher(teacher, input_size, mean, std, **kwargs)
+    return create_teacher(teacher, input_size, num_classes, checkpoint, pretrained, model_kwargs, mean, std,
+                          verbose=verbose, **kwargs)
 
 
 def _check_class_counts(student: nn.Module, teacher: Teacher, methods: Mapping[str, DistillMethod]) -> None:
@@ -482,6 +516,10 @@ def _log_adapters(tap: StudentTap, adapters: Sequence[Adapter]) -> None:
 def _log_composition(kd: str, composition: Composition) -> None:
     weights = ', '.join(f'{name}_weight={weight:g}' for name, weight in composition.weights.items())
     _logger.info(f'Distillation: kd={kd}, task_loss_weight={composition.task_loss_weight:g}, {weights}')
+    for name, method in composition.methods.items():
+        if composition.weights[name] == 1 != method.published_weight:
+            _logger.info(f'The weight of {name} in the published code is {method.published_weight:g}, not 1 '
+                         f'(--kd-weight {name}={method.published_weight:g}).')
 
 
 def _build_methods(

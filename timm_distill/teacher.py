@@ -2,21 +2,21 @@
 
 A teacher keeps the class count of its weights; nothing of it is ever re-initialised silently.
 """
-import difflib
+import copy
+import hashlib
 import logging
-import os
-from typing import AbstractSet, Any, Dict, List, Optional, Sequence, Tuple, Union
+from contextlib import nullcontext
+from typing import AbstractSet, Any, ContextManager, Dict, List, Optional, Sequence, Tuple, Union
 
-import timm
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import load_state_dict
 
 from .errors import UsageError
+from .fusing import FuseReport, fuse_batch_norms
 from .heads import HeadInput, find_head_input
 from .layouts import FeatureLayout
-from .probing import evaluation_mode, random_images, resize_images, runnable_size
+from .probing import CANNOT_RUN, evaluation_mode, random_images, resize_images, runnable_size
 from .taps import (
     Features,
     Stage,
@@ -30,23 +30,36 @@ from .taps import (
     resolve_stages,
     stages_share_trunk,
 )
+from .teacher_weights import load_teacher_model
 
 _logger = logging.getLogger(__name__)
 
 TEACHER_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages'})
-_HUB_PREFIXES = ('hf-hub:', 'hf_hub:', 'local-dir:')
 
 
 class Teacher(nn.Module):
     """A frozen timm model that gives everything the methods ask for in one forward.
 
-    Stays in eval mode whatever `train()` is called on, and its parameters require no gradient.
+    Stays in eval mode whatever `train()` is called on, and its parameters require no gradient. Batch norms are folded
+    into the layers before them, as far as that is measured to change nothing.
 
     Args:
         model: timm model, with its weights.
         input_size: What the student is fed, (channels, height, width).
         student_mean: Normalisation of the student's input, per channel.
         student_std: Likewise.
+        device: Where the teacher lives, the model's device by default.
+        dtype: Its precision, the model's by default. Folding comes before rounding to it.
+        autocast: Let the run's autocast hold for the teacher too; else it computes in its own precision.
+        fuse: Fold batch norms.
+        channels_last: Memory order of the convolutions' weights, which their outputs follow. By default channels_last
+            on the CPU, where it is faster whatever order the images have, and as it comes elsewhere.
+        own_stream: On CUDA, run in a stream of its own; see `start`.
+        copy_model: Keep a copy, so that `model` stays as it is; else it is frozen and changed.
+
+    Attributes:
+        fused: Which batch norms were folded.
+        digest: SHA-256 of the weights as they came, before folding and rounding.
 
     Raises:
         UsageError: If the model runs neither at the student's input size nor at its own.
@@ -61,18 +74,35 @@ class Teacher(nn.Module):
             input_size: Sequence[int],
             student_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
             student_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+            device: Union[str, torch.device, None] = None,
+            dtype: Optional[torch.dtype] = None,
+            autocast: bool = True,
+            fuse: bool = True,
+            channels_last: Optional[bool] = None,
+            own_stream: bool = False,
+            copy_model: bool = True,
     ):
         super().__init__()
-        self.model = model.requires_grad_(False)
+        self.model = (copy.deepcopy(model) if copy_model else model).to(device=device).requires_grad_(False)
         self.eval()
+        self.digest = hash_weights(self.model)
         self.resize_to = self._resolve_size(input_size)
         own_input = (input_size[0], *(self.resize_to or input_size[1:]))
         self._read_structure(own_input)
-        scale, shift = _renormalize(model, input_size[0], student_mean, student_std)
-        self.renormalize = bool((scale != 1).any() or (shift != 0).any())
-        weight = next(model.parameters())
-        self.register_buffer('input_scale', scale.to(weight.device, weight.dtype), persistent=False)
-        self.register_buffer('input_shift', shift.to(weight.device, weight.dtype), persistent=False)
+        self.fused = fuse_batch_norms(self.model, own_input, self._read_all) if fuse else FuseReport(0, 0)
+        if self.fused.norms:
+            _logger.info(f'Teacher: {self.fused}.')
+        self.eval().requires_grad_(False)
+        self.model.to(dtype=dtype)
+        device_type = next(self.model.parameters()).device.type
+        if channels_last or channels_last is None and device_type == 'cpu':
+            self._order_channels_last(own_input)
+        if own_stream and device_type != 'cuda':
+            _logger.warning(f'--teacher-stream has no effect: the teacher runs on the device {device_type}.')
+        self.autocast = autocast
+        self.own_stream = own_stream
+        self._stream: Optional[torch.cuda.Stream] = None
+        self._register_normalization(input_size[0], student_mean, student_std)
 
     @property
     def num_classes(self) -> int:
@@ -96,9 +126,20 @@ class Teacher(nn.Module):
             outputs: Which of `TEACHER_OUTPUTS` to compute.
 
         Returns:
-            The outputs asked for; the others are None.
+            The outputs asked for; the others are None. They have the images' dtype, or autocast's where it is enabled.
+        """
+        features = self.start(images, outputs)
+        features.wait()
+        return features
+
+    def start(self, images: torch.Tensor, outputs: AbstractSet[str] = frozenset({'logits'})) -> Features:
+        """Run the teacher as `forward` does, but do not wait for a stream of its own.
+
+        Whoever reads the features calls their `wait()` first.
         """
         self.model.eval()  # whoever may have called train() on a part of it
+        if self.own_stream and images.is_cuda:
+            return self._run_aside(images, outputs)
         return self._run(images, outputs)
 
     def run_head(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,39 +152,102 @@ class Teacher(nn.Module):
             Logits, [B, K].
         """
         assert self.head_input is not None
-        return self.head_input.run(self.model, x.to(next(self.model.parameters()).dtype))
+        with self._precision(x.device):
+            return self.head_input.run(self.model, x.to(self.dtype))
 
     def compile(self, **kwargs: Any) -> None:
         """Compile the forward pass with `torch.compile`'s arguments."""
         self._run = torch.compile(self._run, **kwargs)  # type: ignore[method-assign]
 
-    @torch.no_grad()
+    def _run_aside(self, images: torch.Tensor, outputs: AbstractSet[str]) -> Features:
+        """Run in the teacher's own stream, beside what the current one does next."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(images.device)
+        self._stream.wait_stream(torch.cuda.current_stream(images.device))
+        with torch.cuda.stream(self._stream):
+            features = self._run(images, outputs)
+            features.ready = self._stream.record_event()
+        images.record_stream(self._stream)
+        return features
+
+    @torch.no_grad()  # not inference mode: its tensors cannot be saved for the backward pass of a loss
     def _run(self, images: torch.Tensor, outputs: AbstractSet[str]) -> Features:
-        images, features = self.prepare(images), Features()
+        autocast = torch.is_autocast_enabled(images.device.type)
+        with self._precision(images.device):
+            features = self._read(self.model, self.prepare(images), outputs)
+        # autocast converts where it is needed; without it the methods' own layers take nothing but the run's dtype
+        return features if autocast else features.to(images.dtype)
+
+    def _precision(self, device: torch.device) -> ContextManager:
+        """Return the context that the model runs in: the run's autocast, or none."""
+        return nullcontext() if self.autocast else torch.autocast(device.type, enabled=False)
+
+    def _read(self, model: nn.Module, images: torch.Tensor, outputs: AbstractSet[str]) -> Features:
+        """Run the model, or one built alike, on images that are prepared for it."""
+        features = Features()
         if self._classifier_input is not None:
-            features.logits, features.pre_logits = self._run_whole(images)
+            features.logits, features.pre_logits = self._read_whole(model, images)
             features.feature = features.pre_logits[:, :, None, None]
             return features
         if 'stages' in outputs:
-            raw, features.stages = forward_with_stages(self.model, images, self.stages)
+            raw, features.stages = forward_with_stages(model, images, self.stages)
         if 'stages' not in outputs or not self._stages_share_trunk:
-            raw = self.model.forward_features(images)
+            raw = model.forward_features(images)
         if 'feature' in outputs:
             assert self.layout is not None
-            features.feature = self.layout.to_map(self.layout.to_positions(last_stage_feature(raw, self.model)))
+            features.feature = self.layout.to_map(self.layout.to_positions(last_stage_feature(raw, model)))
         if 'pre_logits' in outputs:
-            pre_logits = self.model.forward_head(raw, pre_logits=True)
+            pre_logits = model.forward_head(raw, pre_logits=True)
             features.pre_logits = pre_logits.flatten(1)
         if 'logits' in outputs:
             reuse = self._reuse_pre_logits and 'pre_logits' in outputs
-            features.logits = self.model.get_classifier()(pre_logits) if reuse else _first(self.model.forward_head(raw))
+            features.logits = model.get_classifier()(pre_logits) if reuse else _first(model.forward_head(raw))
         return features
 
+    def _read_all(self, model: nn.Module, images: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Return all that can be asked for, logits by every way to them."""
+        logits = self._read(model, images, frozenset({'logits'})).tensors()
+        features = self._read(model, images, TEACHER_OUTPUTS)
+        if self.head_input is not None:
+            taken = features.feature if self.head_input.output == 'feature' else features.pre_logits
+            assert taken is not None
+            logits.append(self.head_input.run(model, taken))
+        return [*logits, *features.tensors()]
+
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise and resize a batch from the student's input to the teacher's."""
+        """Normalise and resize a batch from the student's input to the teacher's, in the teacher's precision."""
         if self.renormalize:
             images = images * self.input_scale + self.input_shift
+        images = images.to(self.dtype)
         return images if self.resize_to is None else resize_images(images, self.resize_to)
+
+    def _order_channels_last(self, own_input: Sequence[int]) -> None:
+        """Bring the convolutions into channels_last order, unless the model has operations that need another."""
+        weights = [m.weight for m in self.model.modules() if isinstance(m, nn.Conv2d)]
+        before = [weight.data for weight in weights]
+        for weight in weights:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        try:
+            with torch.no_grad():
+                self._read_all(self.model, random_images(self.model, own_input))
+        except CANNOT_RUN as e:
+            _logger.debug(f'{type(self.model).__name__} does not run in channels_last order: {e}')
+            for weight, data in zip(weights, before):
+                weight.data = data
+
+    def _register_normalization(
+            self,
+            channels: int,
+            student_mean: Sequence[float],
+            student_std: Sequence[float],
+    ) -> None:
+        scale, shift = _renormalize(self.model, channels, student_mean, student_std)
+        self.renormalize = bool((scale != 1).any() or (shift != 0).any())
+        weight = next(self.model.parameters())
+        self.dtype = weight.dtype
+        precise = torch.promote_types(weight.dtype, torch.float32)  # images are rounded once, after this
+        self.register_buffer('input_scale', scale.to(weight.device, precise), persistent=False)
+        self.register_buffer('input_shift', shift.to(weight.device, precise), persistent=False)
 
     def _resolve_size(self, input_size: Sequence[int]) -> Optional[Tuple[int, int]]:
         """Return the size to resize to, None where the teacher runs at the student's."""
@@ -170,7 +274,7 @@ class Teacher(nn.Module):
                     raise UsageError(f'The teacher {type(self.model).__name__} has no forward_features() and no linear '
                                      'classifier: nothing of it can be read.')
                 self._classifier_input = next(n for n, m in self.model.named_modules() if m is classifier)
-                logits, pre_logits = self._run_whole(images)
+                logits, pre_logits = self._read_whole(self.model, images)
                 self.pre_logits_channels = pre_logits.shape[1]
                 if torch.equal(_first(classifier(pre_logits)), logits):
                     self.head_input = HeadInput(
@@ -185,13 +289,13 @@ class Teacher(nn.Module):
             self.stages = resolve_stages(self.model, own_input)
             self._stages_share_trunk = bool(self.stages) and stages_share_trunk(self.model, images, self.stages)
 
-    def _run_whole(self, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _read_whole(self, model: nn.Module, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return logits and classifier input of a model that cannot be run in parts."""
         inputs: List[torch.Tensor] = []
-        classifier = self.model.get_submodule(str(self._classifier_input))
+        classifier = model.get_submodule(str(self._classifier_input))
         handle = classifier.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         try:
-            logits = _first(self.model(images))
+            logits = _first(model(images))
         finally:
             handle.remove()
         return logits, inputs[-1].flatten(1)
@@ -199,6 +303,15 @@ class Teacher(nn.Module):
 
 def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def hash_weights(model: nn.Module) -> str:
+    """Return the SHA-256 of a model's state: the names and bytes of its tensors, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def create_teacher(
@@ -213,6 +326,7 @@ def create_teacher(
         device: Union[str, torch.device, None] = None,
         dtype: Optional[torch.dtype] = None,
         verbose: bool = True,
+        **teacher_kwargs: Any,
 ) -> Teacher:
     """Create a teacher by name, with its weights.
 
@@ -229,106 +343,14 @@ def create_teacher(
         device: Where the teacher lives.
         dtype: Its precision, float32 by default.
         verbose: Warn of a teacher without weights.
+        teacher_kwargs: More arguments of `Teacher`.
 
     Raises:
         UsageError: If the name is unknown, or the weights are missing, unreadable or of another architecture.
     """
-    kwargs = {'in_chans': input_size[0], **(model_kwargs or {})}
-    if checkpoint:
-        model = _load_checkpoint_teacher(name, checkpoint, kwargs)
-    elif pretrained:
-        model = _load_pretrained_teacher(name, kwargs)
-    else:
-        if verbose:
-            _logger.warning(f'The teacher {name} has random weights (--no-teacher-pretrained): there is nothing to '
-                            'learn from it. Give it weights with --teacher-checkpoint FILE.')
-        model = _create_model(name, **{'num_classes': num_classes, **kwargs})
-    return Teacher(model.to(device=device, dtype=dtype), input_size, student_mean, student_std)
-
-
-def _create_model(name: str, **kwargs: Any) -> nn.Module:
-    if not name.startswith(_HUB_PREFIXES) and not timm.is_model(name):
-        raise UsageError(f"Unknown teacher '{name}'{_similar_models(name)}. --teacher takes a timm architecture, "
-                         'hf-hub:REPO or local-dir:FOLDER.')
-    try:
-        return timm.create_model(name, **kwargs)
-    except (TypeError, AttributeError, AssertionError) as e:
-        raise UsageError(f"The teacher '{name}' does not take these --teacher-kwargs: {e}") from e
-
-
-def _similar_models(name: str) -> str:
-    similar = timm.list_models(f'*{name}*')[:3] or difflib.get_close_matches(name, timm.list_models(), n=3)
-    return f' (did you mean {", ".join(similar)}?)' if similar else ''
-
-
-def _load_pretrained_teacher(name: str, kwargs: Dict[str, Any]) -> nn.Module:
-    if 'num_classes' in kwargs:
-        raise UsageError(f'--teacher-kwargs num_classes={kwargs["num_classes"]} would re-initialise the head of the '
-                         f"pretrained teacher '{name}'. Leave it out, or give --teacher-checkpoint FILE.")
-    hub = name.startswith(_HUB_PREFIXES)
-    if not hub and timm.is_model(name) and not timm.is_model_pretrained(name):
-        raise UsageError(f"timm has no pretrained weights for the teacher '{name}'. Give --teacher-checkpoint FILE, or "
-                         '--no-teacher-pretrained to distil from random weights.')
-    try:
-        return _create_model(name, pretrained=True, **kwargs)
-    except UsageError:
-        raise
-    except Exception as e:  # the hub raises errors of many libraries: connection, missing file, wrong keys
-        raise UsageError(f"The pretrained weights of the teacher '{name}' could not be loaded "
-                         f'({type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no message"}). '
-                         'Give --teacher-checkpoint FILE, or --no-teacher-pretrained.') from e
-
-
-def _load_checkpoint_teacher(name: str, checkpoint: str, kwargs: Dict[str, Any]) -> nn.Module:
-    state_dict = read_state_dict(checkpoint, '--teacher-checkpoint')
-    model = _create_model(name, **kwargs)
-    num_classes = _count_classes(model, state_dict)
-    if num_classes and num_classes != getattr(model, 'num_classes', num_classes):
-        model = _create_model(name, **{**kwargs, 'num_classes': num_classes})
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as e:
-        raise UsageError(f"--teacher-checkpoint {checkpoint} does not fit the architecture '{name}': "
-                         f'{_load_error(model, state_dict)}. Change --teacher or --teacher-kwargs.') from e
-    return model
-
-
-def read_state_dict(path: str, flag: str) -> Dict[str, torch.Tensor]:
-    """Read weights from a .safetensors, .pth or training checkpoint, weights-only.
-
-    Raises:
-        UsageError: If the file is missing, unreadable or would run code; names `flag`.
-    """
-    if not os.path.isfile(path):
-        raise UsageError(f'{flag} {path}: there is no such file.')
-    try:
-        return load_state_dict(path, use_ema=True, weights_only=True)
-    except Exception as e:  # truncated zip, bad header, pickle with code: each library has its own error
-        raise UsageError(f'{flag} {path} is not a readable checkpoint '
-                         f'({type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no message"}).') from e
-
-
-def _count_classes(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> Optional[int]:
-    """Return the class count of the weights: the rows of what is the classifier's weight in the model."""
-    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
-    for name, module in model.named_modules():
-        weight = state_dict.get(f'{name}.weight')
-        if module is classifier and weight is not None and weight.ndim >= 2:
-            return weight.shape[0]
-    return None
-
-
-def _load_error(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> str:
-    own = model.state_dict()
-    missing = sorted(own.keys() - state_dict.keys())
-    unexpected = sorted(state_dict.keys() - own.keys())
-    shapes = [f'{k} is {list(state_dict[k].shape)}, not {list(own[k].shape)}'
-              for k in own if k in state_dict and own[k].shape != state_dict[k].shape]
-    parts = [
-        f'{len(keys)} {what} ({", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""})'
-        for what, keys in (('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if keys
-    ]
-    return ', '.join(parts)
+    model = load_teacher_model(name, input_size[0], num_classes, checkpoint, pretrained, model_kwargs, verbose)
+    return Teacher(
+        model, input_size, student_mean, student_std, device, dtype, copy_model=False, **teacher_kwargs)
 
 
 def _renormalize(

@@ -51,10 +51,14 @@ _NEEDS_KD: Dict[str, Any] = {
     'teacher': None,
     'teacher_checkpoint': '',
     'teacher_kwargs': {},
+    'teacher_dtype': None,
+    'teacher_stream': False,
     'task_loss_weight': None,
     'distill_loss_weight': None,
     'kd_tap': 'auto',
     'kd_schedule': {},
+    'nd_class_means': '',
+    'nd_class_means_transform': 'eval',
 }
 
 

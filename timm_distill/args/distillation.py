@@ -14,6 +14,10 @@ def add_distillation_args(parser: ArgumentParser) -> None:
                        help='extra arguments for the teacher\'s constructor, e.g. img_size=256')
     group.add_argument('--teacher-pretrained', action=argparse.BooleanOptionalAction, default=True,
                        help='start the teacher from its pretrained weights; without them it teaches noise')
+    group.add_argument('--teacher-dtype', default=None, choices=['float32', 'bfloat16', 'float16'],
+                       help='precision that the teacher computes in; None: that of the run, --amp included')
+    group.add_argument('--teacher-stream', action='store_true', default=False,
+                       help='on CUDA, run the teacher in a stream of its own beside the student\'s forward')
     group.add_argument('--teacher-eval', action=argparse.BooleanOptionalAction, default=None,
                        help='report the teacher\'s accuracy before training; None: when there is validation data')
     group.add_argument('--kd', default='none', metavar='NAME[+NAME...]',
@@ -31,6 +35,10 @@ def add_distillation_args(parser: ArgumentParser) -> None:
     group.add_argument('--kd-tap', default='auto', choices=['auto', 'features', 'pre_logits', 'side'],
                        help='where features are matched: the last feature map, the classifier\'s input, or the first '
                             'of the two from which the adapter can be merged away (auto)')
+    group.add_argument('--nd-class-means', metavar='FILE', default='',
+                       help='class means of the teacher for nd (.safetensors) in place of a pass over the training set')
+    group.add_argument('--nd-class-means-transform', default='eval', choices=['eval', 'train'],
+                       help='transform of the images in that pass: that of validation, or of training as in the paper')
     group.add_argument('--task-loss-weight', type=float, default=None,
                        help='factor on the label loss; given alone, the distillation losses get 1 minus it; None: 1')
     group.add_argument('--distill-loss-weight', type=float, default=None,

@@ -7,7 +7,7 @@ timm would go on with other data than the user meant.
 from .datasets import class_names, create_datasets, create_eval_dataset
 from .images import StrictImageDataset, user_message
 from .indexing import IndexedDataset, index_samples, read_labels
-from .loaders import DataLoaders, create_eval_loader, create_loaders, set_loader_epoch
+from .loaders import DataLoaders, create_eval_loader, create_loaders, create_pass_loader, set_loader_epoch
 from .mixing import is_mixup_active
 from .targets import create_train_loss
 
@@ -20,6 +20,7 @@ __all__ = [
     'create_eval_dataset',
     'create_eval_loader',
     'create_loaders',
+    'create_pass_loader',
     'create_train_loss',
     'index_samples',
     'is_mixup_active',

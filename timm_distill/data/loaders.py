@@ -1,4 +1,5 @@
 """Loaders of the training and the validation data, as timm builds them."""
+import copy
 import logging
 from argparse import Namespace
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..errors import UsageError
 from .batch_scale import BatchScale
 from .datasets import create_datasets
-from .indexing import index_samples
+from .indexing import IndexedDataset, index_samples
 from .mixing import create_mixup
 from .naflex import PatchSize, create_naflex_eval_loader, create_naflex_train_loader
 from .workers import ResumableLoader, find_resumable, make_resumable
@@ -176,6 +177,33 @@ def _common_kwargs(
         distributed=distributed,
         use_prefetcher=not args.no_prefetcher,
     )
+
+
+def create_pass_loader(
+        args: Namespace,
+        data_config: Dict[str, Any],
+        dataset: Dataset,
+        device: torch.device,
+        training_transform: bool = False,
+        **kwargs: Any,
+) -> Any:
+    """Loader of every training image once and in order, unmixed; the training loader stays as it is.
+
+    Args:
+        args: Training arguments.
+        data_config: Resolved by `timm.data.resolve_data_config`.
+        dataset: Dataset of the training loader, with its transform.
+        device: Where the prefetcher puts batches.
+        training_transform: Keep that transform; else the images are as in validation.
+        kwargs: As for `create_eval_loader`.
+    """
+    if isinstance(dataset, IndexedDataset):
+        dataset = dataset.dataset
+    copied = copy.copy(dataset)
+    loader = create_eval_loader(args, data_config, copied, device, batch_size=args.validation_batch_size, **kwargs)
+    if training_transform:
+        copied.transform = dataset.transform  # type: ignore[attr-defined]
+    return loader
 
 
 def _create_train_loader(

@@ -30,6 +30,7 @@ class DistillMethod(nn.Module):
 
     Attributes:
         paper: Authors, venue and link.
+        published_weight: Weight of the terms beside a task loss of weight 1 in the paper's code; for `--list-kd`.
         student_outputs: What is read of the student: any of 'logits', 'feature' (last stage, adapted), 'pre_logits',
             'stages', 'token_logits' (of a distillation token).
         teacher_outputs: What is read of the teacher: any of 'logits', 'feature', 'pre_logits', 'stages', 'head' (its
@@ -41,6 +42,7 @@ class DistillMethod(nn.Module):
         mixed_images: Whether mixup and cutmix make sense.
     """
     paper: ClassVar[str] = ''
+    published_weight: ClassVar[float] = 1.
     student_outputs: ClassVar[FrozenSet[str]] = frozenset({'logits'})
     teacher_outputs: ClassVar[FrozenSet[str]] = frozenset({'logits'})
     adapter: ClassVar[Optional[str]] = None
@@ -64,6 +66,9 @@ class DistillMethod(nn.Module):
     def set_class_means(self, means: torch.Tensor) -> None:
         """Take the teacher's mean pre-logits of every class, [K, D]."""
         raise NotImplementedError
+
+    def check_ready(self) -> None:
+        """Raise a UsageError where something that the method needs has not been given; called before an epoch."""
 
     def weight(self, epoch: int) -> float:
         """Return the factor that the method's own schedule puts on its terms in an epoch, counted from 0."""

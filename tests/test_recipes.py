@@ -1,0 +1,57 @@
+"""The recipes: files that the script takes as they are, with the paper's number and what differs."""
+import re
+from pathlib import Path
+from typing import Any, Dict, List
+
+import pytest
+import timm
+import yaml
+
+import train_distill
+from timm_distill.args import create_train_parser, parse_args
+from timm_distill.composition import create_composition, expand_kd
+
+RECIPES = sorted((Path(__file__).resolve().parent.parent / 'recipes').glob('*.yaml'))
+each_recipe = pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> Dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+def methods_of(path: Path) -> List[str]:
+    return list(expand_kd(read(path)['kd'])[0])
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 10
+
+
+@each_recipe
+def test_a_recipe_says_the_papers_number_and_what_differs(path: Path) -> None:
+    text = path.read_text()
+    assert re.search(r'^# Paper: .*\d\d\.\d\d?', text, re.M) and re.search(r'^# What differs:\n#   - ', text, re.M)
+    assert re.search(r'^# .*https://', text, re.M)
+
+
+@each_recipe
+def test_a_recipe_names_flags_models_methods_and_options_that_exist(path: Path) -> None:
+    args = parse_args(create_train_parser(), ['--config', str(path), '--data-dir', 'DIR'])
+    assert timm.is_model(args.teacher) and timm.is_model(args.model)
+    composition = create_composition(
+        args.kd, args.kd_weight, args.kd_kwargs, num_epochs=args.epochs, task_loss_weight=args.task_loss_weight,
+        distill_loss_weight=args.distill_loss_weight)
+    assert set(composition.weights) == set(methods_of(path))
+    assert composition.weights == {name: float(weight) for name, weight in args.kd_weight.items()}
+
+
+@each_recipe
+def test_a_recipe_runs_on_small_models(path: Path, digits_dir: Path, tmp_path: Path) -> None:
+    result = train_distill.main([
+        '--config', str(path), '--data-dir', str(digits_dir), '--dataset', '', '--output', str(tmp_path), '--teacher',
+        'test_resnet', '--student', 'test_efficientnet', '--no-teacher-pretrained', '--num-classes', '10',
+        '--input-size', '3', '32', '32', '-b', '100', '--epochs', '1', '-j', '0', '--device', 'cpu', '--no-report',
+        '--lr', '1e-3'])
+    assert result.checkpoint
+    (entry,) = result.history
+    assert {re.sub('_.*', '', name) for name in entry['train']} >= {'loss', 'task', *methods_of(path)}

@@ -1,0 +1,155 @@
+"""Factor transfer.
+
+Paraphrasing Complex Network: Network Compression via Factor Transfer (Kim et al., NeurIPS 2018),
+https://arxiv.org/abs/1802.04977.
+
+A paraphraser, an autoencoder of the teacher's last stage, gives the teacher's factor; a translator on the student's
+gives the student's. Both are summed over channels as attention maps are, and compared.
+
+Published is a first phase that trains the paraphraser alone. Here it trains beside the student: its reconstruction
+error is a term of its own, the teacher's factor is a constant for the student's. Inner weights: 200 for the factors,
+as in the common implementation, 1 for the reconstruction. `difference_power=1` is the published L1 distance.
+"""
+import math
+from typing import Dict, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..connectors import BatchNorm2d
+from ..errors import UsageError
+from ..losses import l2_normalize, match_grids
+from ..precision import in_full_precision
+from ..reading import PairSpec
+from ..stage_matching import StageChoice, StagePairs, check_stage_choice, matched_stages, select_stages, stages_of_pairs
+from ..taps import Features
+from .base import DistillMethod, register_method
+
+
+@in_full_precision
+def factor_loss(student: torch.Tensor, teacher: torch.Tensor, difference_power: int = 1) -> torch.Tensor:
+    """Mean difference of factors, each as the unit vector of its energy at every position.
+
+    Args:
+        student: Factor, [B, Fs, Hs, Ws].
+        teacher: Factor, [B, Ft, Ht, Wt], treated as constant. The larger of two grids is pooled to the smaller.
+        difference_power: Exponent of the absolute difference.
+
+    Returns:
+        Scalar.
+    """
+    maps = [l2_normalize(f.square().mean(1).flatten(1)) for f in match_grids(student, teacher.detach())]
+    difference = (maps[0] - maps[1]).abs()
+    return difference.mean() if difference_power == 1 else difference.pow(difference_power).mean()
+
+
+@in_full_precision
+def reconstruction_loss(reconstruction: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the paraphraser, [B, Ct, H, W]."""
+    return F.mse_loss(reconstruction, teacher.detach())
+
+
+def _create_stack(channels: Tuple[int, ...], batch_norm: bool, transposed: bool = False) -> nn.Sequential:
+    """Return 3x3 convolutions through these widths, each with a leaky ReLU behind it."""
+    convolution = nn.ConvTranspose2d if transposed else nn.Conv2d
+    layers = [(
+        convolution(c, d, 3, padding=1),
+        BatchNorm2d(d) if batch_norm else nn.Identity(),
+        nn.LeakyReLU(0.1),
+    ) for c, d in zip(channels, channels[1:])]
+    return nn.Sequential(*[layer for block in layers for layer in block])
+
+
+class Paraphraser(nn.Module):
+    """Autoencoder of the teacher's feature; what is between its halves is the teacher's factor.
+
+    Args:
+        channels: Ct.
+        width: Channels of the factor.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.encoder = _create_stack((channels, channels, width, width), batch_norm=False)
+        self.decoder = _create_stack((width, width, channels, channels), batch_norm=False, transposed=True)
+
+    def forward(self, feature: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return factor and reconstruction."""
+        factor = self.encoder(feature.to(next(self.parameters()).dtype))
+        return factor, self.decoder(factor)
+
+
+class Translator(nn.Module):
+    """Maps the student's feature to its factor.
+
+    Args:
+        channels: Cs.
+        width: Channels of the factor.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.encoder = _create_stack((channels, channels, width, width), batch_norm=True)
+
+    def forward(self, feature: torch.Tensor) -> torch.Tensor:
+        return self.encoder(feature)
+
+
+@register_method('ft')
+class FactorTransfer(DistillMethod):
+    """Factors of the last feature: the teacher's from an autoencoder that trains along.
+
+    Args:
+        factor_rate: Channels of the factor in units of the teacher's.
+        difference_power: Exponent of the factors' absolute difference, 1 or 2.
+        factor_weight: Weight of the factors' difference.
+        reconstruction_weight: Weight of the paraphraser's reconstruction error, which the student does not see.
+        stages: Which matched stage: 'last', 'middle' or one position, shallow to deep.
+
+    Raises:
+        UsageError: If a value is not allowed.
+    """
+    paper = 'Kim et al., NeurIPS 2018, https://arxiv.org/abs/1802.04977'
+    student_outputs = frozenset({'stages'})
+    teacher_outputs = frozenset({'stages'})
+
+    def __init__(
+            self,
+            factor_rate: float = 0.5,
+            difference_power: int = 1,
+            factor_weight: float = 200.,
+            reconstruction_weight: float = 1.,
+            stages: StageChoice = 'last',
+    ):
+        super().__init__()
+        if difference_power not in (1, 2):
+            raise UsageError(f'ft.difference_power={difference_power!r} must be 1 or 2.')
+        for name, value in (('factor_rate', factor_rate), ('factor_weight', factor_weight),
+                            ('reconstruction_weight', reconstruction_weight)):
+            if not 0 < value < math.inf:
+                raise UsageError(f'ft.{name}={value!r} must be positive.')
+        self.factor_rate = float(factor_rate)
+        self.difference_power = difference_power
+        self.factor_weight = float(factor_weight)
+        self.reconstruction_weight = float(reconstruction_weight)
+        self.stages = check_stage_choice(stages, 'ft.stages')
+        if self.stages == 'all' or not isinstance(self.stages, str) and len(self.stages) > 1:
+            raise UsageError(f"ft.stages={stages!r} must be one stage: 'last', 'middle' or a position.")
+        self.pairs: StagePairs = ()
+
+    def build(self, pair: PairSpec) -> None:
+        self.pairs = select_stages(pair, self.stages, 'ft.stages', spatial=True)
+        (student, teacher), = stages_of_pairs(pair.student, pair.teacher, self.pairs)
+        width = max(1, int(self.factor_rate * teacher.shape[0]))
+        self.paraphraser = Paraphraser(teacher.shape[0], width)
+        self.translator = Translator(student.shape[0], width)
+
+    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        (of_student, of_teacher), = matched_stages(student, teacher, self.pairs)
+        factor, reconstruction = self.paraphraser(of_teacher.detach())
+        difference = factor_loss(self.translator(of_student), factor, self.difference_power)
+        return {
+            'ft_loss': self.factor_weight * difference,
+            'ft_reconstruction_loss': self.reconstruction_weight * reconstruction_loss(reconstruction, of_teacher),
+        }

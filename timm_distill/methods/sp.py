@@ -1,0 +1,69 @@
+"""Similarity-preserving distillation.
+
+Similarity-Preserving Knowledge Distillation (Tung and Mori, ICCV 2019), https://arxiv.org/abs/1907.09682.
+
+Which samples of a batch activate a network alike: the B x B matrix of inner products, rows of unit length. Features of
+any shape can be compared. The paper's weight is 3000, and its stage the last (`stages='last'`).
+"""
+from typing import Dict, Sequence
+
+import torch
+
+from ..losses import l2_normalize
+from ..precision import in_full_precision
+from ..reading import PairSpec
+from ..stage_matching import StageChoice, StagePairs, check_stage_choice, matched_stages, select_stages
+from ..taps import Features
+from .base import DistillMethod, register_method
+
+
+def similarity_matrix(feature: torch.Tensor) -> torch.Tensor:
+    """Inner products of the samples, rows scaled to unit length: [B, ...] -> [B, B]."""
+    flat = feature.flatten(1)
+    return l2_normalize(flat @ flat.mT)
+
+
+@in_full_precision
+def similarity_preserving_loss(students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum over stages of the mean squared difference of similarity matrices.
+
+    Args:
+        students: Feature of each stage, [B, ...].
+        teachers: Likewise, treated as constant; shapes may differ.
+
+    Returns:
+        Scalar.
+    """
+    losses = [
+        (similarity_matrix(student) - similarity_matrix(teacher.detach())).square().mean()
+        for student, teacher in zip(students, teachers)
+    ]
+    return torch.stack(losses).sum()
+
+
+@register_method('sp')
+class SP(DistillMethod):
+    """Similarities between the samples of a batch.
+
+    Args:
+        stages: Which matched stages: 'all', 'last', 'middle' or positions, shallow to deep.
+
+    Raises:
+        UsageError: If a value is not allowed.
+    """
+    paper = 'Tung and Mori, ICCV 2019, https://arxiv.org/abs/1907.09682'
+    published_weight = 3000.
+    student_outputs = frozenset({'stages'})
+    teacher_outputs = frozenset({'stages'})
+
+    def __init__(self, stages: StageChoice = 'last'):
+        super().__init__()
+        self.stages = check_stage_choice(stages, 'sp.stages')
+        self.pairs: StagePairs = ()
+
+    def build(self, pair: PairSpec) -> None:
+        self.pairs = select_stages(pair, self.stages, 'sp.stages')
+
+    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        students, teachers = zip(*matched_stages(student, teacher, self.pairs))
+        return {'sp_loss': similarity_preserving_loss(students, teachers)}
