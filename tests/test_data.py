@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
@@ -131,6 +132,15 @@ def test_mixup_ends_at_its_epoch_in_running_loader_processes_too(folder, workers
     plain = torch.cat([y for _, y in train])
     assert set(plain.unique().tolist()) == {0., 1.}
     assert mixed.max(1).values.min() < 1
+
+
+def test_posterizing_to_no_bits_gives_a_black_image_where_pillow_raises(folder, monkeypatch):
+    monkeypatch.setattr(timm.data.auto_augment, '_RAND_TRANSFORMS', ['Posterize'])
+    monkeypatch.setattr(timm.data.auto_augment, '_RAND_INCREASING_TRANSFORMS', ['PosterizeIncreasing'])
+    flags = ['--aa', 'rand-m10-n1-p1-inc1', '--hflip', '0', '--color-jitter', '0', '--scale', '1', '1']
+    x, _ = next(iter(loaders(folder, *flags).train))
+    assert torch.equal(x, torch.full_like(x, -1))  # 0 minus the mean over the deviation
+    assert timm.data.auto_augment.NAME_TO_OP['Posterize'] is timm.data.auto_augment.posterize
 
 
 def test_views_of_an_image_follow_one_another_in_the_batch(folder):

@@ -15,6 +15,7 @@ from .datasets import create_datasets
 from .indexing import IndexedDataset, index_samples
 from .mixing import create_mixup
 from .naflex import PatchSize, create_naflex_eval_loader, create_naflex_train_loader
+from .policies import posterize_to_black
 from .workers import ResumableLoader, find_resumable, make_resumable
 
 _logger = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ def create_loaders(
     if with_indices:
         dataset_train = index_samples(dataset_train)
     common: Dict[str, Any] = {'model_dtype': model_dtype, 'distributed': distributed, 'patch_size': patch_size}
-    loader_train, mixup_fn = _create_train_loader(args, data_config, dataset_train, device, num_classes, **common)
+    with posterize_to_black():
+        loader_train, mixup_fn = _create_train_loader(args, data_config, dataset_train, device, num_classes, **common)
     if not isinstance(dataset_train, IterableDataset) and len(loader_train) == 0:
         raise UsageError(
             f'--batch-size {args.batch_size} is more than the training images of a process '
