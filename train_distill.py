@@ -487,11 +487,11 @@ def prepare_class_means(run: Run) -> None:
         task.set_class_means(load_class_means(args.nd_class_means, shape))
         return
     assert task.teacher is not None
-    dataset, training = run.loaders.train.dataset, args.nd_class_means_transform == 'train'
-    loader = create_pass_loader(args, run.data_config, dataset, run.device, training,
+    training = args.nd_class_means_transform == 'train'
+    loader = create_pass_loader(args, run.data_config, run.loaders.train.dataset, run.device, training,
                                 model_dtype=run.precision.model_dtype, distributed=args.distributed)
     transform = [sorted(run.data_config.items()), loader.dataset.transform, *([args.seed] if training else [])]
-    key = class_means_key(task.teacher, dataset, transform) if args.rank == 0 else ''
+    key = class_means_key(task.teacher, loader.dataset, transform) if args.rank == 0 else ''
     folder = os.path.join(args.output or './output/train', 'class_means')
     task.set_class_means(cached_class_means(
         os.path.join(folder, f'{safe_model_name(args.teacher)}-{key}.safetensors'),

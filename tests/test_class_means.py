@@ -205,3 +205,23 @@ def test_script_reads_training_images_with_either_transform(
 def test_dry_run_of_a_method_with_class_means_needs_none(caplog: Any, capsys: Any) -> None:
     train_distill.main([*FAST, '--kd', 'nd', '--dry-run'])
     assert 'works' in capsys.readouterr().out
+
+
+def test_pass_of_a_run_that_reads_sample_indices_too(digits_dir: Path, teacher_file: Path, tmp_path: Path) -> None:
+    for kd in ('nd', 'crd+nd'):
+        run(digits_dir, tmp_path / kd, '--kd', kd, '--train-crop-mode', 'rrc', teacher=teacher_file)
+    plain, indexed = (next((tmp_path / kd / 'class_means').iterdir()) for kd in ('nd', 'crd+nd'))
+    assert plain.name == indexed.name
+    assert torch.equal(load_class_means(str(plain), (10, WIDTH)), load_class_means(str(indexed), (10, WIDTH)))
+
+
+@pytest.mark.parametrize('transform', ['eval', 'train'])
+def test_pass_of_a_run_with_augmented_splits(
+        digits_dir: Path, teacher_file: Path, tmp_path: Path, transform: str) -> None:
+    flags = ['--kd', 'nd', '--aa', 'rand-m3', '--aug-splits', '2', '-b', '20', '--nd-class-means-transform', transform]
+    if transform == 'train':
+        with pytest.raises(UsageError, match='--nd-class-means-transform'):
+            run(digits_dir, tmp_path, *flags, teacher=teacher_file)
+    else:
+        run(digits_dir, tmp_path, *flags, teacher=teacher_file)
+        assert len(list((tmp_path / 'class_means').iterdir())) == 1

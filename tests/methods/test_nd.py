@@ -223,3 +223,13 @@ def test_loss_takes_no_gradient_to_teacher_and_means() -> None:
     nd_loss(student, teacher, means).backward()
     assert student.grad is not None and teacher.grad is None and means.grad is None
     assert F.cosine_similarity(student.grad, student, dim=1).isfinite().all()
+
+
+@pytest.mark.parametrize('name', ['kd++', 'dkd++', 'dist++', 'reviewkd++'])
+def test_presets_train(name: str) -> None:
+    task = create_task(name)
+    task.set_epoch(3)
+    result = task(*create_batch())
+    result['loss'].backward()
+    assert torch.isfinite(result['loss']) and 'nd_loss' in result
+    assert all(torch.isfinite(p.grad).all() for p in task.module.parameters())

@@ -199,7 +199,10 @@ def create_pass_loader(
         training_transform: Keep that transform; else the images are as in validation.
         kwargs: As for `create_eval_loader`.
     """
-    if isinstance(dataset, IndexedDataset):
+    if training_transform and (args.train_img_sizes is not None or args.aug_splits > 1):
+        raise UsageError('--nd-class-means-transform train does not go with --train-img-sizes and --aug-splits: use '
+                         'eval.')
+    while isinstance(dataset, (AugMixDataset, IndexedDataset)):
         dataset = dataset.dataset
     copied = copy.copy(dataset)
     loader = create_eval_loader(args, data_config, copied, device, batch_size=args.validation_batch_size, **kwargs)
