@@ -11,11 +11,11 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import replace
 from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -40,7 +40,6 @@ from timm_distill.args import (
     parse_args,
     translate_timm_distillation,
 )
-from timm_distill.checkpoint import DistillCheckpointSaver, read_checkpoint, resume_task, set_rng_state
 from timm_distill.class_means import cached_class_means, class_means_key, compute_class_means, load_class_means
 from timm_distill.composition import check_mixing, methods_of
 from timm_distill.data import (
@@ -63,39 +62,21 @@ from timm_distill.device import (
     resolve_dtype,
     resolve_precision,
 )
-from timm_distill.engine import NonFiniteLossError, StepTiming, evaluate, evaluator_class, train_one_epoch
-from timm_distill.export import export_hub, load_release, push_to_hub
+from timm_distill.engine import NonFiniteLossError, evaluate, evaluator_class, train_one_epoch
 from timm_distill.gradients import allow_retained_graphs
 from timm_distill.methods import describe_methods, list_methods, load_method_file
 from timm_distill.pair import time_teacher
 from timm_distill.probing import CANNOT_RUN, random_images, runnable_size
-from timm_distill.provenance import collect_provenance
+from timm_distill.recorder import Recorder
 from timm_distill.report import ReportData, can_draw, read_summary, write_report
-from timm_distill.tracking import WandbLog, start_wandb
+from timm_distill.resume import check_same_run, done_batches, resolve_resume, restore_rank, resume_task
+from timm_distill.run import Run, RunResult, describe_run
+from timm_distill.stopping import StopRequested, StopSignals, exit_code
+from timm_distill.storage import read_checkpoint
 
 _logger = logging.getLogger('train')
 
-
-@dataclass
-class RunResult:
-    """What a run leaves behind.
-
-    Attributes:
-        output_dir: Folder of the run.
-        checkpoint: Path of the best checkpoint; '' where nothing was saved.
-        best_metric: Best value of the evaluation metric.
-        best_epoch: Epoch of it, counted from 0.
-        param_count: Parameters of the student as saved.
-        seconds: Duration of the run.
-        history: Metrics of each validated epoch, the best last.
-    """
-    output_dir: str = ''
-    checkpoint: str = ''
-    best_metric: Optional[float] = None
-    best_epoch: Optional[int] = None
-    param_count: int = 0
-    seconds: float = 0.
-    history: List[Dict[str, Any]] = field(default_factory=list)
+MAX_BAD_UPDATES = 10  # in a row, before --on-nan acts
 
 
 def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
@@ -160,67 +141,49 @@ def dry_run(args: argparse.Namespace) -> None:
     print(replace(report, student=args.model))
 
 
-@dataclass
-class Run:
-    """The parts of a run that the phases build and the epochs use.
-
-    Attributes:
-        args: Flags.
-        device: Where the run computes.
-        precision: How it represents numbers.
-        data_config: Input size, normalisation and crop.
-        loaders: Training and validation data.
-        task: Student, teacher and methods.
-        optimizer: Over everything that trains.
-        scheduler: Learning rate schedule, None for a constant rate.
-        num_epochs: Length of the run.
-        teacher_predictions: What the teacher predicts on the validation data, and how surely; None where it cannot.
-        timing: Where the time of training went.
-    """
-    args: argparse.Namespace
-    device: torch.device
-    precision: Precision
-    data_config: Dict[str, Any]
-    loaders: DataLoaders
-    task: DistillTask
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    num_epochs: int
-    teacher_predictions: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
-    timing: StepTiming = field(default_factory=StepTiming)
-
-    @property
-    def last_epoch(self) -> int:
-        """How many epochs are trained: all of them, unless `--stop-epoch` stops before."""
-        return min(self.args.stop_epoch or self.num_epochs, self.num_epochs)
-
-
 def train(args: argparse.Namespace) -> RunResult:
     """Train as the flags say. The output folder is made when everything else stands."""
     start = time.monotonic()
     args_text = args_to_yaml(args)
-    checkpoint = read_checkpoint(args.resume) if args.resume else None
+    checkpoint = resolve_resume(args)
     run = build_run(args)
+    if checkpoint is not None:
+        check_same_run(args, checkpoint, getattr(run.task.teacher, 'digest', ''))
     report_teacher(run)
     if checkpoint is None:
         prepare_class_means(run)  # a checkpoint holds them
     start_epoch = resume(run, checkpoint)
     prepare_for_device(run)
-    recorder = Recorder(run, args_text, checkpoint, start_epoch)
-    restore_random_state(run, checkpoint)
-    try:
-        for epoch in range(start_epoch, run.last_epoch):
-            run_epoch(run, epoch, recorder)
-    except UsageError:
-        recorder.discard()
-        raise
-    except KeyboardInterrupt:
-        _logger.warning(f'Interrupted. To go on, give the same flags and --resume {recorder.last_path}')
-    else:
-        write_run_report(run, recorder)
+    with StopSignals(args.distributed) as signals:
+        recorder = Recorder(
+            run, args_text, checkpoint, start_epoch, signals, describe_run(run, timm_distill.__version__))
+        position = restore_rank(run.task, run.loaders, checkpoint) if checkpoint is not None else None
+        fit(run, recorder, start_epoch, position)
+        if not recorder.result.stopped_by:
+            write_run_report(run, recorder)
     if args.distributed:
         torch.distributed.destroy_process_group()
     return recorder.finish(time.monotonic() - start)
+
+
+def fit(run: Run, recorder: Recorder, start_epoch: int, position: Optional[Dict[str, Any]]) -> None:
+    """Run the epochs, the first from `position` where an earlier process stopped inside it."""
+    try:
+        for epoch in range(start_epoch, run.last_epoch):
+            run_epoch(run, epoch, recorder, position)
+            position = None
+    except UsageError:
+        recorder.discard()
+        raise
+    except NonFiniteLossError as e:
+        path = recorder.save_bad_batch(e)
+        raise NonFiniteLossError(f'{e} The batch is in {path}.' if path else str(e)) from e
+    except StopRequested as e:
+        recorder.result.stopped_by = e.number
+        _logger.warning(f'Stopped by {e}. {recorder.how_to_resume()}')
+    except KeyboardInterrupt:  # a second Ctrl-C, before the first was acted upon
+        recorder.result.stopped_by = signal.SIGINT
+        _logger.warning(f'Interrupted inside an update, which is lost. {recorder.how_to_resume()}')
 
 
 def build_run(args: argparse.Namespace) -> Run:
@@ -575,25 +538,20 @@ def resume(run: Run, checkpoint: Optional[Dict[str, Any]]) -> int:
         )
     if args.start_epoch is not None:
         start_epoch = args.start_epoch
-    start_schedule(run, start_epoch)
+    start_schedule(run, start_epoch, checkpoint)
     return start_epoch
 
 
-def start_schedule(run: Run, start_epoch: int) -> None:
-    """Bring the learning rate to the first epoch's; a plateau schedule goes on from what the checkpoint held."""
-    if run.scheduler is None or start_epoch == 0 or isinstance(run.scheduler, PlateauLRScheduler):
+def start_schedule(run: Run, start_epoch: int, checkpoint: Optional[Dict[str, Any]]) -> None:
+    """Bring the learning rate to where the run begins; a plateau schedule goes on from what the checkpoint held."""
+    done = done_batches(checkpoint)
+    if run.scheduler is None or not (start_epoch or done) or isinstance(run.scheduler, PlateauLRScheduler):
         return
     if run.args.sched_on_updates:
-        run.scheduler.step_update(start_epoch * -(-len(run.loaders.train) // run.args.grad_accum_steps))
+        steps = run.args.grad_accum_steps
+        run.scheduler.step_update(start_epoch * -(-len(run.loaders.train) // steps) + -(-done // steps))
     else:
         run.scheduler.step(start_epoch)
-
-
-def restore_random_state(run: Run, checkpoint: Optional[Dict[str, Any]]) -> None:
-    """Restore the generators last, since building draws random numbers. The file holds those of the first rank."""
-    if checkpoint is not None and 'rng_state' in checkpoint and run.args.rank == 0:
-        run.loaders.load_state_dict(checkpoint.get('loaders'))
-        set_rng_state(checkpoint['rng_state'])
 
 
 def prepare_for_device(run: Run) -> None:
@@ -606,155 +564,14 @@ def prepare_for_device(run: Run) -> None:
         run.task.prepare_distributed(device_ids=[run.device], broadcast_buffers=not run.args.no_ddp_bb)
 
 
-def describe_run(run: Run) -> Dict[str, Any]:
-    """Return what exporting a checkpoint needs to know: plain values."""
-    teacher_hash = getattr(run.task.teacher, 'digest', '')
-    num_samples = len(run.loaders.train.dataset) if hasattr(run.loaders.train.dataset, '__len__') else None
-    return {
-        'data_config': dict(run.data_config),
-        'provenance': collect_provenance(run.args, timm_distill.__version__, teacher_hash, num_samples),
-    }
-
-
-class Recorder:
-    """Everything that a run writes: checkpoints, `args.yaml` and `summary.csv`. Writes on the first rank alone.
-
-    Args:
-        run: The run.
-        args_text: The flags as given, as YAML.
-        checkpoint: What `--resume` read, None for a new run.
-        start_epoch: First epoch of the run.
-    """
-
-    def __init__(self, run: Run, args_text: str, checkpoint: Optional[Dict[str, Any]], start_epoch: int):
-        self.run = run
-        self.metric = run.args.eval_metric if run.loaders.eval is not None else 'loss'
-        self.saver: Optional[DistillCheckpointSaver] = None
-        self.wandb: Optional[WandbLog] = None
-        self.result = RunResult(param_count=sum(p.numel() for p in run.task.module.student.parameters()))
-        if run.args.rank != 0:
-            return
-        name = _run_name(run)
-        self.wandb = start_wandb(run.args, name)
-        self.result.output_dir = utils.get_outdir(run.args.output or './output/train', name)
-        with open(self._path('args.yaml'), 'w') as f:
-            f.write(args_text)
-        utils.trim_summary(self._path('summary.csv'), start_epoch)
-        self.saver = self._create_saver()
-        if checkpoint is not None and checkpoint.get('saver') and self._is_own_file(run.args.resume):
-            self.saver.load_state_dict(checkpoint['saver'])
-
-    def discard(self) -> None:
-        """Remove what a run wrote that could not even save its first checkpoint."""
-        if self.saver is None or os.path.exists(self.last_path):
-            return
-        os.remove(self._path('args.yaml'))
-        if not os.listdir(self.result.output_dir):
-            os.rmdir(self.result.output_dir)
-
-    def _create_saver(self) -> DistillCheckpointSaver:
-        return DistillCheckpointSaver(
-            model=self.run.task.trainable_module,
-            optimizer=self.run.optimizer,
-            lr_scheduler=self.run.scheduler,
-            loaders=self.run.loaders,
-            info=describe_run(self.run),
-            args=self.run.args,
-            amp_scaler=self.run.precision.loss_scaler,
-            checkpoint_dir=self.result.output_dir,
-            recovery_dir=self.result.output_dir,
-            decreasing=self.metric == 'loss',
-            max_history=self.run.args.checkpoint_hist,
-            task=self.run.task,
-        )
-
-    def _is_own_file(self, path: str) -> bool:
-        return os.path.dirname(os.path.realpath(path)) == os.path.realpath(self.result.output_dir)
-
-    @property
-    def last_path(self) -> str:
-        return self._path('last.pth.tar')
-
-    @property
-    def best_path(self) -> str:
-        """The best checkpoint, else the last; '' where there is none."""
-        paths = (self._path('model_best.pth.tar'), self.last_path) if self.saver is not None else ()
-        return next((path for path in paths if os.path.exists(path)), '')
-
-    @property
-    def summary_path(self) -> str:
-        return self._path('summary.csv')
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self.result.output_dir, name)
-
-    def rank(self, train_metrics: Dict[str, float], eval_metrics: Optional[Dict[str, float]]) -> float:
-        """Return the value that ranks an epoch."""
-        return (eval_metrics or train_metrics)[self.metric]
-
-    def summarize(
-            self,
-            epoch: int,
-            train_metrics: Dict[str, float],
-            eval_metrics: Optional[Dict[str, float]],
-    ) -> None:
-        """Write an epoch's row of `summary.csv`."""
-        entry: Dict[str, Any] = {'epoch': epoch, 'train': dict(train_metrics)}
-        if eval_metrics is not None:
-            entry['validation'] = dict(eval_metrics)
-        self.result.history.append(entry)
-        if self.saver is not None:
-            lrs = [group['lr'] for group in self.run.optimizer.param_groups]
-            lr = sum(lrs) / len(lrs)
-            utils.update_summary(epoch, train_metrics, eval_metrics, filename=self._path('summary.csv'), lr=lr)
-            if self.wandb is not None:
-                self.wandb.log(epoch, train_metrics, eval_metrics, lr)
-
-    def save(self, epoch: int, metric: float) -> None:
-        """Write the checkpoints of an epoch."""
-        if self.saver is not None:
-            self.result.best_metric, self.result.best_epoch = self.saver.save_checkpoint(epoch, metric=metric)
-            if epoch + 1 in self.run.args.save_epochs:
-                self.saver.save_milestone(epoch + 1)
-
-    def finish(self, seconds: float) -> RunResult:
-        """Return the run's result, its epochs ranked as timm prints them: the best last."""
-        self.result.seconds = seconds
-        if self.wandb is not None:
-            self.wandb.finish()
-        if self.saver is None:
-            return self.result
-        best = self._path('model_best.pth.tar')
-        self.result.checkpoint = best if os.path.exists(best) else ''
-        if self.result.best_metric is not None:
-            _logger.info(f'*** Best metric: {self.result.best_metric} (epoch {self.result.best_epoch})')
-        self._release()
-        self.result.history.sort(
-            key=lambda x: x.get('validation', x['train'])[self.metric], reverse=self.saver.decreasing)
-        return self.result
-
-
-    def _release(self) -> None:
-        """Write the best student in the hub's format beside the checkpoints, and push it where that is asked for."""
-        if not self.best_path:
-            return
-        folder = export_hub(load_release(self.best_path), self._path('hub'))
-        _logger.info(f"The student: timm.create_model('local-dir:{folder}', pretrained=True)")
-        if self.run.args.push_to_hub:
-            _logger.info(f'Pushed to {push_to_hub(folder, self.run.args.push_to_hub)}')
-
-
-def _run_name(run: Run) -> str:
-    parts = [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(run.args.model)]
-    return run.args.experiment or '-'.join([*parts, str(run.data_config['input_size'][-1])])
-
-
-def run_epoch(run: Run, epoch: int, recorder: Recorder) -> None:
+def run_epoch(run: Run, epoch: int, recorder: Recorder, position: Optional[Dict[str, Any]] = None) -> None:
     """Train, validate, step the schedule and save once."""
     args = run.args
     set_loader_epoch(run.loaders.train, epoch)
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         disable_mixup(run.loaders)
+    recorder.begin_epoch(position)
+    last_update = -(-len(run.loaders.train) // args.grad_accum_steps) - 1
     train_metrics = train_one_epoch(
         run.task,
         run.loaders.train,
@@ -772,8 +589,10 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder) -> None:
         prefetcher=not args.no_prefetcher,
         channels_last=args.channels_last,
         lr_scheduler=run.scheduler,
-        saver=recorder.saver,
-        recovery_interval=args.recovery_interval,
+        max_streak=None if args.on_nan == 'skip' else MAX_BAD_UPDATES,
+        on_diverged=recorder.roll_back if args.on_nan == 'rollback' else None,
+        after_update=lambda i, get_position: recorder.after_update(epoch, i == last_update, i, get_position),
+        position=position,
         log_interval=args.log_interval,
         log_grad_norm=args.log_grad_norm,
         distributed=args.distributed,
@@ -790,8 +609,7 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder) -> None:
         recorder.summarize(epoch, train_metrics, eval_metrics)
     if run.scheduler is not None:
         run.scheduler.step(epoch + 1, metric)  # before saving, so that a resumed schedule knows this epoch
-    if metric is not None:
-        recorder.save(epoch, metric)
+    recorder.save(epoch, metric)
 
 
 def create_update_hook(
@@ -876,7 +694,7 @@ def write_run_report(run: Run, recorder: Recorder) -> None:
         teacher=teacher,
         class_names=class_names(run.loaders.eval.dataset, args.num_classes) if run.loaders.eval is not None else (),
         times=split_step_time(run),
-        facts=describe_run(run)['provenance'],
+        facts=describe_run(run, timm_distill.__version__)['provenance'],
     )
     try:
         paths = write_report(data, recorder.result.output_dir)
@@ -912,7 +730,10 @@ def split_step_time(run: Run) -> Dict[str, float]:
 
 
 def cli() -> int:
-    """Run from the command line: 0 on success, 2 for what the user can put right, 1 where training fails."""
+    """Run from the command line: 0 on success, 2 for what the user can put right, 1 where training fails.
+
+    A run that a signal stopped has saved its state and exits with 75, after Ctrl-C with 130.
+    """
     utils.setup_default_logging()
     try:
         result = main()
@@ -922,6 +743,8 @@ def cli() -> int:
     except (NonFiniteLossError, MergeError) as e:
         print(f'train_distill.py: stopped: {e}', file=sys.stderr)
         return 1
+    if result is not None and result.stopped_by:
+        return exit_code(result.stopped_by)
     if result is not None and result.output_dir:
         print(f'--result\n{json.dumps(result.history[-10:], indent=4)}')  # what timm's runner scripts look for
     return 0

@@ -1,10 +1,13 @@
 """Promises of writing, reading and resuming checkpoints."""
 import argparse
+import errno
 import logging
 import os
+import pickle
 import random
+import zipfile
 from types import SimpleNamespace
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import numpy as np
 import pytest
@@ -15,14 +18,12 @@ from timm.scheduler import CosineLRScheduler, PlateauLRScheduler
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, NativeScaler
 
-from timm_distill.checkpoint import (
-    DistillCheckpointSaver,
-    get_rng_state,
-    read_checkpoint,
-    resume_task,
-    set_rng_state,
-)
+import timm_distill.storage
+from timm_distill.checkpoint import DistillCheckpointSaver, get_rank_state
 from timm_distill.errors import MergeError, UsageError
+from timm_distill.resume import check_same_run, find_newest, resolve_resume, restore_rank, resume_task
+from timm_distill.rng import get_rng_state, set_rng_state
+from timm_distill.storage import read_checkpoint, verify, write_checkpoint
 
 
 class StubTask(ClassificationTask):
@@ -89,27 +90,58 @@ def test_file_loads_into_the_plain_timm_model_and_weights_only(tmp_path):
     model = timm.create_model('test_resnet', num_classes=4, checkpoint_path=path)
     torch.testing.assert_close(model.state_dict(), task.get_trainable_module(ema=True).module.state_dict())
     assert set(read_checkpoint(path)) == {
-        'epoch', 'version', 'arch', 'args', 'optimizer', 'amp_scaler', 'metric', 'saver', 'rng_state',
+        'epoch', 'version', 'arch', 'args', 'optimizer', 'amp_scaler', 'metric', 'saver', 'ranks',
         'state_dict', 'task_state', 'state_dict_ema', 'task_state_ema'}
 
 
-def test_crash_while_writing_leaves_the_former_files(tmp_path, monkeypatch):
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A function that makes files written from now on fail behind so many bytes, None to make room again."""
+    original = open
+
+    class Full:
+        def __init__(self, file, room):
+            self.file, self.room = file, room
+
+        def write(self, data):
+            self.room -= len(data)
+            if self.room < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(data)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+    def set_room(room: Optional[int]) -> None:
+        def open_full(path, mode='r', **kwargs):
+            file = original(path, mode, **kwargs)
+            return Full(file, room) if 'w' in mode and room is not None else file
+        monkeypatch.setattr(timm_distill.storage, 'open', open_full, raising=False)
+    return set_room
+
+
+@pytest.mark.parametrize('room', [0, 30_000])
+def test_full_disk_is_reported_keeps_the_former_files_and_the_next_save_works(tmp_path, full_disk, caplog, room):
     task, optimizer = create_task()
     saver = create_saver(tmp_path, task, optimizer)
     saver.save_checkpoint(0, metric=1.)
     files = sorted(os.listdir(tmp_path))
-
-    def crash(state, path):
-        with open(path, 'wb') as f:
-            f.write(b'half')
-        raise OSError('No space left on device')
-
-    monkeypatch.setattr(torch, 'save', crash)
-    with pytest.raises(OSError, match='No space'):
-        saver.save_checkpoint(1, metric=2.)
+    full_disk(room)
+    saver.save_checkpoint(1, metric=2.)
+    saver.save_recovery(2, 0)
+    assert 'No space left on device' in caplog.text and saver.unsaved
     assert sorted(os.listdir(tmp_path)) == files
     for name in files:
         assert read_checkpoint(str(tmp_path / name))['epoch'] == 0
+    full_disk(None)
+    assert saver.save_checkpoint(2, metric=3.) == (3., 2)
+    assert read_checkpoint(saver.last_path)['epoch'] == 2 and not saver.unsaved
 
 
 def test_files_are_on_disk_before_they_replace_others_and_never_unlinked(tmp_path, monkeypatch):
@@ -124,7 +156,8 @@ def test_files_are_on_disk_before_they_replace_others_and_never_unlinked(tmp_pat
     monkeypatch.setattr(os, 'unlink', lambda p: pytest.fail(f'unlinked {p}'))
     saver.save_checkpoint(1, metric=2.)
     assert events == [
-        'fsync', 'last.pth.tar', 'fsync', 'checkpoint-1.pth.tar', 'fsync', 'model_best.pth.tar', 'fsync']
+        'fsync', 'previous.pth.tar', 'fsync', 'last.pth.tar', 'fsync', 'checkpoint-1.pth.tar', 'fsync',
+        'model_best.pth.tar', 'fsync']
 
 
 @pytest.mark.parametrize('hardlinks', [True, False])
@@ -138,7 +171,8 @@ def test_history_keeps_the_best_and_no_temporary_files(tmp_path, monkeypatch, ha
     saver.save_milestone(3)
     saver.save_milestone(3)  # the same file again
     assert sorted(os.listdir(tmp_path)) == [
-        'checkpoint-0.pth.tar', 'checkpoint-2.pth.tar', 'last.pth.tar', 'milestone-3.pth.tar', 'model_best.pth.tar']
+        'checkpoint-0.pth.tar', 'checkpoint-2.pth.tar', 'last.pth.tar', 'milestone-3.pth.tar', 'model_best.pth.tar',
+        'previous.pth.tar']
     assert read_checkpoint(str(tmp_path / 'model_best.pth.tar'))['epoch'] == 0
     assert read_checkpoint(str(tmp_path / 'last.pth.tar'))['epoch'] == 2
 
@@ -163,7 +197,9 @@ def test_resumed_run_continues_bit_for_bit(tmp_path):
     task.setup_ema(decay=0.5)
     task.adapter = torch.tensor([1., 2., 3.])
     train_step(task, optimizer)
-    create_saver(tmp_path, task, optimizer).save_checkpoint(3)
+    saver = create_saver(tmp_path, task, optimizer)
+    saver.ranks = [get_rank_state(task, None)]
+    saver.save_checkpoint(3)
     train_step(task, optimizer)
 
     resumed, resumed_optimizer = create_task(seed=1)
@@ -171,7 +207,7 @@ def test_resumed_run_continues_bit_for_bit(tmp_path):
     path = str(tmp_path / 'last.pth.tar')
     checkpoint = read_checkpoint(path)
     assert resume_task(resumed, path, resumed_optimizer, checkpoint=checkpoint) == 4
-    set_rng_state(checkpoint['rng_state'])
+    assert restore_rank(resumed, None, checkpoint) is None
     train_step(resumed, resumed_optimizer)
     torch.testing.assert_close(resumed.state_dict(), task.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(resumed_optimizer.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
@@ -217,7 +253,7 @@ def test_plain_timm_checkpoint_resumes_with_a_warning(tmp_path, caplog):
     assert start_epoch == 3
     for module in resumed.get_trainable_module(), resumed.get_trainable_module(ema=True).module:
         torch.testing.assert_close(module.state_dict(), plain.trainable_module.state_dict())
-    assert all(word in caplog.text for word in ('task_state', 'rng_state', 'amp_scaler', 'lr_scheduler', 'EMA'))
+    assert all(word in caplog.text for word in ('task_state', 'ranks', 'amp_scaler', 'lr_scheduler', 'EMA'))
     assert 'optimizer' not in caplog.text
 
 
@@ -284,3 +320,145 @@ def test_missing_file_and_file_without_weights_are_usage_errors(tmp_path):
     torch.save({'epoch': 3}, tmp_path / 'empty.pth')
     with pytest.raises(UsageError, match='state_dict'):
         resume_task(create_task()[0], str(tmp_path / 'empty.pth'))
+
+
+def test_saving_draws_no_random_numbers(tmp_path):
+    task, optimizer = create_task()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    create_saver(tmp_path, task, optimizer).save_checkpoint(0)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_checksum_stands_in_the_file_and_others_read_it(tmp_path):
+    path = str(tmp_path / 'file.pth.tar')
+    state = {'state_dict': {'weight': torch.randn(1000)}}
+    write_checkpoint(state, path)
+    assert zipfile.ZipFile(path).comment.startswith(b'sha256:')
+    for mmap in (False, True):
+        assert torch.equal(torch.load(path, mmap=mmap)['state_dict']['weight'], state['state_dict']['weight'])
+
+
+def test_any_flipped_bit_of_the_content_is_detected(tmp_path):
+    path = tmp_path / 'file.pth.tar'
+    write_checkpoint({'state_dict': {'weight': torch.randn(100)}}, str(path))
+    data = path.read_bytes()
+    for position in random.Random(0).sample(range(len(data) - 80), 60):
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match='checksum'):
+            verify(str(path))
+
+
+def save_epochs(folder: Any, epochs: int = 3) -> None:
+    task, optimizer = create_task()
+    saver = create_saver(folder, task, optimizer)
+    for epoch in range(epochs):
+        saver.save_checkpoint(epoch, metric=float(epoch))
+
+
+@pytest.mark.parametrize('damage', ['truncate', 'flip'])
+@pytest.mark.parametrize('resume', ['auto', 'last.pth.tar'])
+def test_resume_falls_back_from_a_damaged_file_with_a_warning(tmp_path, caplog, damage, resume):
+    save_epochs(tmp_path)
+    path = tmp_path / 'last.pth.tar'
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    # written in place: the numbered file and model_best are names of the same file
+    path.write_bytes(data[:len(data) // 3] if damage == 'truncate' else data)
+    args = argparse.Namespace(
+        resume=resume if resume == 'auto' else str(path), output=str(tmp_path.parent), experiment=tmp_path.name)
+    assert resolve_resume(args)['epoch'] == 1
+    assert args.resume == str(tmp_path / 'previous.pth.tar')
+    assert 'last.pth.tar' in caplog.text and any(word in caplog.text for word in ('checksum', 'truncated'))
+
+
+def test_the_newest_file_inside_an_epoch_wins_over_the_end_of_the_former(tmp_path):
+    save_epochs(tmp_path, 2)
+    task, optimizer = create_task()
+    saver = create_saver(tmp_path, task, optimizer)
+    for update in (3, 7, 11):
+        position = {'data': {'num_batches': update + 1}}
+        saver.ranks = [get_rank_state(task, None, position)]
+        saver.save_recovery(2, update)
+    assert sorted(name for name in os.listdir(tmp_path) if 'recovery' in name) == [
+        'recovery-2-11.pth.tar', 'recovery-2-7.pth.tar']
+    assert os.path.basename(find_newest(str(tmp_path))[0]) == 'recovery-2-11.pth.tar'
+
+
+def test_resume_auto_without_a_checkpoint_begins_a_run(tmp_path):
+    args = argparse.Namespace(resume='auto', output=str(tmp_path), experiment='', model='test_resnet')
+    assert resolve_resume(args) is None
+    assert args.resume == ''
+
+
+@pytest.mark.parametrize('as_output', [True, False])
+def test_resume_auto_finds_a_run_without_its_name(tmp_path, as_output):
+    folder = tmp_path / '20260101-120000-test_resnet-32'
+    folder.mkdir()
+    save_epochs(folder)
+    output = folder if as_output else tmp_path
+    args = argparse.Namespace(resume='auto', output=str(output), experiment='', model='test_resnet')
+    assert resolve_resume(args)['epoch'] == 2
+    assert (args.output, args.experiment) == (str(tmp_path), folder.name)
+
+
+def test_save_that_a_kill_interrupted_is_finished_at_resume(tmp_path):
+    save_epochs(tmp_path, 1)
+    task, optimizer = create_task()
+    saver = create_saver(tmp_path, task, optimizer)
+    saver.continue_from(saver.last_path, read_checkpoint(saver.last_path)['saver'])
+    saver._keep = lambda *args: None  # killed behind the replacement of `last`
+    saver.save_checkpoint(1, metric=5.)
+    (tmp_path / 'model_best.pth.tar.tmp').write_text('half')
+    saver = create_saver(tmp_path, task, optimizer)
+    saver.continue_from(saver.last_path, read_checkpoint(saver.last_path)['saver'])
+    assert read_checkpoint(str(tmp_path / 'model_best.pth.tar'))['epoch'] == 1
+    assert (saver.best_metric, saver.best_epoch) == (5., 1)
+    assert sorted(os.listdir(tmp_path)) == [
+        'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar', 'model_best.pth.tar', 'previous.pth.tar']
+
+
+def test_flags_of_another_run_are_refused_with_the_difference():
+    flags = dict(resume='x.pth.tar', model='resnet18', teacher='resnet50', kd='norm', kd_kwargs={'norm.segments': 8})
+    checkpoint = {'args': argparse.Namespace(**flags)}
+    for name, value in dict(model='vgg11', teacher='resnet34', kd='kd', kd_kwargs={'norm.segments': 4}).items():
+        with pytest.raises(UsageError) as error:
+            check_same_run(argparse.Namespace(**{**flags, name: value}), checkpoint)
+        flag = '--student' if name == 'model' else '--' + name.replace('_', '-')
+        assert f'{flag} {flags[name]} -> {value}' in str(error.value)
+
+
+def test_flags_that_change_the_course_are_warned_of_and_others_are_not(caplog):
+    checkpoint = {'args': argparse.Namespace(resume='', lr=0.1, epochs=3, kd_kwargs=None, output='a')}
+    check_same_run(argparse.Namespace(resume='x', lr=0.1, epochs=3, kd_kwargs={}, output='b'), checkpoint)
+    assert caplog.text == ''
+    check_same_run(argparse.Namespace(resume='x', lr=0.2, epochs=3, kd_kwargs={}, output='a'), checkpoint)
+    assert '--lr 0.1 -> 0.2' in caplog.text and 'epochs' not in caplog.text
+
+
+class Bomb:
+    """Runs a command when it is unpickled by a reader that runs code."""
+
+    def __init__(self, trace: str):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+@pytest.mark.parametrize('protocol', ['zip', 'legacy', 'bare pickle'])
+def test_planted_pickle_is_refused_and_never_runs(tmp_path, protocol):
+    path, trace = str(tmp_path / 'last.pth.tar'), str(tmp_path / 'trace')
+    if protocol == 'bare pickle':
+        with open(path, 'wb') as file:
+            pickle.dump({'state_dict': Bomb(trace)}, file)
+    else:
+        torch.save({'state_dict': Bomb(trace)}, path, _use_new_zipfile_serialization=protocol == 'zip')
+    with pytest.raises(UsageError) as error:
+        read_checkpoint(path)
+    assert protocol != 'zip' or 'posix.mkdir' in str(error.value)
+    assert find_newest(str(tmp_path)) is None
+    assert not os.path.exists(trace)

@@ -15,6 +15,7 @@ from timm.utils import NativeScaler
 
 from timm_distill.engine import NonFiniteLossError, evaluate, train_one_epoch
 from timm_distill.errors import UsageError
+from timm_distill.rng import get_rng_state, set_rng_state
 
 CPU = torch.device('cpu')
 
@@ -72,7 +73,13 @@ def test_averages_equal_reading_every_step():
         assert value == pytest.approx(expected, rel=1e-12)
 
 
-def test_no_value_is_read_between_log_lines(monkeypatch):
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Lets the loop leave values on the device, as it does where reading them costs a wait."""
+    monkeypatch.setattr('timm_distill.guard._on_cpu', lambda tensors: False)
+
+
+def test_no_value_is_read_between_log_lines(monkeypatch, as_on_cuda):
     reads = []
     for name in ('item', 'tolist', '__float__', '__bool__', 'cpu', 'numpy'):
         original = getattr(torch.Tensor, name)
@@ -141,25 +148,127 @@ def test_loss_scaler_is_called_like_timms():
 @pytest.mark.parametrize('log_interval', [1, 50])
 def test_diverged_term_is_named_with_epoch_and_batch(log_interval):
     task, optimizer = create_task()
-    batches = create_batches()
-    batches[2][0].fill_(float('nan'))
-    with pytest.raises(NonFiniteLossError, match=r'epoch 5: loss=nan, task_loss=nan, norm_loss=nan at batch 2'):
-        train(task, batches, optimizer, epoch=5, log_interval=log_interval)
+    batches = create_batches((4,) * 6)
+    for i in (2, 3, 4):
+        batches[i][0].fill_(float('nan'))
+    words = 'epoch 5: loss=nan, task_loss=nan, norm_loss=nan at batch 2'
+    with pytest.raises(NonFiniteLossError, match=words) as error:
+        train(task, batches, optimizer, epoch=5, log_interval=log_interval, max_streak=3)
+    if log_interval == 1:
+        assert error.value.batch[0] is batches[2][0]
+    assert all(p.isfinite().all() for p in task.parameters())
 
 
-def test_recovery_is_saved_at_interval_and_never_diverged():
+def with_bad_batches(batches: List[Any], *indices: int) -> List[Any]:
+    return [(torch.full_like(x, float('nan')) if i in indices else x, y) for i, (x, y) in enumerate(batches)]
+
+
+def test_skipped_update_changes_nothing():
+    batches = create_batches((4,) * 5)
     task, optimizer = create_task()
-    saved = []
-    saver = SimpleNamespace(save_recovery=lambda epoch, batch_idx: saved.append((epoch, batch_idx)))
-    train(task, create_batches((2,) * 5), optimizer, epoch=1, saver=saver, recovery_interval=2)
-    assert saved == [(1, 1), (1, 3)]
+    metrics = train(task, with_bad_batches(batches, 1, 3), optimizer, max_streak=2)
+    reference, reference_optimizer = create_task()
+    expected = train(reference, [batches[i] for i in (0, 2, 4)], reference_optimizer)
+    torch.testing.assert_close(task.state_dict(), reference.state_dict(), rtol=0, atol=0)
+    assert metrics == expected
 
-    batches = create_batches((2,) * 5)
-    batches[2][0].fill_(float('nan'))
-    saved.clear()
-    with pytest.raises(NonFiniteLossError):
-        train(task, batches, optimizer, epoch=1, saver=saver, recovery_interval=2)
-    assert saved == [(1, 1)]
+
+def test_skipped_update_leaves_ema_and_running_statistics_alone():
+    torch.manual_seed(0)
+    task = StubTask(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)))
+    task.setup_ema(decay=0.5)
+    optimizer = torch.optim.AdamW(task.trainable_module.parameters(), lr=0.1)
+    train(task, create_batches((4,)), optimizer)
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    train(task, with_bad_batches(create_batches((4,) * 2), 0, 1), optimizer, max_streak=None)
+    torch.testing.assert_close(task.state_dict(), before, rtol=0, atol=0)
+
+
+def test_device_that_nobody_waits_for_stays_finite_too(as_on_cuda):
+    torch.manual_seed(0)
+    task = StubTask(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)))
+    optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.1)
+    train(task, create_batches((4,)), optimizer)
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    train(task, with_bad_batches(create_batches((4,) * 2), 0, 1), optimizer, max_streak=None, clip_grad=1.)
+    # without momentum and weight decay an update with gradients of zero is none
+    torch.testing.assert_close(task.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('grad_accum_steps', [1, 2])
+def test_guarded_updates_are_bit_for_bit_those_of_an_unguarded_loop(as_on_cuda, grad_accum_steps):
+    batches = create_batches((4,) * 6)
+    task, optimizer = create_task()
+    reference, reference_optimizer = create_task()
+    train(task, batches, optimizer, grad_accum_steps=grad_accum_steps)
+    for i in range(0, 6, grad_accum_steps):
+        reference_optimizer.zero_grad()
+        for input, target in batches[i:i + grad_accum_steps]:
+            (reference(input, target)['loss'] / grad_accum_steps).backward()
+        reference_optimizer.step()
+    torch.testing.assert_close(task.state_dict(), reference.state_dict(), rtol=0, atol=0)
+
+
+def test_streak_is_forgiven_where_the_caller_puts_the_weights_back():
+    task, optimizer = create_task()
+    errors = []
+    train(task, with_bad_batches(create_batches((4,) * 6), 1, 2, 3), optimizer, max_streak=3, log_interval=1,
+          on_diverged=errors.append)
+    assert len(errors) == 1 and 'batch 1' in str(errors[0])
+
+
+class Stop(Exception):
+    pass
+
+
+class RandomLoader:
+    """Batches that depend on the generators at the moment they are made, one ahead as in timm's prefetcher."""
+
+    def __init__(self, num_batches: int = 6):
+        self.num_batches = num_batches
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Any:
+        torch.randint(9, ())  # as a sampler draws its seed
+        ahead = None
+        for _ in range(self.num_batches):
+            batch = torch.randn(4, 5), torch.randint(3, (4,))
+            if ahead is not None:
+                yield ahead
+            ahead = batch
+        yield ahead
+
+
+def create_noisy_task() -> Tuple[StubTask, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    task = StubTask(nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 3)))
+    return task, torch.optim.SGD(task.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize('stop_after', [0, 2, 4, 5])
+def test_epoch_continued_from_inside_gives_the_bits_of_one_never_stopped(stop_after):
+    task, optimizer = create_noisy_task()
+    expected = train(task, RandomLoader(), optimizer)
+    after = torch.rand(3)
+
+    stopped, stopped_optimizer = create_noisy_task()
+    saved: Dict[str, Any] = {}
+
+    def after_update(update_idx, get_position):
+        if update_idx == stop_after:
+            saved.update(position=get_position(), rng=get_rng_state())
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(stopped, RandomLoader(), stopped_optimizer, after_update=after_update)
+    torch.manual_seed(99)  # another process
+    set_rng_state(saved['rng'])
+    metrics = train(stopped, RandomLoader(), stopped_optimizer, position=saved['position'])
+    torch.testing.assert_close(stopped.state_dict(), task.state_dict(), rtol=0, atol=0)
+    assert metrics == expected
+    assert torch.equal(torch.rand(3), after)
 
 
 def test_log_line_names_each_term(caplog):
@@ -277,7 +386,7 @@ def _run_rank(rank: int, init_file: str, queue: Any) -> None:
     evaluated = evaluate(create_task()[0].trainable_module, batches, device=CPU, distributed=True)
     batches[0][0].fill_(float('nan') if rank else 1.)
     try:
-        train(task, batches, optimizer, distributed=True)
+        train(task, batches, optimizer, distributed=True, max_streak=1)
         error = ''
     except NonFiniteLossError as e:
         error = str(e)

@@ -2,7 +2,8 @@
 
 Knows no method by name, no teacher and no flags. A task is anything with the interface of `timm.task.TrainingTask`:
 whatever `*_loss` terms its result holds are averaged and logged by name. The loops never wait for the device inside a
-step: losses stay there as tensors and are fetched together, at log lines, recovery saves and the end of the epoch.
+step: losses stay there as tensors and are fetched together, at log lines, saves and the end of the epoch. Updates whose
+gradients are not finite are skipped there too.
 """
 import logging
 import math
@@ -12,7 +13,8 @@ from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from itertools import islice
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -23,20 +25,19 @@ from timm.task import (
     TrainingTask,
     evaluation_sample_limit,
 )
-from timm.utils import AverageMeter, dispatch_clip_grad
+from timm.utils import dispatch_clip_grad
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .errors import UsageError
 from .gradients import GradientNorms
+from .guard import UpdateGuard
+from .meters import LossMeter, NonFiniteLossError
+from .replay import EpochData
 
 _logger = logging.getLogger(__name__)
 
 __all__ = ['NonFiniteLossError', 'StepTiming', 'evaluate', 'evaluator_class', 'train_one_epoch']
-
-
-class NonFiniteLossError(RuntimeError):
-    """A loss term became NaN or infinite; names the terms, the epoch and the step."""
 
 
 @dataclass
@@ -53,70 +54,6 @@ class StepTiming:
     data_seconds: float = 0.
 
 
-class LossMeter:
-    """Sample-weighted averages of a task's loss terms, over all ranks where distributed.
-
-    Args:
-        device: Where values are exchanged between ranks.
-        distributed: Average over the ranks of the default process group.
-    """
-
-    def __init__(self, device: torch.device, distributed: bool = False):
-        self.device = device
-        self.distributed = distributed
-        self.meters: OrderedDict[str, AverageMeter] = OrderedDict()
-        self.num_batches = 0  # read so far
-        self.non_finite = ''  # the first batch that had a non-finite term, in words
-        self._pending: List[Tuple[List[str], torch.Tensor, int]] = []
-
-    def add(self, result: Dict[str, torch.Tensor], num_samples: int) -> None:
-        """Note the terms of one batch, without waiting for their values."""
-        names = ['loss'] + [name for name in result if name.endswith('_loss')]
-        terms = torch.stack([result[name].detach() for name in names])  # a copy, safe from in-place changes
-        self._pending.append((names, terms, num_samples))
-
-    def fetch(self) -> bool:
-        """Read what was noted since the last call, with one wait for the device. False once a term was not finite."""
-        if self._pending:
-            values = iter(torch.cat([terms for _, terms, _ in self._pending]).tolist())
-            for names, _, num_samples in self._pending:
-                self._update({name: next(values) for name in names}, num_samples)
-            self._pending = []
-        return not self.non_finite
-
-    def _update(self, values: Dict[str, float], num_samples: int) -> None:
-        for name, value in values.items():
-            self.meters.setdefault(name, AverageMeter()).update(value, num_samples)
-        bad = [f'{name}={value}' for name, value in values.items() if not math.isfinite(value)]
-        if bad and not self.non_finite:
-            self.non_finite = f"{', '.join(bad)} at batch {self.num_batches}"
-        self.num_batches += 1
-
-    def read(self) -> Tuple[OrderedDict[str, float], OrderedDict[str, float]]:
-        """Fetch, and share between ranks: the average of each term so far, and its value on the newest batch."""
-        self.fetch()
-        # one row per term: sum over samples, samples, newest value, number of ranks
-        rows = [[meter.sum, meter.count, meter.val, 1] for meter in self.meters.values()]
-        if self.distributed:
-            shared = torch.tensor(rows, dtype=torch.float64, device=self.device)
-            dist.all_reduce(shared)
-            rows = shared.tolist()
-        average = OrderedDict((name, row[0] / row[1]) for name, row in zip(self.meters, rows))
-        newest = OrderedDict((name, row[2] / row[3]) for name, row in zip(self.meters, rows))
-        return average, newest
-
-    def read_finite(self, epoch: int) -> Tuple[OrderedDict[str, float], OrderedDict[str, float]]:
-        """Like `read`, but raises NonFiniteLossError, on every rank, once any rank has met a non-finite term."""
-        average, newest = self.read()
-        bad = [name for name, value in average.items() if not math.isfinite(value)]
-        if bad:
-            where = self.non_finite or f"{', '.join(bad)} on another rank"
-            raise NonFiniteLossError(
-                f'Training diverged in epoch {epoch}: {where} (batches count from 0). A lower --lr, --clip-grad, a '
-                'longer warmup or --amp-dtype bfloat16 may help.')
-        return average, newest
-
-
 class TrainLog:
     """Log lines of one training epoch: progress, each term by name, speed since the line before, learning rate.
 
@@ -125,6 +62,7 @@ class TrainLog:
         epoch: Index of the epoch.
         num_updates: Optimizer updates in the epoch.
         log_interval: Updates between lines; the first and the last update always have one.
+        max_streak: Updates in a row that may be skipped before training stops, None for any number.
         norms: Gradient norms to show beside the terms.
     """
 
@@ -134,6 +72,7 @@ class TrainLog:
             epoch: int,
             num_updates: int,
             log_interval: int = 50,
+            max_streak: Optional[int] = None,
             norms: Optional[GradientNorms] = None,
     ):
         self.losses = losses
@@ -141,6 +80,7 @@ class TrainLog:
         self.epoch = epoch
         self.num_updates = num_updates
         self.log_interval = log_interval
+        self.max_streak = max_streak
         self.primary = not losses.distributed or dist.get_rank() == 0
         self.world_size = dist.get_world_size() if losses.distributed else 1
         self.loss: Optional[float] = None  # average, as last read
@@ -159,17 +99,18 @@ class TrainLog:
         self.data_time += data_time
 
     def update(self, update_idx: int, optimizer: torch.optim.Optimizer, bar: tqdm) -> bool:
-        """Note one optimizer update; where a line is due, write it and return true."""
+        """Note one optimizer update; where a line is due, read the values, write it and return true."""
         self.updates += 1
         if update_idx % self.log_interval and update_idx != self.num_updates - 1:
             return False
-        average, newest = self.losses.read_finite(self.epoch)
+        average, newest = self.losses.read()
         self.loss = average['loss']
         if self.primary:
             bar.set_postfix(loss=f'{self.loss:.4g}', refresh=False)
             lrs = [group['lr'] for group in optimizer.param_groups]
             self._write(update_idx, average, newest, sum(lrs) / len(lrs))
         self._restart()
+        self.losses.check(self.epoch, self.max_streak)
         return True
 
     def _write(self, update_idx: int, average: Dict[str, float], newest: Dict[str, float], lr: float) -> None:
@@ -183,21 +124,26 @@ class TrainLog:
             f'({100 * (update_idx + 1) / self.num_updates:>3.0f}%)]  {terms}  '
             f'Time: {elapsed / self.updates:.3f}s, {self.images * self.world_size / elapsed:.1f} images/s  '
             f'Data: {self.data_time / self.updates:.3f}s  LR: {lr:.3e}')
+        if self.losses.streak:
+            _logger.warning(f'{self.losses.num_skipped} updates of this epoch were not finite and were skipped, the '
+                            f'newest from {self.losses.reason or "a batch on another rank"}.')
 
 
 @contextmanager
-def progress_bar(loader: Any, desc: str, progress: Optional[bool]) -> Iterator[Any]:
+def progress_bar(loader: Any, desc: str, progress: Optional[bool], initial: int = 0) -> Iterator[Any]:
     """Iterate over loader under a bar on stderr that log lines do not break.
 
     Args:
         loader: What to iterate over.
         desc: Text in front of the bar.
         progress: Show it; None shows it where stderr is a terminal.
+        initial: Where it begins.
     """
     if progress is None:
         progress = sys.stderr.isatty()
     redirect = logging_redirect_tqdm() if progress else nullcontext()
-    with redirect, tqdm(loader, desc=desc, disable=not progress, leave=False, dynamic_ncols=True) as bar:
+    with redirect, tqdm(
+            loader, desc=desc, disable=not progress, leave=False, dynamic_ncols=True, initial=initial) as bar:
         yield bar
 
 
@@ -212,31 +158,35 @@ def accumulation_plan(num_batches: int, grad_accum_steps: int) -> Iterator[Tuple
 def _backward_and_step(
         loss: torch.Tensor,
         task: TrainingTask,
-        optimizer: torch.optim.Optimizer,
+        guard: UpdateGuard,
         need_update: bool,
         loss_scaler: Optional[Callable] = None,
         clip_grad: Optional[float] = None,
         clip_mode: str = 'norm',
 ) -> None:
     """Backward pass and, at the end of an accumulation group, clipping and the optimizer's step."""
-    create_graph = getattr(optimizer, 'is_second_order', False)
+    create_graph = getattr(guard.optimizer, 'is_second_order', False)
     parameters = None if clip_grad is None else task.get_clip_parameters(exclude_head='agc' in clip_mode)
     if loss_scaler is not None:
+        guard.check([loss])  # gradients that only the scale lets overflow are the scaler's business
         loss_scaler(
             loss,
-            optimizer,
+            guard.optimizer,
             clip_grad=clip_grad,
             clip_mode=clip_mode,
             parameters=parameters,
             create_graph=create_graph,
             need_update=need_update,
         )
+        if need_update:
+            guard.restore_buffers()
         return
     loss.backward(create_graph=create_graph)
     if need_update:
+        guard.check(guard.gradients())
         if clip_grad is not None:
             dispatch_clip_grad(parameters, value=clip_grad, mode=clip_mode)
-        optimizer.step()
+        guard.step()
 
 
 def _prepare_batch(
@@ -264,10 +214,86 @@ def _start_epoch(task: TrainingTask, loader: Any, optimizer: torch.optim.Optimiz
     set_epoch = getattr(task, 'set_epoch', None)  # weight schedules; timm's own tasks have none
     if set_epoch is not None:
         set_epoch(epoch)
-    trainable_module = task.get_trainable_module()
-    assert trainable_module is not None  # for mypy: only the EMA module may be missing
-    trainable_module.train()
+    _trainable_module(task).train()
     optimizer.zero_grad()
+
+
+def _trainable_module(task: TrainingTask) -> nn.Module:
+    module = task.get_trainable_module()
+    assert module is not None  # for mypy: only the EMA module may be missing
+    return module
+
+
+class _EpochState:
+    """What changes from update to update besides task and optimizer, and how it is saved."""
+    log: TrainLog
+
+    def __init__(
+            self,
+            task: TrainingTask,
+            loader: Any,
+            optimizer: torch.optim.Optimizer,
+            epoch: int,
+            losses: LossMeter,
+            norms: GradientNorms,
+            grad_accum_steps: int,
+    ):
+        self.task = task
+        self.epoch = epoch
+        self.losses = losses
+        self.norms = norms
+        self.data = EpochData(loader)
+        self.guard = UpdateGuard(_trainable_module(task), optimizer)
+        self.grad_accum_steps = grad_accum_steps
+        self.num_updates = math.ceil(len(loader) / grad_accum_steps)
+        self.update_idx = 0  # of the update to come
+
+    def position(self) -> Dict[str, Any]:
+        """Return where this rank stands, behind a complete update."""
+        return {
+            'data': self.data.state_dict(),
+            'losses': self.losses.state_dict(),
+            'norms': self.norms.state_dict(),
+            'logged_loss': self.log.loss,
+        }
+
+    def load_position(self, position: Dict[str, Any]) -> None:
+        """Continue behind the update after which `position` was called."""
+        self.data = EpochData(self.data.loader, position['data'])
+        self.losses.load_state_dict(position['losses'])
+        self.norms.load_state_dict(position['norms'])
+        self.log.loss = position['logged_loss']
+        self.update_idx = math.ceil(self.data.num_batches / self.grad_accum_steps)
+
+    def end_update(
+            self,
+            batch: Tuple[torch.Tensor, torch.Tensor],
+            bar: tqdm,
+            lr_scheduler: Optional[Any],
+            on_diverged: Optional[Callable[[NonFiniteLossError], None]],
+    ) -> bool:
+        """Do what follows an optimizer update: EMA, log line, learning rate. Returns whether a line was logged."""
+        logged = True
+        num_updates = self.epoch * self.num_updates + self.update_idx + 1
+        self.guard.optimizer.zero_grad()
+        if self.guard.was_applied(batch):
+            self.task.update_ema(step=num_updates)
+        self.norms.finish_update()
+        self.losses.end_update(self.guard.finite)
+        try:
+            logged = self.log.update(self.update_idx, self.guard.optimizer, bar)
+            if logged:
+                self.guard.watching = self.losses.streak > 0
+        except NonFiniteLossError as error:
+            error.batch = self.guard.bad_batch
+            if on_diverged is None:
+                raise
+            on_diverged(error)
+            self.losses.forgive()
+        if lr_scheduler is not None:
+            lr_scheduler.step_update(num_updates=num_updates, metric=self.log.loss)
+        self.update_idx += 1
+        return logged
 
 
 def train_one_epoch(
@@ -288,8 +314,10 @@ def train_one_epoch(
         prefetcher: bool = True,
         channels_last: bool = False,
         lr_scheduler: Optional[Any] = None,
-        saver: Optional[Any] = None,
-        recovery_interval: int = 0,
+        max_streak: Optional[int] = 10,
+        on_diverged: Optional[Callable[[NonFiniteLossError], None]] = None,
+        after_update: Optional[Callable[[int, Callable[[], Dict[str, Any]]], None]] = None,
+        position: Optional[Dict[str, Any]] = None,
         log_interval: int = 50,
         log_grad_norm: int = 0,
         distributed: bool = False,
@@ -318,8 +346,11 @@ def train_one_epoch(
         prefetcher: The loader already transfers, converts and mixes.
         channels_last: Train in channels-last memory format.
         lr_scheduler: A timm scheduler, told about each update.
-        saver: Saves recovery checkpoints; None on all ranks but the first.
-        recovery_interval: Updates between recovery checkpoints, 0 for none.
+        max_streak: Updates in a row that may be skipped for gradients that are not finite, None for any number.
+        on_diverged: Called with the error when there are as many; training goes on when it returns. None raises it.
+        after_update: Called when an update is complete, with its index and a function that gives this rank's position
+            for `position`; may save, or end the epoch by raising.
+        position: Where an earlier process stopped inside this epoch; the generators must be restored already.
         log_interval: Updates between log lines. Only there do the loops wait for the device.
         log_grad_norm: Updates between measurements of each term's gradient norm, 0 for none. Training is the same.
         distributed: Average what is logged and returned over all ranks.
@@ -335,50 +366,46 @@ def train_one_epoch(
         'grad_norm_*' of each term, averaged over its measurements.
     """
     _start_epoch(task, loader, optimizer, epoch)
-    updates_per_epoch = math.ceil(len(loader) / grad_accum_steps)
-    losses = LossMeter(device, distributed)
     norms = GradientNorms(task, log_grad_norm, loss_scaler, distributed)
-    log = TrainLog(losses, epoch, updates_per_epoch, log_interval, norms)
+    state = _EpochState(task, loader, optimizer, epoch, LossMeter(device, distributed), norms, grad_accum_steps)
+    state.log = TrainLog(state.losses, epoch, state.num_updates, log_interval, max_streak, norms)
+    if position is not None:
+        state.load_position(position)
+    plan = islice(accumulation_plan(len(loader), grad_accum_steps), state.data.num_batches, None)
     desc = f"{desc} epoch {epoch + 1}{f'/{num_epochs}' if num_epochs else ''} train".lstrip()
-    update_idx = 0
-    epoch_start = time.perf_counter()
-    with progress_bar(loader, desc, progress if log.primary else False) as bar:
+    begins_update = True
+    num_done, epoch_start = state.data.num_batches, time.perf_counter()
+    with progress_bar(state.data, desc, progress if state.log.primary else False, state.data.num_batches) as bar:
         data_start = time.perf_counter()
-        plan = accumulation_plan(len(loader), grad_accum_steps)
-        for batch_idx, ((input, target), (group_size, need_update)) in enumerate(zip(bar, plan)):
+        for batch_idx, ((input, target), (group_size, need_update)) in enumerate(zip(bar, plan), num_done):
             input, target = _prepare_batch(input, target, device, model_dtype, prefetcher, channels_last, mixup_fn)
             data_time = time.perf_counter() - data_start
             if timing is not None:
                 timing.data_seconds += data_time
+            if begins_update:
+                state.guard.note()
             with nullcontext() if need_update else task.no_sync():
                 with amp_autocast():
                     result = task(input, target)
-                log.add(result, target.shape[0], data_time)
-                norms.add(result, group_size, update_idx)
+                state.log.add(result, target.shape[0], data_time)
+                norms.add(result, group_size, state.update_idx)
                 loss = result['loss'] / group_size if group_size > 1 else result['loss']
                 if batch_scale is not None:
                     loss = batch_scale(target.shape[0]) * loss
-                _backward_and_step(loss, task, optimizer, need_update, loss_scaler, clip_grad, clip_mode)
+                _backward_and_step(loss, task, state.guard, need_update, loss_scaler, clip_grad, clip_mode)
+            begins_update = need_update
             if need_update:
-                num_updates = epoch * updates_per_epoch + update_idx + 1
-                optimizer.zero_grad()
-                task.update_ema(step=num_updates)
-                norms.finish_update()
-                logged = log.update(update_idx, optimizer, bar)
+                logged = state.end_update((input, target), bar, lr_scheduler, on_diverged)
                 if on_update is not None:
                     on_update(batch_idx, input, logged)
-                recovery_due = recovery_interval and (update_idx + 1) % recovery_interval == 0
-                if saver is not None and recovery_due and losses.fetch():  # never save a diverged run
-                    saver.save_recovery(epoch, batch_idx=update_idx)
-                if lr_scheduler is not None:
-                    lr_scheduler.step_update(num_updates=num_updates, metric=log.loss)
-                update_idx += 1
+                if after_update is not None:
+                    after_update(state.update_idx - 1, state.position)
             data_start = time.perf_counter()
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
-    average = losses.read_finite(epoch)[0]  # waits for the device: what was timed is over
+    average = state.losses.read()[0]  # waits for the device: what was timed is over
     if timing is not None:
-        timing.batches += len(loader)
+        timing.batches += state.data.num_batches - num_done
         timing.seconds += time.perf_counter() - epoch_start
     return OrderedDict(**average, **norms.average())
 

@@ -21,9 +21,9 @@ from timm.models import clean_state_dict, save_for_hf
 from timm.utils import setup_default_logging
 
 from .args import create_export_parser
-from .checkpoint import read_checkpoint
 from .errors import UsageError
 from .model_card import create_model_card
+from .storage import read_checkpoint
 
 _logger = logging.getLogger(__name__)
 

@@ -67,7 +67,15 @@ class GradientNorms:
 
     def average(self) -> 'OrderedDict[str, float]':
         """Return the mean over the epoch's measurements; those that overflowed in low precision are left out."""
-        return OrderedDict((name, _finite_mean(torch.stack(norms).tolist())) for name, norms in self.norms.items())
+        return OrderedDict((name, _finite_mean([norm.item() for norm in norms])) for name, norms in self.norms.items())
+
+    def state_dict(self) -> Dict[str, List[float]]:
+        """Return the epoch's measurements so far."""
+        return {name: [norm.item() for norm in norms] for name, norms in self.norms.items()}
+
+    def load_state_dict(self, state: Dict[str, List[float]]) -> None:
+        """Continue behind the measurements of a stopped process."""
+        self.norms = OrderedDict((name, [torch.tensor(norm) for norm in norms]) for name, norms in state.items())
 
     def _scale(self) -> float:
         scaler = getattr(self.loss_scaler, '_scaler', None)  # timm's scaler holds torch's

@@ -30,6 +30,7 @@ _ONE_OF: Dict[str, Tuple[Optional[str], ...]] = {
     'dist_bn': ('', 'broadcast', 'reduce'),
     'worker_seeding': ('all', 'part'),
     'fuser': ('', 'te', 'old', 'nvfuser'),
+    'on_nan': ('stop', 'skip', 'rollback'),
     'results_format': ('csv', 'json'),
 }
 _AT_LEAST_ONE = (
@@ -40,7 +41,7 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     'mixup', 'cutmix', 'workers', 'weight_decay', 'lr', 'lr_base', 'warmup_lr', 'min_lr', 'warmup_epochs',
     'cooldown_epochs', 'recovery_interval', 'mixup_off_epoch', 'start_epoch', 'aug_repeats', 'epoch_repeats', 'tta',
-    'distill_loss_weight', 'task_loss_weight', 'log_grad_norm',
+    'max_bad_images', 'distill_loss_weight', 'task_loss_weight', 'log_grad_norm',
 )
 _PROBABILITIES = (
     'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',

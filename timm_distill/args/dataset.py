@@ -38,6 +38,8 @@ def add_loader_args(parser: ArgumentParser) -> None:
     group = parser.add_topic('loading', 'Loading')
     group.add_argument('--seed', type=int, default=42, metavar='S', help='random seed')
     group.add_argument('-j', '--workers', type=int, default=4, metavar='N', help='loader processes')
+    group.add_argument('--max-bad-images', type=int, default=0, metavar='N',
+                       help='unreadable training images per process that the next one may replace before the run stops')
     group.add_argument('--pin-mem', action='store_true', default=False, help='load into pinned memory')
     group.add_argument('--no-prefetcher', action='store_true', default=False,
                        help='normalise, erase and mix one step at a time, without timm\'s prefetcher')

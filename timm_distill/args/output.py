@@ -15,6 +15,9 @@ def add_output_args(parser: ArgumentParser) -> None:
     group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
     group.add_argument('--recovery-interval', type=int, default=0, metavar='N',
                        help='updates between two recovery checkpoints inside an epoch; 0: none')
+    group.add_argument('--on-nan', type=str, default='stop', metavar='WHAT',
+                       help='updates that are not finite are skipped; after 10 in a row: stop, rollback (to the newest '
+                            'checkpoint), or skip (go on)')
     group.add_argument('--val-interval', type=int, default=1, metavar='N',
                        help='epochs between two validations, each followed by a checkpoint')
     group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between two log lines')

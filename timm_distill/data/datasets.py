@@ -119,7 +119,9 @@ def _create_split(
     if getattr(args, 'tf_preprocessing', False):
         kwargs['load_bytes'] = True
     dataset = _create_folder_dataset(args, flag, kwargs) if is_folder else _create_reader_dataset(args, flag, kwargs)
-    return StrictImageDataset(dataset) if isinstance(dataset, ImageDataset) else dataset
+    # in validation a replaced image would make the numbers wrong
+    max_bad = args.max_bad_images if kwargs.get('is_training') else 0
+    return StrictImageDataset(dataset, max_bad) if isinstance(dataset, ImageDataset) else dataset
 
 
 def _create_folder_dataset(args: Namespace, flag: str, kwargs: Dict[str, Any]) -> Dataset:

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, get_worker_info
 
 from ..rng import get_rng_state, set_rng_state
+from ..stopping import outlive_stop_signals
 
 # A pickle of the worker's own making: bytes cross the process boundary faster than tensors, which need shared memory.
 WorkerState = Tuple[int, bytes]
@@ -36,6 +37,7 @@ class _InitFromState:
         self.states = states
 
     def __call__(self, worker_id: int) -> None:
+        outlive_stop_signals()
         if self.init_fn is not None:
             self.init_fn(worker_id)
         if worker_id in self.states:

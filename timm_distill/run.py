@@ -1,0 +1,81 @@
+"""What a training run consists of, and what it leaves behind."""
+import argparse
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+
+from .data import DataLoaders
+from .device import Precision
+from .engine import StepTiming
+from .provenance import collect_provenance
+from .task import DistillTask
+
+
+@dataclass
+class RunResult:
+    """What a run leaves behind.
+
+    Attributes:
+        output_dir: Folder of the run.
+        checkpoint: Path of the best checkpoint; '' where nothing was saved.
+        best_metric: Best value of the evaluation metric.
+        best_epoch: Epoch of it, counted from 0.
+        param_count: Parameters of the student as saved.
+        seconds: Duration of the run.
+        stopped_by: Signal that ended it early, 0 for none.
+        history: Metrics of each validated epoch, the best last.
+    """
+    output_dir: str = ''
+    checkpoint: str = ''
+    best_metric: Optional[float] = None
+    best_epoch: Optional[int] = None
+    param_count: int = 0
+    seconds: float = 0.
+    stopped_by: int = 0
+    history: List[Dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """The parts of a run that the phases build and the epochs use.
+
+    Attributes:
+        args: Flags.
+        device: Where the run computes.
+        precision: How it represents numbers.
+        data_config: Input size, normalisation and crop.
+        loaders: Training and validation data.
+        task: Student, teacher and methods.
+        optimizer: Over everything that trains.
+        scheduler: Learning rate schedule, None for a constant rate.
+        num_epochs: Length of the run.
+        teacher_predictions: What the teacher predicts on the validation data, and how surely; None where it cannot.
+        timing: Where the time of training went.
+    """
+    args: argparse.Namespace
+    device: torch.device
+    precision: Precision
+    data_config: Dict[str, Any]
+    loaders: DataLoaders
+    task: DistillTask
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    num_epochs: int
+    teacher_predictions: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
+    timing: StepTiming = field(default_factory=StepTiming)
+
+    @property
+    def last_epoch(self) -> int:
+        """How many epochs are trained: all of them, unless `--stop-epoch` stops before."""
+        return min(self.args.stop_epoch or self.num_epochs, self.num_epochs)
+
+
+def describe_run(run: Run, version: str) -> Dict[str, Any]:
+    """Return what exporting a checkpoint needs to know: plain values."""
+    teacher_hash = getattr(run.task.teacher, 'digest', '')
+    num_samples = len(run.loaders.train.dataset) if hasattr(run.loaders.train.dataset, '__len__') else None
+    return {
+        'data_config': dict(run.data_config),
+        'provenance': collect_provenance(run.args, version, teacher_hash, num_samples),
+    }

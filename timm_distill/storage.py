@@ -1,0 +1,185 @@
+"""Files that survive a crash: written beside, flushed, put in place in one step, and checked when they are read.
+
+A checkpoint is an ordinary file of `torch.save` that every reader of such files takes. The SHA-256 of its content
+stands in the comment at its end, a place that the zip format has for such things. Reading is weights-only: tensors,
+numbers, text, containers of these and the `argparse.Namespace` of a run; never code.
+"""
+import argparse
+import hashlib
+import os
+import pickle
+from typing import Any, BinaryIO, Dict, Optional
+
+import torch
+
+from .errors import UsageError
+
+__all__ = [
+    'DamagedFileError', 'flush', 'put_in_place', 'read_checkpoint', 'read_metadata', 'verify', 'write_checkpoint',
+    'write_text',
+]
+
+_PREFIX = b'sha256:'
+_COMMENT_SIZE = len(_PREFIX) + 64
+_BLOCK = 1 << 20
+
+
+class DamagedFileError(UsageError):
+    """A file that cannot be what was written: truncated, changed, or not a checkpoint at all."""
+
+
+class _HashingFile:
+    """A file that torch.save writes into; keeps the hash, and the error that torch reports in its own words."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.hash = hashlib.sha256()
+        self.error: Optional[OSError] = None
+
+    def write(self, data: Any) -> int:
+        try:
+            self.hash.update(data)
+            return self.file.write(data)
+        except OSError as e:
+            self.error = e
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def flush(path: str) -> None:
+    """Make a file's content, or a folder's list of names, survive a power failure."""
+    flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR
+    try:
+        handle = os.open(path, flags)
+    except PermissionError:  # Windows cannot open folders, and needs no flush of them
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def put_in_place(source: str, target: str) -> None:
+    """Give a flushed file its final name in one step."""
+    os.replace(source, target)
+    flush(os.path.dirname(target) or '.')
+
+
+def write_checkpoint(state: Dict[str, Any], path: str) -> None:
+    """Write a checkpoint with its checksum and flush it; nothing stays behind where that fails.
+
+    Raises:
+        OSError: As the file system gave it, for example that no space is left.
+    """
+    try:
+        with open(path, 'wb') as file:
+            _write_hashed(state, file)
+        flush(path)
+    except BaseException:  # an interrupt too
+        if os.path.exists(path):
+            os.remove(path)
+        raise
+
+
+def _write_hashed(state: Dict[str, Any], file: BinaryIO) -> None:
+    target = _HashingFile(file)
+    try:
+        torch.save(state, target)  # type: ignore[arg-type]
+    except RuntimeError:
+        if target.error is not None:
+            raise target.error from None
+        raise
+    # a zip file ends with the length of its comment in two bytes, and the comment
+    file.seek(-2, os.SEEK_END)
+    file.write(_COMMENT_SIZE.to_bytes(2, 'little') + _PREFIX + target.hash.hexdigest().encode())
+
+
+def write_text(text: str, path: str) -> None:
+    """Write a small text file in one step, newlines as they are."""
+    temporary = path + '.tmp'
+    with open(temporary, 'w', newline='') as file:
+        file.write(text)
+    flush(temporary)
+    put_in_place(temporary, path)
+
+
+def verify(path: str) -> None:
+    """Compare a checkpoint with its checksum; files of other programs have none and pass.
+
+    Raises:
+        DamagedFileError: If the content is not what was written.
+    """
+    size = os.path.getsize(path) - _COMMENT_SIZE
+    with open(path, 'rb') as file:
+        file.seek(max(size, 0))
+        comment = file.read()
+        if size < 2 or not comment.startswith(_PREFIX):
+            return
+        file.seek(0)
+        digest = hashlib.sha256()
+        left = size - 2
+        while left:
+            block = file.read(min(left, _BLOCK))
+            digest.update(block)
+            left -= len(block)
+        digest.update(bytes(2))  # the length of the comment, as it was when the hash was taken
+    if digest.hexdigest().encode() != comment[len(_PREFIX):]:
+        raise DamagedFileError(f'{path!r} is damaged: its content does not have the checksum that was written with it.')
+
+
+def read_checkpoint(path: str, flag: str = '--resume') -> Dict[str, Any]:
+    """Read a checkpoint, tensors to the CPU, checked against its checksum, without ever running code from it.
+
+    Args:
+        path: A file written by torch.save that holds a dict.
+        flag: The flag that named the file, for error messages.
+
+    Raises:
+        UsageError: The file is missing, not readable, or holds something else.
+        DamagedFileError: It is truncated or changed.
+    """
+    return _load(path, flag, check=True)
+
+
+def read_metadata(path: str) -> Dict[str, Any]:
+    """Read a checkpoint for its numbers and flags: tensors stay on disk and the checksum is left out.
+
+    Raises:
+        UsageError: As `read_checkpoint`.
+    """
+    return _load(path, '--resume', check=False, mmap=True)
+
+
+def _load(path: str, flag: str, check: bool, **kwargs: Any) -> Dict[str, Any]:
+    if not os.path.isfile(path):
+        raise UsageError(f'No checkpoint file at {path!r}, check {flag}.')
+    try:
+        if check:
+            verify(path)
+        # timm's checkpoints hold the flags of their run as a Namespace
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, **kwargs)
+    except DamagedFileError as e:
+        raise DamagedFileError(f'{e} Check {flag}.') from e
+    except PermissionError as e:
+        raise UsageError(f'No permission to read {path!r}, check {flag}.') from e
+    except Exception as e:  # damaged files fail with anything from EOFError to UnicodeDecodeError
+        unsafe = _unsafe_objects(path)
+        if unsafe:
+            raise UsageError(f'{path!r} is refused: it holds objects that only unsafe loading accepts, which can run '
+                             f'code: {unsafe}. Check {flag}.') from e
+        raise DamagedFileError(f'Cannot read {path!r} as a checkpoint (it is truncated, corrupt or of another format), '
+                               f'check {flag}.') from e
+    if not isinstance(checkpoint, dict):
+        raise UsageError(f'{path!r} holds a {type(checkpoint).__name__} and not a checkpoint, check {flag}.')
+    return checkpoint
+
+
+def _unsafe_objects(path: str) -> str:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return ', '.join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+    except (EOFError, LookupError, OSError, RuntimeError, ValueError, pickle.UnpicklingError):  # damaged
+        return ''
