@@ -104,7 +104,7 @@ class _Bomb:
     (None, 'No checkpoint file'),
     (b'not a checkpoint', 'Cannot read'),
     ({'state_dict': {}}, 'holds no flags of a run'),
-    ({'args': _Bomb()}, 'Cannot read'),
+    ({'args': _Bomb()}, 'is refused'),
 ], ids=['missing', 'damaged', 'weights_alone', 'code'])
 def test_a_file_that_cannot_be_exported_is_one_clear_error(
         content: Any,
