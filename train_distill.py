@@ -148,7 +148,8 @@ def train(args: argparse.Namespace) -> RunResult:
     checkpoint = resolve_resume(args)
     run = build_run(args)
     if checkpoint is not None:
-        check_same_run(args, checkpoint, getattr(run.task.teacher, 'digest', ''))
+        # a teacher without weights is another one on every rank
+        check_same_run(args, checkpoint, getattr(run.task.teacher, 'digest', '') if args.rank == 0 else '')
     report_teacher(run)
     if checkpoint is None:
         prepare_class_means(run)  # a checkpoint holds them
