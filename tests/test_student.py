@@ -179,7 +179,7 @@ def test_state_comes_back_bit_identical(kind: str) -> None:
 
 def test_task_state_holds_only_what_the_merged_student_lacks() -> None:
     state = create_module().task_state()
-    assert set(state) == {'student', 'adapter', 'methods'}
+    assert set(state) == {'student', 'adapter', 'methods', 'memory'} and not state['memory']
     assert set(state['student']) == {'fc.weight', 'fc.bias'}
     assert set(state['methods']) == {'doubling.scale'}
 
