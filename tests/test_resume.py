@@ -124,3 +124,51 @@ def test_run_killed_at_ten_random_moments_ends_with_the_bits_of_one_never_stoppe
             break
     assert died >= 10
     assert 'batches again' in log.read_text()
+
+
+def children(pid: int) -> List[int]:
+    """Process ids of a process's children, its loader's among them."""
+    return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+
+
+@pytest.fixture(scope='module')
+def never_stopped(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run that no signal met."""
+    output = tmp_path_factory.mktemp('never_stopped')
+    finish(flags(images, output, '-j', 1, '--recovery-interval', 0, '--experiment', 'whole'), output / 'log')
+    return output / 'whole'
+
+
+@pytest.mark.skipif(not os.path.exists(f'/proc/{os.getpid()}/task/{os.getpid()}/children'), reason='reads /proc')
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_signal_to_all_processes_saves_and_exits_with_a_code_of_its_own(
+        images: Path, tmp_path: Path, never_stopped: Path, number: int, code: int) -> None:
+    argv = flags(images, tmp_path, '-j', 1, '--recovery-interval', 0)
+    log = tmp_path / 'stopped.log'
+    launch = Launch([*argv, '--experiment', 'stopped'], str(log))
+    while 'Train: 1 [' not in (log.read_text() if log.exists() else ''):
+        assert launch.wait(0.01) is None, log.read_text()[-3000:]
+    for child in children(launch.processes[0].pid):
+        os.kill(child, number)  # a scheduler and a terminal signal loader processes too
+    launch.send(number)
+    assert launch.wait(240) == code, log.read_text()[-3000:]
+    assert f'Stopped by {signal.Signals(number).name}' in log.read_text()
+    assert '--experiment stopped --resume auto' in log.read_text()
+    finish([*argv, '--experiment', 'stopped', '--resume', 'auto'], log)
+    stopped = tmp_path / 'stopped'
+    assert (stopped / 'summary.csv').read_bytes() == (never_stopped / 'summary.csv').read_bytes()
+    assert_same(*(read_checkpoint(str(folder / 'last.pth.tar')) for folder in (stopped, never_stopped)))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_signal_to_one_rank_stops_all_at_the_same_update(images: Path, tmp_path: Path) -> None:
+    argv = flags(images, tmp_path, '-j', 0, '--epochs', 20)
+    log = tmp_path / 'log'
+    launch = Launch([*argv, '--experiment', 'stopped'], str(log), world_size=2)
+    while 'Train: 1 [' not in (log.read_text() if log.exists() else ''):
+        assert launch.wait(0.01) is None, log.read_text()[-3000:]
+    os.kill(launch.processes[1].pid, signal.SIGTERM)
+    assert launch.wait(240) == 75, log.read_text()[-3000:]
+    assert [process.exitcode for process in launch.processes] == [75, 75]
+    assert log.read_text().count('Stopped by SIGTERM') == 2
