@@ -166,9 +166,10 @@ def loop_rows(args: argparse.Namespace, folder: Path) -> Iterator[Row]:
         bodies[name](run, loaders[name])
         seconds[name].append(loaders[name].seconds)
 
-    interleave({name: lambda name=name: _turn(name) for name in loaders}, args.repeats, run.device)
+    run_steps(run, loaders['step'])
+    interleave({name: lambda name=name: _turn(name) for name in loaders}, args.repeats, run.device, warmup=0)
     what = f'{args.teacher} -> {args.student}, {args.kd[0]}, {args.batch_size} images of {args.size}'
-    yield from compare(what, args.batch_size, {name: values[1:] for name, values in seconds.items()}, 'step')
+    yield from compare(what, args.batch_size, seconds, 'step')
 
 
 def build_run(args: argparse.Namespace, folder: Path) -> train_distill.Run:
@@ -210,8 +211,8 @@ def run_loader(run: train_distill.Run, loader: TimedLoader) -> None:
 
 def timm_rows(args: argparse.Namespace, folder: Path) -> Iterator[Row]:
     """timm's script with logit distillation and ours with each method, in turns."""
-    warmup = margin(args) + 1
-    updates = args.updates * (args.repeats + 2) + 2 * warmup
+    warmup = args.updates
+    updates = args.updates * (args.repeats + 2) + 2 * margin(args)
     data_dir = create_data(args, folder, args.batch_size * updates)
     teacher = save_teacher(args.teacher, folder / 'teacher', args.size)
     flags = [*shared_flags(args, data_dir, args.updates), '--epochs', '1', '--model', args.student,

@@ -11,14 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Tuple
 
 _PROGRESS = re.compile(r'Train: \d+ \[\s*(\d+)/')
 _PATIENCE = 600.  # seconds to wait for a line
 
 
 class ScriptProcess:
-    """A training script that runs only in its turns.
+    """A training script that runs until its first progress line, and then only in its turns.
 
     Args:
         command: Script and flags, for this Python. Progress lines must have the form of timm's.
@@ -27,7 +27,8 @@ class ScriptProcess:
 
     def __init__(self, command: Sequence[str], env: Dict[str, str]):
         self.lines: List[str] = []
-        self.updates: queue.Queue[tuple] = queue.Queue()
+        self.goal = self.newest = 0  # index of the update to stop at, and of the one that was reached
+        self.reached: queue.Queue[Tuple[int, float]] = queue.Queue()
         self.process = subprocess.Popen(
             [sys.executable, '-u', *command],
             stdout=subprocess.PIPE,
@@ -41,25 +42,27 @@ class ScriptProcess:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            found = _PROGRESS.search(line)
-            if found:
-                self.updates.put((int(found.group(1)), time.perf_counter()))
             self.lines.append(line)
-        self.updates.put((-1, 0.))
+            found = _PROGRESS.search(line)
+            if found and int(found.group(1)) >= self.goal:
+                when = time.perf_counter()
+                self._signal(signal.SIGSTOP)  # here, so that no other script's turn is waited for
+                self.reached.put((int(found.group(1)), when))
+        self.reached.put((-1, 0.))
 
-    def turn(self, updates: int = 0) -> float:
+    def wait(self) -> float:
+        """Wait until the goal of this turn is reached and the script stopped; return when."""
+        self.newest, when = self.reached.get(timeout=_PATIENCE)
+        if self.newest < 0:
+            raise RuntimeError('The script ended early:\n' + ''.join(self.lines[-20:]))
+        return when
+
+    def turn(self, updates: int) -> float:
         """Run until a progress line at least `updates` after the newest one; return seconds per update."""
+        first, self.goal = self.newest, self.newest + updates
         start = time.perf_counter()
         self._signal(signal.SIGCONT)
-        first = getattr(self, 'newest', -1)
-        while True:
-            self.newest, when = self.updates.get(timeout=_PATIENCE)
-            if self.newest < 0:
-                raise RuntimeError('The script ended early:\n' + ''.join(self.lines[-20:]))
-            if self.newest >= first + updates:
-                break
-        self._signal(signal.SIGSTOP)
-        return (when - start) / max(self.newest - first, 1)
+        return (self.wait() - start) / (self.newest - first)
 
     def close(self) -> None:
         """End the script."""
@@ -88,15 +91,16 @@ def take_turns(
         env: More environment variables for all.
         turns: How many turns each has.
         updates: Updates in a turn; the scripts' --log-interval.
-        warmup: Updates before the first turn, which do not count.
+        warmup: Updates at least before the first turn, which do not count.
     """
     processes: Dict[str, ScriptProcess] = {}
     seconds: Dict[str, List[float]] = {name: [] for name in commands}
     try:
         for name, command in commands.items():
             processes[name] = ScriptProcess(command, env)
-            processes[name].turn()
-            processes[name].turn(warmup)
+            processes[name].wait()  # one after the other: their threads would wait for each other
+        for process in processes.values():
+            process.turn(warmup)
         for _ in range(turns):
             for name, process in processes.items():
                 seconds[name].append(process.turn(updates))
