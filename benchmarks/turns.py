@@ -93,6 +93,7 @@ def take_turns(
         updates: Updates in a turn; the scripts' --log-interval.
         warmup: Updates at least before the first turn, which do not count.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))  # so that the scripts are ended too
     processes: Dict[str, ScriptProcess] = {}
     seconds: Dict[str, List[float]] = {name: [] for name in commands}
     try:
