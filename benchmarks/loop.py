@@ -200,7 +200,8 @@ def run_steps(run: train_distill.Run, loader: TimedLoader) -> None:
 def run_loop(run: train_distill.Run, loader: TimedLoader) -> None:
     """An epoch of train_distill.py, with all that it does beside the step."""
     loaders = replace(run.loaders, train=loader)
-    train_distill.run_epoch(replace(run, loaders=loaders), 0, SimpleNamespace(saver=None))  # type: ignore[arg-type]
+    recorder: Any = SimpleNamespace(saver=None, result=SimpleNamespace(output_dir=''))  # nothing is written
+    train_distill.run_epoch(replace(run, loaders=loaders), 0, recorder)
 
 
 def run_loader(run: train_distill.Run, loader: TimedLoader) -> None:

@@ -236,6 +236,8 @@ def create_step(kd: str, kd_kwargs: Dict[str, Any], setting: Setting) -> Callabl
         setting.student, setting.teacher, kd, kd_kwargs=kd_kwargs, teacher_pretrained=False,
         sample_labels=torch.arange(SAMPLES) % 1000, input_size=(3, setting.size, setting.size), device=setting.device,
         verbose=False)
+    if task.class_means_shape is not None:
+        task.set_class_means(torch.randn(task.class_means_shape, device=setting.device))
     if setting.channels_last:
         task.to(memory_format=torch.channels_last)
     optimizer = create_optimizer(task.trainable_module)
