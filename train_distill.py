@@ -76,6 +76,8 @@ from timm_distill.storage import read_checkpoint
 
 _logger = logging.getLogger('train')
 
+PROGRESS = {'auto': None, 'bar': True, 'lines': False}  # by --log-style
+
 MAX_BAD_UPDATES = 10  # in a row, before --on-nan acts
 
 
@@ -396,6 +398,7 @@ def validate(run: Run, model: nn.Module, log_name: str = 'Test') -> 'OrderedDict
         create_evaluator=evaluator_class(run.args.task, run.args.multilabel_threshold),
         log_interval=run.args.log_interval,
         log_name=log_name,
+        progress=PROGRESS[run.args.log_style],
     )
 
 
@@ -595,6 +598,7 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder, position: Optional[Dict[
         after_update=lambda i, get_position: recorder.after_update(epoch, i == last_update, i, get_position),
         position=position,
         log_interval=args.log_interval,
+        progress=PROGRESS[args.log_style],
         log_grad_norm=args.log_grad_norm,
         distributed=args.distributed,
         timing=run.timing,

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
@@ -64,6 +65,7 @@ class TrainLog:
         log_interval: Updates between lines; the first and the last update always have one.
         max_streak: Updates in a row that may be skipped before training stops, None for any number.
         norms: Gradient norms to show beside the terms.
+        num_epochs: Length of the run; without it the time left is that of the epoch.
     """
 
     def __init__(
@@ -74,9 +76,11 @@ class TrainLog:
             log_interval: int = 50,
             max_streak: Optional[int] = None,
             norms: Optional[GradientNorms] = None,
+            num_epochs: Optional[int] = None,
     ):
         self.losses = losses
         self.norms = norms
+        self.num_epochs = num_epochs or epoch + 1
         self.epoch = epoch
         self.num_updates = num_updates
         self.log_interval = log_interval
@@ -123,10 +127,15 @@ class TrainLog:
             f'Train: {self.epoch} [{update_idx:>4d}/{self.num_updates:>4d} '
             f'({100 * (update_idx + 1) / self.num_updates:>3.0f}%)]  {terms}  '
             f'Time: {elapsed / self.updates:.3f}s, {self.images * self.world_size / elapsed:.1f} images/s  '
-            f'Data: {self.data_time / self.updates:.3f}s  LR: {lr:.3e}')
+            f'Data: {self.data_time / self.updates:.3f}s  LR: {lr:.3e}  ETA: {self._time_left(update_idx, elapsed)}')
         if self.losses.streak:
             _logger.warning(f'{self.losses.num_skipped} updates of this epoch were not finite and were skipped, the '
                             f'newest from {self.losses.reason or "a batch on another rank"}.')
+
+    def _time_left(self, update_idx: int, elapsed: float) -> str:
+        """Return the training time left at the speed since the last line, h:mm:ss; validation is not counted."""
+        updates = (self.num_epochs - self.epoch) * self.num_updates - update_idx - 1
+        return str(timedelta(seconds=round(elapsed / self.updates * max(updates, 0))))
 
 
 @contextmanager
@@ -368,7 +377,7 @@ def train_one_epoch(
     _start_epoch(task, loader, optimizer, epoch)
     norms = GradientNorms(task, log_grad_norm, loss_scaler, distributed)
     state = _EpochState(task, loader, optimizer, epoch, LossMeter(device, distributed), norms, grad_accum_steps)
-    state.log = TrainLog(state.losses, epoch, state.num_updates, log_interval, max_streak, norms)
+    state.log = TrainLog(state.losses, epoch, state.num_updates, log_interval, max_streak, norms, num_epochs)
     if position is not None:
         state.load_position(position)
     plan = islice(accumulation_plan(len(loader), grad_accum_steps), state.data.num_batches, None)

@@ -19,7 +19,7 @@ from .run import Run, RunResult
 from .stopping import StopRequested, StopSignals
 from .storage import read_checkpoint, write_checkpoint, write_text
 from .summary import Summary
-from .tracking import WandbLog, start_wandb
+from .tracking import start_trackers
 
 _logger = logging.getLogger(__name__)
 
@@ -52,15 +52,15 @@ class Recorder:
         self.signals = signals
         self.metric = run.args.eval_metric if run.loaders.eval is not None else 'loss'
         self.saver: Optional[DistillCheckpointSaver] = None
-        self.wandb: Optional[WandbLog] = None
+        self.trackers: List[Any] = []
         self.result = RunResult(param_count=sum(p.numel() for p in run.task.module.student.parameters()))
         self._loaders_at_start: Dict[str, Any] = {}  # of the epoch
         self._num_rollbacks = 0
         if run.args.rank != 0:
             return
         name = _run_name(run)
-        self.wandb = start_wandb(run.args, name)
         self.result.output_dir = get_outdir(run.args.output or './output/train', name)
+        self.trackers = start_trackers(run.args, name, self.result.output_dir, start_epoch)
         write_text(args_text, self._path('args.yaml'))
         self.summary = Summary(self._path('summary.csv'), start_epoch)
         self.saver = self._create_saver()
@@ -164,8 +164,8 @@ class Recorder:
                 **{f'eval_{name}': value for name, value in (eval_metrics or {}).items()},
                 'lr': lr,
             })
-            if self.wandb is not None:
-                self.wandb.log(epoch, train_metrics, eval_metrics, lr)
+            for tracker in self.trackers:
+                tracker.log(epoch, train_metrics, eval_metrics, lr)
 
     def save(self, epoch: int, metric: Optional[float]) -> None:
         """Write the checkpoints of an epoch; without a metric only if a signal asks the run to stop.
@@ -231,8 +231,8 @@ class Recorder:
     def finish(self, seconds: float) -> RunResult:
         """Return the run's result, its epochs ranked as timm prints them: the best last."""
         self.result.seconds = seconds
-        if self.wandb is not None:
-            self.wandb.finish()
+        for tracker in self.trackers:
+            tracker.finish()
         if self.saver is None:
             return self.result
         if self.saver.unsaved:

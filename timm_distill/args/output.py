@@ -21,6 +21,10 @@ def add_output_args(parser: ArgumentParser) -> None:
     group.add_argument('--val-interval', type=int, default=1, metavar='N',
                        help='epochs between two validations, each followed by a checkpoint')
     group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between two log lines')
+    group.add_argument('--log-style', type=str, default='auto', choices=['auto', 'bar', 'lines'],
+                       help='progress bar beside the log lines (auto: on a terminal), or lines alone')
+    group.add_argument('--log-tensorboard', action='store_true', default=False,
+                       help='log the metrics of each epoch for TensorBoard into the folder of the run')
     group.add_argument('--report', action=argparse.BooleanOptionalAction, default=True,
                        help='write report.html and report.png at the end (needs matplotlib)')
     group.add_argument('--push-to-hub', type=str, default='', metavar='ID',
