@@ -6,7 +6,7 @@ what it was. Layers that do not pass are left as they are. Nothing is looked up 
 import copy
 import logging
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence, Tuple
+from typing import Any, Callable, Dict, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -82,13 +82,19 @@ def _fuse(model: nn.Module, input_size: Sequence[int], read: Read) -> float:
         return output_error(read(fused, images), expected)
 
     merged = _try_merged_branches(model, reference, _error)
-    pairs = _exact_subset(
-        find_pairs(merged, images, read), lambda some: _error(_with_pairs(merged, some)) <= FUSE_TOLERANCE)
-    error = _error(_with_pairs(merged, pairs))
+    errors: Dict[Tuple[Pair, ...], float] = {}
+
+    def _exact(some: Sequence[Pair]) -> bool:
+        errors[tuple(some)] = _error(_with_pairs(merged, some))
+        return errors[tuple(some)] <= FUSE_TOLERANCE
+
+    pairs = _exact_subset(find_pairs(merged, images, read), _exact)
+    if not pairs:
+        _exact(pairs)  # what merging branches alone makes
     if merged is not reference:
         _merge_branches(model)
     _apply(model, pairs)
-    return error
+    return errors[tuple(pairs)]
 
 
 def _apply(model: nn.Module, pairs: Sequence[Pair]) -> None:
