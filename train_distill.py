@@ -353,6 +353,7 @@ def build_task(
         teacher_kwargs=args.teacher_kwargs,
         teacher_dtype=resolve_dtype(args.teacher_dtype),
         teacher_stream=args.teacher_stream,
+        teacher_device=torch.device('cpu') if args.teacher_fsdp else None,
         device=device,
         dtype=precision.model_dtype,
         verbose=args.rank == 0,
@@ -360,6 +361,8 @@ def build_task(
     check_task(args, task)
     if args.channels_last:
         task.to(memory_format=torch.channels_last)
+    if args.teacher_fsdp and task.teacher is not None:
+        task.teacher.shard(device)
     if args.distributed and args.sync_bn:
         args.dist_bn = ''  # synchronised statistics need no distribution after the epoch
         task.trainable_module = convert_sync_batchnorm(task.trainable_module)
@@ -729,6 +732,8 @@ def split_step_time(run: Run) -> Dict[str, float]:
     data = run.timing.data_seconds / run.timing.batches
     total = run.timing.seconds / run.timing.batches
     if run.task.teacher is None:
+        return {'student': max(total - data, 0.), 'data': data}
+    if run.task.teacher.is_sharded:  # which all processes would have to run
         return {'student': max(total - data, 0.), 'data': data}
     teacher = time_teacher(run.task, run.args.batch_size, run.precision.autocast)
     return {'teacher': teacher, 'student': max(total - data - teacher, 0.), 'data': data}

@@ -4,14 +4,16 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
-from kill_runs import start_method
+from kill_runs import Launch, start_method
 from timm.optim import create_optimizer_v2
 from timm.utils import unwrap_model
 
-from timm_distill import create_distill_task
+from timm_distill import Teacher, UsageError, create_distill_task
 from timm_distill.engine import evaluate, train_one_epoch
+from timm_distill.sharding import count_local_parameters, count_parameters, find_parts
 
 pytestmark = pytest.mark.dist
 CPU, STEPS, IMAGES = torch.device('cpu'), 4, 8
@@ -64,10 +66,22 @@ def first_gradients(task: Any, batch: Tuple[torch.Tensor, torch.Tensor], world_s
     return gradients
 
 
-def run_rank(rank: int, world_size: int, folder: str) -> None:
+def run_rank(function: str, rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=world_size)
-    torch.save(train(rank, world_size), f'{folder}/{rank}.pth')
+    torch.save(globals()[function](rank, world_size), f'{folder}/{rank}.pth')
     dist.destroy_process_group()
+
+
+def run_ranks(function: str, world_size: int, folder: Path) -> List[Any]:
+    """Call a function of this file in each of several processes; returns what they gave."""
+    processes = [start_method().Process(target=run_rank, args=(function, rank, world_size, str(folder)))
+                 for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        assert process.exitcode == 0
+    return [torch.load(folder / f'{rank}.pth', weights_only=False) for rank in range(world_size)]
 
 
 @pytest.fixture(scope='module')
@@ -78,14 +92,7 @@ def alone() -> Dict[str, Any]:
 @pytest.mark.parametrize('world_size', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_have_gradients_weights_and_metrics_of_the_joint_batch(
         tmp_path: Path, alone: Dict[str, Any], world_size: int) -> None:
-    processes = [start_method().Process(target=run_rank, args=(rank, world_size, str(tmp_path)))
-                 for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-        assert process.exitcode == 0
-    ranks = [torch.load(tmp_path / f'{rank}.pth') for rank in range(world_size)]
+    ranks = run_ranks('train', world_size, tmp_path)
     assert set(alone['gradients']) == set(ranks[0]['gradients'])
     for key in ('gradients', 'student', 'ema'):
         torch.testing.assert_close(ranks[0][key], alone[key], rtol=1e-4, atol=1e-6)
@@ -93,3 +100,64 @@ def test_processes_have_gradients_weights_and_metrics_of_the_joint_batch(
             torch.testing.assert_close(rank[key], ranks[0][key], rtol=0, atol=0)  # the same file, whoever writes it
     assert ranks[0]['metrics'] == ranks[-1]['metrics'] == pytest.approx(alone['metrics'], rel=1e-4)
     assert ranks[0]['top1'] == ranks[-1]['top1'] == pytest.approx(alone['top1'])
+
+
+ALL = frozenset({'logits', 'feature', 'pre_logits', 'stages'})
+TEACHERS = ['test_resnet', 'test_vit', 'test_convnext', 'test_efficientnet', 'test_byobnet']
+
+
+def run_sharded(rank: int, world_size: int) -> Dict[str, Any]:
+    """Outputs of teachers before and after they are sharded, and how much of them this rank keeps."""
+    results = {}
+    for name in TEACHERS:
+        torch.manual_seed(0)
+        teacher = Teacher(timm.create_model(name), (3, 160, 160), channels_last=False)
+        images = torch.randn(2, 3, 160, 160)
+        expected = teacher(images, ALL).tensors()
+        teacher.shard(CPU)
+        with torch.inference_mode():  # as in validation
+            teacher(images)
+        head_input = torch.randn_like(teacher(images, ALL).pre_logits)[:, :, None, None].requires_grad_()
+        if teacher.head_input is not None and teacher.head_input.output == 'pre_logits':
+            teacher.run_head(head_input).sum().backward()
+        same = all(torch.equal(a, b) for a, b in zip(teacher(images, ALL).tensors(), expected))
+        results[name] = same, count_local_parameters(teacher.model) / count_parameters(teacher.model)
+    return results
+
+
+def test_sharded_teacher_gives_the_same_bits_and_each_process_holds_a_part(tmp_path: Path) -> None:
+    pytest.importorskip('torch.distributed.fsdp')
+    ranks = run_ranks('run_sharded', 2, tmp_path)
+    for name in TEACHERS:
+        assert [rank[name][0] for rank in ranks] == [True, True], name
+        assert all(rank[name][1] < 0.9 for rank in ranks), ranks  # most of what is tiny is the head
+
+
+def test_parts_of_a_large_teacher_are_small_and_hold_nearly_all() -> None:
+    with torch.device('meta'):
+        for name in ('vit_large_patch16_224', 'resnet152', 'convnext_large', 'swin_large_patch4_window7_224'):
+            model = timm.create_model(name)
+            sizes = [count_parameters(part) for part in find_parts(model, [model.get_classifier()])]
+            total = count_parameters(model)
+            assert max(sizes) <= total / 8 and sum(sizes) > 0.85 * total, name
+
+
+def test_sharding_one_process_names_torchrun() -> None:
+    with pytest.raises(UsageError, match='torchrun'):
+        Teacher(timm.create_model('test_resnet'), (3, 32, 32)).shard(CPU)
+
+
+@pytest.mark.slow
+def test_script_trains_with_a_sharded_teacher_as_with_a_whole_one(digits_dir: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(timm.create_model('test_vit', num_classes=10, img_size=32).state_dict(), tmp_path / 'teacher.pth')
+    argv = [
+        '--data-dir', digits_dir, '--output', tmp_path, '--student', 'test_efficientnet', '--num-classes', 10,
+        '--img-size', 32, '-b', 30, '-j', 0, '--device', 'cpu', '--epochs', 1, '--teacher', 'test_vit',
+        '--teacher-kwargs', 'img_size=32', '--teacher-checkpoint', tmp_path / 'teacher.pth', '--kd', 'norm+kd']
+    for name, more in {'whole': [], 'sharded': ['--teacher-fsdp']}.items():
+        log = tmp_path / f'{name}.log'
+        assert Launch([*argv, '--experiment', name, *more], str(log), 2).wait(240) == 0, log.read_text()[-3000:]
+    assert 'gathered in' in (tmp_path / 'sharded.log').read_text()
+    sharded, whole = (torch.load(tmp_path / name / 'last.pth.tar', weights_only=False) for name in ('sharded', 'whole'))
+    torch.testing.assert_close(sharded['state_dict'], whole['state_dict'], rtol=1e-3, atol=1e-4)

@@ -334,6 +334,7 @@ def create_distill_task(
         teacher_kwargs: Optional[Dict[str, Any]] = None,
         teacher_dtype: Optional[torch.dtype] = None,
         teacher_stream: bool = False,
+        teacher_device: Optional[torch.device] = None,
         device: Union[str, torch.device, None] = None,
         dtype: Optional[torch.dtype] = None,
         verbose: bool = True,
@@ -369,6 +370,7 @@ def create_distill_task(
         teacher_kwargs: More arguments of `timm.create_model` for the teacher.
         teacher_dtype: Precision that the teacher computes in; that of the run, autocast included, by default.
         teacher_stream: Run the teacher in a CUDA stream of its own, beside the student's forward.
+        teacher_device: Where the teacher is built, `device` by default; the CPU for one that `Teacher.shard` moves.
         device: Device of everything.
         dtype: Dtype of everything.
         verbose: Log what was built.
@@ -389,7 +391,8 @@ def create_distill_task(
             teacher, input_size, int(getattr(model, 'num_classes', 0)),
             mean or config.get('mean', IMAGENET_DEFAULT_MEAN), std or config.get('std', IMAGENET_DEFAULT_STD),
             checkpoint=teacher_checkpoint, pretrained=teacher_pretrained, model_kwargs=teacher_kwargs, verbose=verbose,
-            device=device, dtype=teacher_dtype or dtype, autocast=teacher_dtype is None, own_stream=teacher_stream)
+            device=teacher_device or device, dtype=teacher_dtype or dtype, autocast=teacher_dtype is None,
+            own_stream=teacher_stream)
         _check_class_counts(model, teacher_model, methods)
     module = _adapt_student(model, teacher_model, methods, input_size, kd_tap, verbose)
     if teacher_model is not None:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from typing import AbstractSet, Any, ContextManager, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -17,6 +18,7 @@ from .fusing import FuseReport, fuse_batch_norms
 from .heads import HeadInput, find_head_input
 from .layouts import FeatureLayout
 from .probing import CANNOT_RUN, evaluation_mode, random_images, resize_images, runnable_size
+from .sharding import count_local_parameters, find_parts, shard
 from .taps import (
     Features,
     Stage,
@@ -35,6 +37,18 @@ from .teacher_weights import load_teacher_model
 _logger = logging.getLogger(__name__)
 
 TEACHER_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages'})
+
+
+class _Reader(nn.Module):
+    """The one forward of a sharded teacher: whatever is read of the model, its parameters are gathered before."""
+
+    def __init__(self, teacher: 'Teacher'):
+        super().__init__()
+        self.model = teacher.model
+        self.__dict__['teacher'] = teacher  # not a submodule, which would contain this one
+
+    def forward(self, images: torch.Tensor, outputs: AbstractSet[str]) -> Features:
+        return self.__dict__['teacher']._read(self.model, images, outputs)
 
 
 class Teacher(nn.Module):
@@ -88,6 +102,8 @@ class Teacher(nn.Module):
         self.digest = hash_weights(self.model)
         self.resize_to = self._resolve_size(input_size)
         own_input = (input_size[0], *(self.resize_to or input_size[1:]))
+        self._own_input = own_input
+        self._reader: List[_Reader] = []  # of a sharded teacher; in a list, as it contains the model again
         self._read_structure(own_input)
         self.fused = fuse_batch_norms(self.model, own_input, self._read_all) if fuse else FuseReport(0, 0)
         if self.fused.norms:
@@ -142,6 +158,47 @@ class Teacher(nn.Module):
             return self._run_aside(images, outputs)
         return self._run(images, outputs)
 
+    def shard(self, device: torch.device) -> None:
+        """Spread the parameters over the processes and move to the device; all of them then run it together.
+
+        Raises:
+            UsageError: If the sharded teacher does not give what it gave before.
+        """
+        if not dist.is_initialized():
+            raise UsageError('--teacher-fsdp spreads the teacher over processes: start them with torchrun.')
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.contiguous()  # shards know no other memory order
+        images = random_images(self.model, self._own_input)
+        with torch.no_grad():
+            expected = self._read(self.model, images, TEACHER_OUTPUTS).tensors()
+        classifier = classifier_linear(self.model) or last_linear(self.model, images)
+        parts = find_parts(self.model, [] if classifier is None else [classifier])
+        self._reader = [_Reader(self)]
+        shard(self._reader[0], parts, device)
+        self.input_scale, self.input_shift = self.input_scale.to(device), self.input_shift.to(device)
+        try:
+            with torch.no_grad():
+                actual = self._read_sharded(images.to(device), TEACHER_OUTPUTS).tensors()
+            wrong = max(((a.cpu() - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected))
+        except CANNOT_RUN as e:
+            raise UsageError(f'--teacher-fsdp: the teacher {type(self.model).__name__} does not run in shards: '
+                             f'{" ".join(str(e).split())[:200]}. Leave it out.') from e
+        if not wrong <= 1e-2:  # another device rounds otherwise
+            raise UsageError(f'--teacher-fsdp: the teacher {type(self.model).__name__} gives other outputs in shards '
+                             f'(relative difference {wrong:.2g}). Leave it out.')
+        _logger.info(f'Teacher: {count_local_parameters(self.model):,} of its parameters on this process, gathered in '
+                     f'{len(parts)} parts.')
+
+    @property
+    def is_sharded(self) -> bool:
+        return bool(self._reader)
+
+    def _read_sharded(self, images: torch.Tensor, outputs: AbstractSet[str]) -> Features:
+        if not self._reader:
+            return self._read(self.model, images, outputs)
+        with torch.inference_mode(False):  # what is gathered stays, and the head may be differentiated later
+            return self._reader[0](images, outputs)
+
     def run_head(self, x: torch.Tensor) -> torch.Tensor:
         """Run the frozen head on another model's feature; gradients reach `x` and nothing of the teacher.
 
@@ -174,7 +231,7 @@ class Teacher(nn.Module):
     def _run(self, images: torch.Tensor, outputs: AbstractSet[str]) -> Features:
         autocast = torch.is_autocast_enabled(images.device.type)
         with self._precision(images.device):
-            features = self._read(self.model, self.prepare(images), outputs)
+            features = self._read_sharded(self.prepare(images), outputs)
         # autocast converts where it is needed; without it the methods' own layers take nothing but the run's dtype
         return features if autocast else features.to(images.dtype)
 

@@ -57,6 +57,7 @@ _NEEDS_KD: Dict[str, Any] = {
     'task_loss_weight': None,
     'distill_loss_weight': None,
     'kd_tap': 'auto',
+    'teacher_fsdp': False,
     'kd_schedule': {},
     'nd_class_means': '',
     'nd_class_means_transform': 'eval',
@@ -130,6 +131,10 @@ def _check_distillation(args: argparse.Namespace) -> None:
     """Check what needs no list of methods; the task checks names, weights and options."""
     if args.kd != 'none' and not args.teacher:
         raise UsageError(f'--kd {args.kd} needs a teacher: pass --teacher NAME, or --kd none to train without one')
+    clash = [flag for flag, value in (('--torchcompile', args.torchcompile), ('--teacher-stream', args.teacher_stream))
+             if value]
+    if args.teacher_fsdp and clash:
+        raise UsageError(f'--teacher-fsdp does not go with {" and ".join(clash)}: leave out one of them')
     if args.kd == 'none':
         ignored = [_flag(name) for name, unset in _NEEDS_KD.items() if getattr(args, name) != unset]
         if ignored:

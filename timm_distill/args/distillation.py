@@ -18,6 +18,9 @@ def add_distillation_args(parser: ArgumentParser) -> None:
                        help='precision that the teacher computes in; None: that of the run, --amp included')
     group.add_argument('--teacher-stream', action='store_true', default=False,
                        help='on CUDA, run the teacher in a stream of its own beside the student\'s forward')
+    group.add_argument('--teacher-fsdp', action='store_true', default=False,
+                       help='spread the teacher\'s weights over the processes of a node (fully_shard), for one that '
+                            'does not fit a device; it is built in host memory first')
     group.add_argument('--teacher-eval', action=argparse.BooleanOptionalAction, default=None,
                        help='report the teacher\'s accuracy before training; None: when there is validation data')
     group.add_argument('--kd', default='none', metavar='NAME[+NAME...]',
