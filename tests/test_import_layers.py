@@ -12,11 +12,11 @@ SCRIPTS = ('train_distill', 'validate')
 
 # A file imports only from lower numbers.
 LAYERS = {
-    'errors': -1, 'rng': -1, 'stopping': -1, 'gradients': -1, 'precision': -1,
+    'errors': -1, 'rng': -1, 'stopping': -1, 'gradients': -1, 'meters': -1, 'precision': -1,
     'registry': 0, 'losses': 0, 'moments': 0, 'linalg': 0, 'layouts': 0, 'probing': 0, 'schedules': 0,
     'connectors': 0, 'provenance': 0, 'model_card': 0, 'analysis': 0, 'tracking': 0, 'teacher_weights': 0,
     'sharding': 0,
-    'args': 0, 'device': 0, 'guard': 0, 'meters': 0, 'replay': 0, 'storage': 0,
+    'args': 0, 'device': 0, 'guard': 0, 'progress': 0, 'replay': 0, 'storage': 0,
     'adapters': 1, 'checkpoint': 1, 'data': 1, 'engine': 1, 'folding': 1, 'summary': 1,
     'heads': 1, 'report_figures': 1, 'batch_norms': 1,
     'taps': 2, 'fusing': 2, 'report': 2, 'resume': 2,

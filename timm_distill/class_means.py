@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.task import evaluation_sample_limit
 
-from .engine import progress_bar
 from .errors import UsageError
+from .progress import progress_bar
 from .rng import get_rng_state, set_rng_state
 from .teacher import Teacher
 

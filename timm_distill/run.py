@@ -7,7 +7,7 @@ import torch
 
 from .data import DataLoaders
 from .device import Precision
-from .engine import StepTiming
+from .progress import StepTiming
 from .provenance import collect_provenance
 from .task import DistillTask
 
