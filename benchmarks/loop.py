@@ -18,10 +18,11 @@ import statistics
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Callable, Dict, Iterator, List, Sequence
+from unittest.mock import patch
 
 import numpy as np
 import timm
@@ -35,7 +36,6 @@ REPO_DIR = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO_DIR))
 
 import train_distill  # noqa: E402
-from timm_distill.args import create_train_parser, parse_args  # noqa: E402
 
 COLUMNS = ('what', 'variant', 'seconds_per_update', 'images_per_second', 'reference', 'ratio', 'quartiles', 'speed')
 CLASSES = 10
@@ -115,11 +115,11 @@ class TimedLoader:
         batches: Loader, or a list of batches.
         first: Index of the batch that starts the clock.
         last: Index of the batch that stops it.
-        device: Waited for at both.
+        run: The run that it is for. Its device is waited for at both.
     """
 
-    def __init__(self, batches: Any, first: int, last: int, device: torch.device):
-        self.batches, self.first, self.last, self.device = batches, first, last, device
+    def __init__(self, batches: Any, first: int, last: int, run: train_distill.Run):
+        self.batches, self.first, self.last, self.run = batches, first, last, run
         self.seconds = float('nan')  # per update
 
     def __len__(self) -> int:
@@ -129,59 +129,71 @@ class TimedLoader:
         start = 0.
         for i, batch in enumerate(self.batches):
             if i in (self.first, self.last):
-                synchronize(self.device)
+                synchronize(self.run.device)
                 start, elapsed = time.perf_counter(), time.perf_counter() - start
                 if i == self.last:
                     self.seconds = elapsed / (self.last - self.first)
             yield batch
 
     def __getattr__(self, name: str) -> Any:
-        if name in ('dataset', 'sampler', 'batch_sampler', 'mixup_enabled'):
-            return getattr(self.batches, name, None)
-        raise AttributeError(name)
+        return getattr(self.run.loaders.train, name)  # dataset, sampler and more, which a list does not have
+
+
+class Measured(Exception):
+    """Leaves a training run that was only there to be measured."""
 
 
 def loop_rows(args: argparse.Namespace, folder: Path) -> Iterator[Row]:
-    """Step, loop on a fixed batch, loop with the loader, and the loader alone."""
+    """Step, loop on a fixed batch, loop with the loader, and the loader alone, inside a run of train_distill.py."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    run = build_run(args, folder)
-    for _ in run.loaders.train:  # starts the workers, which stay
-        pass
-    for input, target in run.loaders.train:
-        fixed = (input.clone(), target.clone())
-    total, first = len(run.loaders.train), margin(args)
-    fixed_updates = args.updates + 2
-    loaders = {
-        'step': TimedLoader([fixed] * fixed_updates, 1, 1 + args.updates, run.device),
-        'loop': TimedLoader([fixed] * fixed_updates, 1, 1 + args.updates, run.device),
-        'loop and loader': TimedLoader(run.loaders.train, first, total - first, run.device),
-        'loader alone': TimedLoader(run.loaders.train, first, total - first, run.device),
-    }
-    bodies: Dict[str, Callable] = {
-        'step': run_steps, 'loop': run_loop, 'loop and loader': run_loop, 'loader alone': run_loader}
-    seconds: Dict[str, List[float]] = {name: [] for name in loaders}
+    data_dir = create_data(args, folder, args.batch_size * (args.updates + 2 * margin(args)))
+    flags = [
+        *shared_flags(args, data_dir, log_interval=50), '--student', args.student, '--teacher', args.teacher,
+        '--no-teacher-pretrained', '--kd', args.kd[0], '--epochs', '1000000', '--val-interval', '1000000',
+        '--output', str(folder / 'output')]
+    seconds: Dict[str, List[float]] = {}
+    run_epoch = train_distill.run_epoch
 
-    def _turn(name: str) -> None:
-        bodies[name](run, loaders[name])
-        seconds[name].append(loaders[name].seconds)
+    def _measure(run: train_distill.Run, epoch: int, recorder: Any, *rest: Any) -> None:
+        def _run_epoch(loader: TimedLoader) -> None:
+            run_epoch(replace(run, loaders=replace(run.loaders, train=loader)), epoch, recorder)
 
-    run_steps(run, loaders['step'])
-    interleave({name: lambda name=name: _turn(name) for name in loaders}, args.repeats, run.device, warmup=0)
+        seconds.update(measure_epochs(args, run, _run_epoch))
+        raise Measured
+
+    with patch.object(train_distill, 'run_epoch', _measure), suppress(Measured):
+        train_distill.main(flags)
     what = f'{args.teacher} -> {args.student}, {args.kd[0]}, {args.batch_size} images of {args.size}'
     yield from compare(what, args.batch_size, seconds, 'step')
 
 
-def build_run(args: argparse.Namespace, folder: Path) -> train_distill.Run:
-    """Build what train_distill.py builds from its flags."""
-    data_dir = create_data(args, folder, args.batch_size * (args.updates + 2 * margin(args)))
-    flags = [
-        *shared_flags(args, data_dir, log_interval=50), '--student', args.student, '--teacher', args.teacher,
-        '--no-teacher-pretrained', '--kd', args.kd[0], '--epochs', '1000000', '--val-interval', '1000000']
-    run = train_distill.build_run(parse_args(create_train_parser(), flags))
-    train_distill.resume(run, None)
-    train_distill.prepare_for_device(run)
-    return run
+def measure_epochs(
+        args: argparse.Namespace,
+        run: train_distill.Run,
+        run_epoch: Callable[['TimedLoader'], None],
+) -> Dict[str, List[float]]:
+    """Return the seconds per update of each variant's turns."""
+    for input, target in run.loaders.train:  # starts the workers, which stay
+        fixed = (input.clone(), target.clone())
+    total, first = len(run.loaders.train), margin(args)
+    repeated = [fixed] * (args.updates + 2)
+    variants = {
+        'step': (lambda loader: run_steps(run, loader), TimedLoader(repeated, 1, 1 + args.updates, run)),
+        'loop': (run_epoch, TimedLoader(repeated, 1, 1 + args.updates, run)),
+        'loop and loader': (run_epoch, TimedLoader(run.loaders.train, first, total - first, run)),
+        'loader alone': (exhaust, TimedLoader(run.loaders.train, first, total - first, run)),
+    }
+    seconds: Dict[str, List[float]] = {name: [] for name in variants}
+
+    def _turn(name: str) -> None:
+        body, loader = variants[name]
+        body(loader)
+        seconds[name].append(loader.seconds)
+
+    run_steps(run, variants['step'][1])
+    interleave({name: lambda name=name: _turn(name) for name in variants}, args.repeats, run.device, warmup=0)
+    return seconds
 
 
 def run_steps(run: train_distill.Run, loader: TimedLoader) -> None:
@@ -197,14 +209,7 @@ def run_steps(run: train_distill.Run, loader: TimedLoader) -> None:
         run.optimizer.zero_grad()
 
 
-def run_loop(run: train_distill.Run, loader: TimedLoader) -> None:
-    """An epoch of train_distill.py, with all that it does beside the step."""
-    loaders = replace(run.loaders, train=loader)
-    recorder: Any = SimpleNamespace(saver=None, result=SimpleNamespace(output_dir=''))  # nothing is written
-    train_distill.run_epoch(replace(run, loaders=loaders), 0, recorder)
-
-
-def run_loader(run: train_distill.Run, loader: TimedLoader) -> None:
+def exhaust(loader: TimedLoader) -> None:
     """The loader, as fast as it gets."""
     for _ in loader:
         pass
