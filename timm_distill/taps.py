@@ -283,13 +283,17 @@ def resolve_stages(model: nn.Module, input_size: Sequence[int]) -> Tuple[Stage, 
         except CANNOT_RUN as e:
             _logger.debug(f'{type(model).__name__} gives no intermediate features: {e}')
             return ()
-    stages = [Stage(index, tuple(feature.shape[1:]), bool((feature >= 0).all()))  # type: ignore[arg-type]
+    stages = [Stage(index, tuple(feature.shape[1:]), _is_nonnegative(feature))  # type: ignore[arg-type]
               for index, feature in enumerate(maps) if isinstance(feature, torch.Tensor) and feature.ndim == 4]
     deepest = {stage.shape[1:]: stage for stage in stages}
     if len(deepest) == 1:
         quarters = {len(stages) * (i + 1) // 4 - 1 for i in range(4)} - {-1}
         return tuple(stages[i] for i in sorted(quarters))
     return tuple(sorted(deepest.values(), key=lambda stage: stage.index))
+
+
+def _is_nonnegative(feature: torch.Tensor) -> bool:
+    return not feature.is_meta and bool((feature >= 0).all())  # a tensor on the meta device has no values
 
 
 def forward_with_stages(
