@@ -143,12 +143,13 @@ class DistillCheckpointSaver(CheckpointSaver):
         except OSError as e:
             self._survive(e)
 
-    def _remove_recoveries(self, keep: int) -> None:
+    def _remove_recoveries(self, keep: int, spare: str = '') -> None:
         pattern = re.compile(rf'{self.recovery_prefix}-(\d+)-(\d+){re.escape(self.extension)}')
         found = [match for match in map(pattern.fullmatch, os.listdir(self.recovery_dir)) if match]
         found.sort(key=lambda match: (int(match[1]), int(match[2])), reverse=True)
         for match in found[keep:]:
-            os.remove(os.path.join(self.recovery_dir, match[0]))
+            if match[0] != spare:
+                os.remove(os.path.join(self.recovery_dir, match[0]))
 
     def _survive(self, error: OSError) -> None:
         self.unsaved = f'{error.strerror or error}'
@@ -182,6 +183,7 @@ class DistillCheckpointSaver(CheckpointSaver):
                 os.remove(os.path.join(self.checkpoint_dir, name))
         pending, state = state.get('pending', (None, None)), {**state, 'pending': (None, None)}
         self.load_state_dict(state)
+        self._remove_recoveries(keep=2, spare=os.path.basename(source))
         if pending[0] is not None:
             self._keep(source, *pending)
 
