@@ -1,29 +1,20 @@
-"""The moment form's pure functions: moments, expansion, their hand-written gradients, sharing over processes."""
+"""Moments and the functions of them: values, hand-written gradients, sharing over processes."""
 import os
 import socket
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
 import torch
 import torch.nn as nn
 
-from timm_distill import create_adapter, moments
+from timm_distill import create_adapter, moments, products
 from timm_distill.adapters import Match
 from timm_distill.adapters.norm import NToOneTransform
 from timm_distill.losses import n_to_one_loss
-from timm_distill.moments import (
-    Expansion,
-    Moments,
-    compute_moments,
-    compute_teacher_moments,
-    expand_moments,
-    full_float32,
-)
+from timm_distill.moments import compute_moments, map_rows, residual_spread, row_variances
 
 CS, CT, SEGMENTS = 3, 2, 3
-WIDTH = SEGMENTS * CT
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -31,208 +22,91 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def draw_moments(seed: int = 0) -> Moments:
-    """Return moments that a batch can have."""
-    cov = draw(CS, CS, seed=seed)
-    return Moments(draw(CS, seed=seed), cov @ cov.t() + torch.eye(CS).double(), draw(CT, CS, seed=seed))
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-# Moments
+each_format = pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 
-@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+
+@each_format
 def test_moments_are_those_over_all_positions(memory_format: torch.memory_format) -> None:
-    x, teacher = draw(4, 5, 3, 2) + 1, draw(4, 7, 3, 2) - 2
-    rows, targets = [t.permute(0, 2, 3, 1).flatten(0, 2) for t in (x, teacher)]
-    actual = compute_moments(x.contiguous(memory_format=memory_format), teacher.contiguous(memory_format=memory_format))
-    torch.testing.assert_close(actual.mean, rows.mean(0))
-    torch.testing.assert_close(actual.cov, rows.t().cov(correction=0))
-    joint = torch.cat([targets, rows], 1).t().cov(correction=0)
-    torch.testing.assert_close(actual.cross, joint[:7, 7:])
+    x = draw(4, 5, 3, 2) + 1
+    actual = compute_moments(x.contiguous(memory_format=memory_format))
+    torch.testing.assert_close(actual.mean, as_rows(x).mean(0))
+    torch.testing.assert_close(actual.centred, as_rows(x) - as_rows(x).mean(0))
+    torch.testing.assert_close(actual.cov, as_rows(x).t().cov(correction=0))
 
 
-def test_teachers_moments_are_its_mean_and_its_spread_around_it() -> None:
-    teacher = draw(4, 7, 3, 2) * 2 - 5
-    actual = compute_teacher_moments(teacher.float().requires_grad_())
-    torch.testing.assert_close(actual.mean.double(), teacher.mean((0, 2, 3)), rtol=1e-6, atol=1e-6)
-    expected = (teacher - actual.mean[:, None, None]).square().sum(1).mean()
-    assert actual.spread.dtype == torch.float64 and not actual.mean.requires_grad
-    torch.testing.assert_close(actual.spread, expected.detach(), rtol=1e-6, atol=0.)
+@each_format
+def test_computing_moments_leaves_the_feature_as_it_is(memory_format: torch.memory_format) -> None:
+    x = draw(4, 5, 3, 2).contiguous(memory_format=memory_format)
+    before = x.clone()
+    compute_moments(x)
+    assert torch.equal(x, before)
 
 
-def test_without_a_teacher_there_is_no_covariance_with_it() -> None:
-    x = draw(4, 5, 3, 2)
-    alone, with_teacher = compute_moments(x), compute_moments(x, draw(4, 7, 3, 2))
-    assert alone.cross.numel() == 0
-    assert torch.equal(alone.cov, with_teacher.cov) and torch.equal(alone.mean, with_teacher.mean)
+@pytest.mark.parametrize('part', ['centred', 'mean', 'cov'])
+@each_format
+def test_gradient_of_every_moment_is_that_of_finite_differences(memory_format: torch.memory_format, part: str) -> None:
+    x = draw(2, CS, 2, 3).contiguous(memory_format=memory_format).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: getattr(compute_moments(x), part), x)
 
 
-@pytest.mark.parametrize('with_teacher', [True, False])
-def test_gradient_of_the_moments_is_that_of_finite_differences(with_teacher: bool) -> None:
-    teacher = draw(2, CT, 2, 3) if with_teacher else None
-    x = draw(2, CS, 2, 3).requires_grad_()
-
-    def run(x: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        result = compute_moments(x, teacher)
-        return tuple(result) if with_teacher else (result.mean, result.cov)
-
-    assert torch.autograd.gradcheck(run, x)
+def test_gradient_of_all_moments_together_is_that_of_finite_differences() -> None:
+    assert torch.autograd.gradcheck(lambda x: tuple(compute_moments(x)), draw(2, CS, 2, 3).requires_grad_())
 
 
-@pytest.mark.parametrize('part', ['mean', 'cov', 'cross'])
-def test_gradient_of_one_moment_alone_is_right(part: str) -> None:
-    assert torch.autograd.gradcheck(
-        lambda x: getattr(compute_moments(x, draw(2, CT, 2, 3)), part), draw(2, CS, 2, 3).requires_grad_())
+# What a linear map leaves of the teacher
 
-
-# Expansion
-
-def expansion_case(case: str, contracting: bool = True) -> Tuple[Callable[..., Expansion], List[torch.Tensor]]:
-    """Return a function of the tensors that get a gradient, and these tensors."""
-    teacher = compute_teacher_moments(draw(3, CT, 2, 2))
-    own, other = draw_moments(), draw_moments(seed=50)
-    weights = [draw(WIDTH, CS), draw(CS, WIDTH), draw(WIDTH), draw(WIDTH, seed=1)]
-    matched = {'batch, same': own, 'batch, other': other, 'running': other}.get(case)
-    batch_stats = case.startswith('batch')
-    inputs = [*weights, own.cov, other.cov, own.cross, draw(CS, seed=9)]
-
-    def run(
-            expand: torch.Tensor,
-            contract: torch.Tensor,
-            scale: torch.Tensor,
-            offset: torch.Tensor,
-            cov: torch.Tensor,
-            other_cov: torch.Tensor,
-            cross: torch.Tensor,
-            shift: torch.Tensor,
-    ) -> Expansion:
-        positions = None if matched is None else Moments(own.mean, cov if matched is own else other_cov, cross)
-        return expand_moments(
-            expand, contract if contracting else None, scale, offset, cov if batch_stats else None, 1e-5, positions,
-            None if matched is None else shift, None if matched is None else teacher)
-
-    return run, [tensor.detach().clone().requires_grad_() for tensor in inputs]
-
-
-CASES = ['batch, same', 'batch, other', 'batch, alone', 'running', 'running, alone']
-
-
-@pytest.mark.parametrize('part_size', [1, 10 ** 9], ids=['segmentwise', 'at once'])
-@pytest.mark.parametrize('contracting', [True, False], ids=['contracting', 'side'])
-@pytest.mark.parametrize('case', CASES)
-def test_gradient_of_the_expansion_is_that_of_finite_differences(
-        case: str, contracting: bool, part_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize('sum_length', [1, 2, 64])
+@pytest.mark.parametrize('part_size', [1, 10 ** 9])
+@each_format
+def test_residual_spread_is_the_mean_squared_distance_of_the_centred_features(
+        memory_format: torch.memory_format, part_size: int, sum_length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, '_PART_SIZE', part_size)
-    if case.endswith('alone') and not contracting:
-        pytest.skip('computes nothing')
-    run, inputs = expansion_case(case, contracting)
-
-    def outputs(*tensors: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-        result = run(*tensors)
-        parts = [result.contracted] if contracting else []
-        return tuple(parts + ([] if case.endswith('alone') else [result.loss]))
-
-    assert torch.autograd.gradcheck(outputs, inputs)
+    monkeypatch.setattr(products, '_SUM_LENGTH', sum_length)
+    x, teacher, weight = draw(4, CS, 3, 2), draw(4, CT, 3, 2) - 2, draw(CT, CS)
+    rows, targets = as_rows(x - x.mean((0, 2, 3))[:, None, None]), as_rows(teacher) - as_rows(teacher).mean(0)
+    actual = residual_spread(rows, weight, teacher.contiguous(memory_format=memory_format), teacher.mean((0, 2, 3)))
+    torch.testing.assert_close(actual, (rows @ weight.t() - targets).square().sum(1).mean())
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_parts_change_no_number_of_the_expansion(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, inputs = expansion_case(case)
-    whole = run(*inputs)
-    monkeypatch.setattr(moments, '_PART_SIZE', 1)
-    torch.testing.assert_close(tuple(run(*inputs)), tuple(whole), rtol=1e-13, atol=1e-13)
+def test_gradient_of_the_residual_spread_is_that_of_finite_differences() -> None:
+    x, teacher, weight = draw(2, CS, 2, 3), draw(2, CT, 2, 3), draw(CT, CS)
+    mean = teacher.mean((0, 2, 3))
+
+    def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return residual_spread(compute_moments(x).centred, weight, teacher, mean)
+
+    assert torch.autograd.gradcheck(run, (x.requires_grad_(), weight.requires_grad_()))
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_second_backward_pass_over_a_kept_graph_gives_the_same_gradients(case: str) -> None:
-    run, inputs = expansion_case(case)
-    result = run(*inputs)
-    total = result.contracted.square().sum() + result.loss
-    passes = [torch.autograd.grad(total, inputs, retain_graph=True, allow_unused=True) for _ in range(3)]
-    for gradients in passes[1:]:
-        for actual, expected in zip(gradients, passes[0]):
-            assert (actual is None) == (expected is None)
-            if expected is not None:
-                torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+def test_gradient_of_variances_is_that_of_finite_differences() -> None:
+    weight, root = draw(4, CS).requires_grad_(), draw(CS, CS).requires_grad_()
+    variances = row_variances(weight, root @ root.t())
+    torch.testing.assert_close(variances, (weight @ root @ root.t() @ weight.t()).diag())
+    assert torch.autograd.gradcheck(lambda weight, root: row_variances(weight, root @ root.t()), (weight, root))
 
 
-def test_gradients_of_two_graphs_do_not_share_memory() -> None:
-    run, inputs = expansion_case('batch, same')
-    first = torch.autograd.grad(run(*inputs).contracted.sum(), inputs, allow_unused=True)
-    kept = [None if gradient is None else gradient.clone() for gradient in first]
-    torch.autograd.grad(run(*[2 * tensor for tensor in inputs]).contracted.sum(), inputs, allow_unused=True)
-    assert all(a is None or torch.equal(a, b) for a, b in zip(first, kept))
+# The map
+
+def test_gradient_of_the_map_is_that_of_finite_differences() -> None:
+    inputs = [tensor.requires_grad_() for tensor in (draw(7, CS), draw(4, CS), draw(4))]
+    torch.testing.assert_close(map_rows(*inputs), inputs[0] @ inputs[1].t() + inputs[2])
+    assert torch.autograd.gradcheck(map_rows, inputs)
 
 
-def test_variances_are_those_of_the_expanded_feature_and_not_differentiable() -> None:
-    run, inputs = expansion_case('batch, same')
-    expand, cov = inputs[0], inputs[4]
-    variance = run(*inputs).variance
-    torch.testing.assert_close(variance, (expand @ cov @ expand.t()).diag().detach())
-    assert not variance.requires_grad
-
-
-def test_loss_is_that_of_the_expanded_feature() -> None:
-    x, teacher = draw(4, CS, 3, 3) + 1, draw(4, CT, 3, 3) - 1
-    expand, scale, offset, shift = draw(WIDTH, CS), draw(WIDTH), draw(WIDTH, seed=1), draw(CS, seed=2)
-    matched = compute_moments(x, teacher)
-    origin = (matched.mean - shift)[:, None, None]
-    expanded = torch.einsum('oc,bchw->bohw', scale[:, None] * expand, x - origin) + offset[:, None, None]
-    actual = expand_moments(
-        expand, None, scale, offset, None, 0., matched, shift, compute_teacher_moments(teacher)).loss
-    torch.testing.assert_close(actual, n_to_one_loss(expanded, teacher, SEGMENTS), rtol=1e-12, atol=0.)
-
-
-def test_loss_of_a_perfect_match_is_zero_and_not_negative() -> None:
-    for seed in range(20):
-        x = draw(8, CS, 3, 3, seed=seed).float() + 3
-        weight = draw(CT, CS, seed=seed).float()
-        teacher = torch.einsum('oc,bchw->bohw', weight, x)
-        matched = compute_moments(x, teacher)
-        ones = torch.ones(WIDTH)
-        loss = expand_moments(
-            weight.repeat(SEGMENTS, 1), None, ones, ones * 0, None, 0., matched, matched.mean,
-            compute_teacher_moments(teacher)).loss
-        assert 0 <= loss < 1e-6 * SEGMENTS * teacher.square().sum(1).mean() / CT
-
-
-# Flags
-
-@contextmanager
-def tf32(enabled: bool) -> Iterator[None]:
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = enabled
-    try:
-        yield
-    finally:
-        for backend, value in zip(backends, before):
-            backend.allow_tf32 = value
-
-
-def tf32_flags() -> Tuple[bool, bool]:
-    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-
-
-@pytest.mark.parametrize('enabled', [True, False])
-def test_tf32_is_off_inside_and_as_before_behind(enabled: bool) -> None:
-    with tf32(enabled):
-        with full_float32():
-            assert tf32_flags() == (False, False)
-        assert tf32_flags() == (enabled, enabled)
-        with pytest.raises(ZeroDivisionError), full_float32():
-            raise ZeroDivisionError
-        assert tf32_flags() == (enabled, enabled)
-
-
-@pytest.mark.parametrize('enabled', [True, False])
-def test_tf32_is_as_before_behind_a_step(enabled: bool) -> None:
-    with tf32(enabled):
-        adapter = create_adapter('norm', CS, CT, segments=2, form='moments')
-        result = adapter(draw(4, CS, 3, 3).float(), Match(draw(4, CT, 3, 3).float(), lambda positions: positions))
-        assert tf32_flags() == (enabled, enabled)
-        (result.loss + result.output.sum()).backward()
-        assert tf32_flags() == (enabled, enabled)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_gradients_of_a_map_of_half_precision_rows_are_sums_in_single_precision(dtype: torch.dtype) -> None:
+    rows, grad = draw(512, 8).to(dtype), (draw(512, 4) + 1).to(dtype)
+    weight, bias = draw(4, 8).float().requires_grad_(), draw(4).float().requires_grad_()
+    output = map_rows(rows, weight, bias)
+    assert output.dtype == dtype
+    output.backward(grad)
+    assert weight.grad is not None and bias.grad is not None
+    torch.testing.assert_close(weight.grad.double(), grad.double().t() @ rows.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bias.grad.double(), grad.double().sum(0), rtol=1e-6, atol=0.)
 
 
 # Several processes

@@ -11,7 +11,7 @@ import timm.data
 import torch
 import torch.nn as nn
 
-from timm_distill import DistillTask, UsageError, create_adapter, create_distill_task, moments
+from timm_distill import DistillTask, UsageError, create_adapter, create_distill_task, products
 from timm_distill.adapters import AdapterOutput, Match
 from timm_distill.adapters.norm import NToOneTransform
 from timm_distill.layouts import FeatureLayout
@@ -168,7 +168,7 @@ def test_both_forms_are_equal_for_any_number_of_segments(segments: int) -> None:
 @pytest.mark.parametrize('batch_norm', [True, False])
 def test_parts_do_not_change_the_result(
         batch_norm: bool, part_size: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, '_PART_SIZE', part_size)
+    monkeypatch.setattr('timm_distill.segments._PART_SIZE', part_size)
     for segments in (1, 3, 4):
         assert_forms_equal(*create_batch(GRIDS[name]), batch_norm=batch_norm, segments=segments)
 
@@ -177,8 +177,8 @@ def test_parts_do_not_change_the_result(
 @each_grid
 def test_products_as_convolutions_do_not_change_the_result(
         grid: Grid, part_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, '_PART_SIZE', part_size)
-    monkeypatch.setattr(moments, '_use_onednn', lambda x: True)
+    monkeypatch.setattr('timm_distill.segments._PART_SIZE', part_size)
+    monkeypatch.setattr(products, '_use_onednn', lambda x: True)
     assert_forms_equal(*create_batch(grid))
 
 
@@ -334,15 +334,16 @@ def test_gradients_do_not_depend_on_the_memory_format_of_the_feature_and_its_gra
     assert_equal(*results)
 
 
-def nearly_matching(noise: float, offset: float, batch: int = 16) -> Tuple[NToOneTransform, torch.Tensor, torch.Tensor]:
+def nearly_matching(
+        noise: float, offset: float, channels: int = 32) -> Tuple[NToOneTransform, torch.Tensor, torch.Tensor]:
     """Return a transform in float64 whose segments all are the teacher's feature but for noise, with a batch."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, 32, 7, 7, generator=generator, dtype=torch.float64).relu() + offset
+    x = torch.randn(16, channels, 7, 7, generator=generator, dtype=torch.float64).relu() + offset
     x = x.bfloat16().double()  # the same numbers in every precision
-    weight = torch.randn(24, 32, generator=generator, dtype=torch.float64) / 32 ** 0.5
+    weight = torch.randn(24, channels, generator=generator, dtype=torch.float64) / channels ** 0.5
     linear = torch.einsum('oc,bchw->bohw', weight, x)
     teacher = linear + noise * torch.randn(linear.shape, generator=generator, dtype=torch.float64)
-    adapter = create_adapter('norm', 32, 24, segments=4).double().train()
+    adapter = create_adapter('norm', channels, 24, segments=4).double().train()
     variance, mean = torch.var_mean(linear, (0, 2, 3), correction=0)
     with torch.no_grad():
         adapter.expand.weight.copy_(weight.repeat(4, 1)[:, :, None, None])
@@ -375,25 +376,48 @@ def test_loss_of_a_student_that_matches_is_not_lost_to_cancellation(
     assert (actual.double() - expected).abs() < allowed
 
 
-@pytest.mark.parametrize('noise', [None, 1e-1, 1e-3])
-def test_gradients_under_bfloat16_autocast_are_as_close_to_double_precision_as_the_direct_forms(
-        noise: Optional[float]) -> None:
+@pytest.mark.parametrize('autocast', [False, True], ids=['float32', 'bfloat16'])
+@pytest.mark.parametrize('noise', [None, 1e-2, 1e-3, 1e-4])
+def test_gradients_near_a_match_are_as_close_to_double_precision_as_the_direct_forms(
+        noise: Optional[float], autocast: bool) -> None:
     adapter, x, teacher = nearly_matching(noise or 1., offset=0.)
     if noise is None:
         adapter.reset_parameters()
-    match = Match(teacher.bfloat16(), lambda positions: positions)
+    match = Match(teacher.float(), lambda positions: positions)
     reference = run(with_form(adapter.float(), 'direct', torch.float64), x, Match(match.teacher.double(), match.to_map))
     errors = {}
     for form in ('moments', 'direct'):
-        with torch.autocast('cpu', dtype=torch.bfloat16):
-            result = run(with_form(adapter, form, torch.float32), x.bfloat16(), match)
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
+            dtype = torch.bfloat16 if autocast else torch.float32
+            result = run(with_form(adapter, form, torch.float32), x.to(dtype), match)
         errors[form] = {name: relative_error(result[name], reference[name])
                         for name in reference if name == 'grad x' or name.endswith(('weight', 'bias'))}
-    worse = {name: (error, errors['direct'][name]) for name, error in errors['moments'].items()
-             if not error <= 1.05 * errors['direct'][name]}
-    # sums over a channel's positions: single roundings of the output's gradient, which differ between the forms
-    assert all(error < 0.01 for error, _ in worse.values())
-    assert set(worse) <= {'expand_bn.weight', 'contract_bn.weight', 'contract_bn.bias'}
+    for name, error in errors['moments'].items():
+        # single precision itself is allowed for; in the direct form x gets a sum of N independent roundings of e
+        factor = 3. if name == 'grad x' and not autocast else 1.1
+        assert error <= factor * errors['direct'][name] + 5e-7, (name, error, errors['direct'][name])
+
+
+@pytest.mark.parametrize('noise', [1e-2, 1e-3, 1e-4])
+def test_gradients_of_segments_that_differ_by_noise_are_as_exact_as_the_direct_forms(noise: float) -> None:
+    """The loss alone, small in every segment: 2 (e_i - t) x^T of it and not a difference of moments."""
+    adapter, x, teacher = nearly_matching(0., offset=0., channels=128)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        adapter.expand.weight.mul_(1 + noise * torch.randn(
+            adapter.expand.weight.shape, generator=generator, dtype=torch.float64))
+    match = Match(teacher.float(), lambda positions: positions)
+    adapter.float()
+    gradients = {}
+    for name, form, dtype in (('exact', 'direct', torch.float64), ('direct', 'direct', torch.float32),
+                              ('moments', 'moments', torch.float32)):
+        copied, leaf = with_form(adapter, form, dtype), x.to(dtype).requires_grad_()
+        loss = copied(leaf, Match(match.teacher.to(dtype), match.to_map)).loss
+        gradients[name] = torch.autograd.grad(loss, [copied.expand.weight, copied.expand_bn.weight, leaf])
+    for index, factor in enumerate((1.1, 1.5, 3.)):
+        moments, direct = [relative_error(gradients[form][index], gradients['exact'][index])
+                           for form in ('moments', 'direct')]
+        assert moments <= factor * direct, (index, moments, direct)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -8,26 +8,26 @@ the second contracts it back. `batch_norm=True, residual=True` is the published 
 residual connection around both); `batch_norm=False` is the plain linear pair of the paper's text.
 """
 import logging
-from typing import Optional, Tuple
+from typing import Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UsageError
+from ..expansion import Expansion, expand_moments
 from ..linalg import AffineMap, add_identity, batch_norm_affine, compose, scale_shift, to_float64
 from ..losses import match_grids, n_to_one_loss, to_full_precision
 from ..moments import (
-    Expansion,
+    BatchStatistics,
     Moments,
-    TeacherMoments,
     compute_moments,
-    compute_teacher_moments,
-    expand_moments,
+    map_rows,
+    row_variances,
     share_moments,
 )
+from ..products import from_rows
 from .base import Adapter, AdapterOutput, Match, register_adapter
 
 _logger = logging.getLogger(__name__)
@@ -117,10 +117,11 @@ class NToOneTransform(Adapter):
 
     def forward(self, x: torch.Tensor, match: Optional[Match] = None) -> AdapterOutput:
         if self._choose_form(x, match) == 'moments':
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
             # moments in float32, whatever the precision around
-            with torch.autocast(x.device.type, enabled=False):
-                affine, loss = self._from_moments(to_full_precision(x), match)
-            return AdapterOutput(self._map_positions(x, affine), loss)
+            with torch.autocast(device, enabled=False):
+                return self._from_moments(x, match, dtype)
         output, expanded = self.expand_contract(x)
         if match is None:
             return AdapterOutput(output)
@@ -147,7 +148,7 @@ class NToOneTransform(Adapter):
         positions, cs, ct = _count_positions(x), self.student_channels, self.teacher_channels
         width = self.segments * ct
         direct = 6 * positions * width * cs
-        moments = 7 * width * cs ** 2 + positions * (6 * cs ** 2 + 3 * cs * ct)
+        moments = (5 * width + 6 * ct) * cs ** 2 + positions * (5 * cs ** 2 + 3 * cs * ct)
         return moments < direct or 5 * positions * width * x.element_size() > _DIRECT_BYTES
 
     def expand_contract(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -180,62 +181,54 @@ class NToOneTransform(Adapter):
         assert self.expand.bias is not None
         return to_full_precision(self.expand.bias)
 
-    def _map_positions(self, x: torch.Tensor, affine: Optional[AffineMap]) -> torch.Tensor:
-        if affine is None:
-            return x
-        output = F.conv2d(x, affine.weight[:, :, None, None].to(x.dtype), affine.bias.to(x.dtype))
-        return x + output if self.residual else output
-
-    def _from_moments(
-            self,
-            x: torch.Tensor,
-            match: Optional[Match],
-    ) -> Tuple[Optional[AffineMap], Optional[torch.Tensor]]:
-        """Return the map that the transform is for this batch, without the residual, and the loss."""
-        moments, matched, teacher = self._moments(x, match)
-        batch_stats = self.batch_norm and self.training
-        scale, offset = self._expansion_scale(batch_stats)
-        shift = None
-        if matched is not None:
-            shift = matched.mean - moments.mean if batch_stats else matched.mean
+    def _from_moments(self, x: torch.Tensor, match: Optional[Match], dtype: torch.dtype) -> AdapterOutput:
+        """Return what `forward` does; the output's own product is of `dtype`, the rest of full precision."""
+        moments = compute_moments(to_full_precision(x))
+        matched, teacher = self._matched_moments(x, match, moments)
+        batch_stats = self._share(moments) if self.batch_norm and self.training else None
+        scale, offset = self._expansion_scale(batch_stats is not None)
         expansion = expand_moments(
             _matrix(self.expand),
-            None if self.contract is None else _matrix(self.contract),
+            None if self.contract is None else to_full_precision(self.contract.weight),
             scale,
             offset,
-            moments.cov if batch_stats else None,
+            None if batch_stats is None else batch_stats.cov,
             float(self.expand_bn.eps) if self.batch_norm else 0.,  # type: ignore[arg-type]
             matched,
-            shift,
+            None if matched is None else _shift(matched, batch_stats),
             teacher,
         )
-        if batch_stats:
-            mean = _matrix(self.expand).detach() @ moments.mean.detach()
-            _update_running(self.expand_bn, mean, expansion.variance, self._num_positions)
-        loss = expansion.loss if match is not None else None
-        return (None if self.contract is None else self._contract(expansion, moments, offset, batch_stats)), loss
+        if batch_stats is not None:
+            mean = _matrix(self.expand).detach() @ batch_stats.mean.detach()
+            _update_running(self.expand_bn, mean, expansion.variance, batch_stats.num_positions)
+        loss = None if matched is None else expansion.loss
+        if self.contract is None:
+            return AdapterOutput(x, loss)
+        affine = self._contract(expansion, offset, batch_stats, moments)
+        output = from_rows(map_rows(moments.centred.to(dtype), *affine), x)
+        return AdapterOutput(x + output if self.residual else output, loss)
 
-    def _moments(
+    def _matched_moments(
             self,
             x: torch.Tensor,
             match: Optional[Match],
-    ) -> Tuple[Moments, Optional[Moments], Optional[TeacherMoments]]:
-        """Return the moments of the batch norms' positions, those of the matched positions, and the teacher's."""
-        self._num_positions = _count_positions(x)
+            moments: Moments,
+    ) -> Tuple[Optional[Moments], Optional[torch.Tensor]]:
+        """Return the moments of the positions that are matched, and the teacher's map there."""
         if match is None:
-            return self._share(compute_moments(x)), None, None
+            return None, None
         student, teacher = match_grids(match.to_map(x), to_full_precision(match.teacher), self.pool)
-        matched = compute_moments(student, teacher)
         # the map holds all positions unless prefix tokens were dropped or it was pooled
-        moments = matched if _count_positions(student) == _count_positions(x) else compute_moments(x)
-        return self._share(moments), matched, compute_teacher_moments(teacher)
+        if _count_positions(student) == _count_positions(x):
+            return moments, teacher
+        student = match_grids(match.to_map(to_full_precision(x)), teacher, self.pool)[0]
+        return compute_moments(student), teacher
 
-    def _share(self, moments: Moments) -> Moments:
-        """Take the moments over all ranks where the batch norms are synchronised."""
-        if not (self.training and isinstance(self.expand_bn, nn.SyncBatchNorm) and dist.is_initialized()):
-            return moments
-        moments, self._num_positions = share_moments(moments, self._num_positions, self.expand_bn.process_group)
-        return moments
+    def _share(self, moments: Moments) -> BatchStatistics:
+        """Return the batch norms' statistics, over all ranks where they are synchronised."""
+        if isinstance(self.expand_bn, nn.SyncBatchNorm) and dist.is_initialized():
+            return share_moments(moments, self.expand_bn.process_group)
+        return BatchStatistics(moments.mean, moments.cov, moments.centred.shape[0])
 
     def _expansion_scale(self, batch_stats: bool) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return scale and offset of the expansion for `expand_moments`."""
@@ -253,20 +246,23 @@ class NToOneTransform(Adapter):
     def _contract(
             self,
             expansion: Expansion,
-            moments: Moments,
             offset: torch.Tensor,
-            batch_stats: bool,
+            batch_stats: Optional[BatchStatistics],
+            moments: Moments,
     ) -> AffineMap:
-        """Return the contracted map with the second batch norm."""
+        """Return the contracted map of the centred feature, with the second batch norm."""
         assert self.contract is not None
         weight, norm = expansion.contracted, self.contract_bn
-        if batch_stats:
-            variance = (weight @ moments.cov * weight).sum(1)
+        if batch_stats is not None:
+            variance = row_variances(weight, batch_stats.cov)
             with torch.no_grad():
-                mean = _matrix(self.contract) @ offset if self.offset else weight @ moments.mean
-                _update_running(norm, mean, variance.detach(), self._num_positions)
+                mean = _matrix(self.contract) @ offset if self.offset else weight @ batch_stats.mean
+                _update_running(norm, mean, variance.detach(), batch_stats.num_positions)
             weight = (norm.weight * (variance + norm.eps).rsqrt())[:, None] * weight
-            return AffineMap(weight, norm.bias - weight @ moments.mean if self.offset else torch.zeros_like(variance))
+            if not self.offset:
+                return AffineMap(weight, weight @ moments.mean)
+            bias, shift = to_full_precision(norm.bias), _shift(moments, batch_stats)  # type: ignore[arg-type]
+            return AffineMap(weight, bias if shift is None else bias + weight @ shift)
         bias = torch.zeros_like(weight[0])
         if self.offset:
             bias = _matrix(self.contract) @ offset
@@ -276,7 +272,7 @@ class NToOneTransform(Adapter):
             bias = scale * (bias - norm.running_mean) + norm.bias if self.offset else bias
         elif self.offset:
             bias = bias + self.contract.bias
-        return AffineMap(weight, bias)
+        return AffineMap(weight, bias + weight @ moments.mean)
 
     def affine(self) -> AffineMap:
         if self.contract is None:
@@ -322,11 +318,23 @@ def _pools_student(student: torch.Tensor, teacher: torch.Tensor) -> bool:
     return student.shape[-2] > teacher.shape[-2] or student.shape[-1] > teacher.shape[-1]
 
 
+def _shift(moments: Moments, batch_stats: Optional[BatchStatistics]) -> Optional[torch.Tensor]:
+    """Return a mean relative to the batch norms', or to zero; None where it is theirs."""
+    if batch_stats is None:
+        return moments.mean
+    return None if moments.mean is batch_stats.mean else moments.mean - batch_stats.mean
+
+
 @torch.no_grad()
-def _update_running(norm: nn.Module, mean: torch.Tensor, variance: torch.Tensor, num_positions: int) -> None:
+def _update_running(
+        norm: nn.Module,
+        mean: torch.Tensor,
+        variance: torch.Tensor,
+        num_positions: Union[int, torch.Tensor],
+) -> None:
     """Update running statistics as a batch norm does, from a biased variance."""
     assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
     norm.num_batches_tracked.add_(1)
-    unbiased = variance * (num_positions / max(num_positions - 1, 1))
+    unbiased = variance * num_positions / (num_positions - 1)
     for running, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
         running.lerp_(value.to(running.dtype), float(norm.momentum))  # type: ignore[arg-type]

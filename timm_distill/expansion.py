@@ -1,0 +1,314 @@
+"""The expanding half of the N-to-one transform and its contraction from moments, a few rows of W1 at a time.
+
+With x [P, Cs] the student's positions and t [P, Ct] the teacher's, the expanded feature of NORM (Liu et al., ICLR 2023)
+is e = A x + k, where A = diag(a) W1 and a depends on the batch only through S = Cov[x]. Its N segments A_i are their
+mean R and differences D_i = A_i - R, so that with x and t centred and the constant parts apart
+
+    sum_i E||A_i x - t||^2 = sum_i <D_i S, D_i> + N E||R x - t||^2
+
+and nothing of width N * Ct is needed per position. Where the segments match the teacher both terms are small sums of
+small squares, and their gradients 2 D_i S and 2 E[(R x - t) x^T] are small too: none is a difference of large moments.
+The same goes for the segments of W1, which are taken as their mean and what each differs from it.
+"""
+from typing import Any, NamedTuple, Optional, Tuple
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .moments import Moments, residual_spread
+from .precision import full_float32
+from .products import matmul_nn, matmul_nt, matmul_tn, row_products
+from .segments import Segments, put_part
+
+
+class Expansion(NamedTuple):
+    """What the expanding half of the transform is for one batch, e = diag(a) W1 x + k.
+
+    Attributes:
+        contracted: W2 diag(a) W1, [Cs, Cs]; empty without a contraction.
+        loss: The N-to-one loss, scalar; 0 where nothing is matched.
+        variance: Variances of W1 x, [N * Ct]; not differentiable, for running statistics.
+    """
+    contracted: torch.Tensor
+    loss: torch.Tensor
+    variance: torch.Tensor
+
+
+def expand_moments(
+        expand: torch.Tensor,
+        contract: Optional[torch.Tensor],
+        scale: torch.Tensor,
+        offset: torch.Tensor,
+        cov: Optional[torch.Tensor],
+        eps: float,
+        matched: Optional[Moments] = None,
+        shift: Optional[torch.Tensor] = None,
+        teacher: Optional[torch.Tensor] = None,
+) -> Expansion:
+    """Expand, match and contract from moments.
+
+    Args:
+        expand: W1, [N * Ct, Cs].
+        contract: W2, [Cs, N * Ct] or as a convolution's weight, [Cs, N * Ct, 1, 1].
+        scale: The batch norm's weight in training, else the factor a itself, [N * Ct].
+        offset: What e is where x equals E of the matched x minus `shift`, [N * Ct].
+        cov: Cov[x] of the batch norm's positions, [Cs, Cs], in training; None where `scale` is a itself.
+        eps: The batch norm's.
+        matched: Moments of the positions that are matched, with `cov` itself where they are the same; None for none.
+        shift: E[x] of the matched positions minus the point where e is `offset`, [Cs]; None for zero.
+        teacher: Teacher's feature map at the matched positions, [B, Ct, H, W].
+
+    Returns:
+        Contracted map, loss and variances.
+    """
+    empty = expand.new_empty(0)
+    same = matched is not None and cov is matched.cov
+    # in float64: near a match the loss depends on the last bits of its difference to the offset
+    teacher_mean = None if teacher is None else teacher.detach().mean((0, 2, 3), dtype=torch.float64)
+    contracted, reference, loss, variance, factor = _ExpansionFunction.apply(
+        expand,
+        empty if contract is None else contract.detach().flatten(1),
+        scale,
+        offset,
+        empty if cov is None else cov,
+        empty if matched is None or same else matched.cov,
+        empty if shift is None else shift,
+        empty if teacher_mean is None else teacher_mean,
+        eps,
+        same,
+    )
+    if matched is not None and teacher is not None and teacher_mean is not None:
+        spread = residual_spread(matched.centred, reference, teacher, teacher_mean)
+        loss = loss + len(expand) / len(reference) ** 2 * spread
+    if contract is not None:
+        # last, and flattened here: its gradient comes first then, and is passed on and gone before there are others
+        contracted = _ContractionFunction.apply(contracted, contract.flatten(1), expand.detach(), factor)
+    return Expansion(contracted, loss, variance)
+
+
+class _ExpansionFunction(Function):
+    """Some rows of W1 at a time, in both directions.
+
+    v = diag(W1 S W1^T), a = scale / sqrt(v + eps), A = diag(a) W1. With W the mean segment of W1, E_i what a segment
+    differs from it, b_i = a_i - E[a] and means over the segments, a segment D_i of A minus its mean R is
+    a_i E_i + b_i W - E[a E]. With g the gradient of v, G that of R, K that of W2 A and u = grad / Ct:
+
+        grad A_i = 2 u D_i S + G / N + K^T-part, K = W2^T grad(W2 A)
+        grad W1  = a grad A + 2 g W1 S
+        grad S   = W1^T g W1 + u sum_i D_i^T D_i
+                 = E^T (g + u a^2) E + Z + Z^T - N u E[a E]^T E[a E],
+        Z        = W^T sum_i ((g_i + u a_i b_i) E_i + (g_i + u b_i^2) W / 2)
+
+    The last form needs one product of width N * Ct, and nothing large cancels in it.
+    """
+
+    @staticmethod
+    def forward(
+            ctx: Any,
+            expand: torch.Tensor,
+            contract: torch.Tensor,
+            scale: torch.Tensor,
+            offset: torch.Tensor,
+            cov: torch.Tensor,
+            matched_cov: torch.Tensor,
+            shift: torch.Tensor,
+            teacher_mean: torch.Tensor,
+            eps: float,
+            same: bool,
+    ) -> Tuple[torch.Tensor, ...]:
+        batch_stats, matching = cov.numel() > 0, teacher_mean.numel() > 0
+        match_cov = cov if same else matched_cov
+        segments = Segments(expand, teacher_mean.shape[0] if matching else expand.shape[0])
+        channels = expand.shape[1]
+        contracted = expand.new_zeros(channels, channels) if contract.numel() else expand.new_empty(0)
+        # one number for each row: in float64, where it costs nothing
+        variance = torch.zeros_like(scale, dtype=torch.float64)
+        matched_variance, factor = torch.zeros_like(variance), scale.to(torch.float64, copy=True)
+        mean = segments.mean(expand) if matching else expand.new_empty(0)
+        difference_mean = torch.zeros_like(mean)  # E[a E]
+        # E S, or W1 S where nothing is matched: the backward pass needs it again, and its memory for the gradient
+        product = torch.empty_like(expand) if matching or batch_stats else expand.new_empty(0)
+        with full_float32():
+            mean_product = matmul_nt(mean, match_cov) if matching else mean  # W S
+            for part, rows in segments.parts():
+                weight = expand[part]
+                if matching:
+                    difference = segments.minus(weight, mean, rows)
+                    spread = matmul_nt(difference, match_cov)
+                    product = put_part(product, part, spread)
+                    matched_variance[part] = segments.row_products(spread, weight)
+                    matched_variance[part] += segments.row_products(weight, mean_product[rows])
+                if same:
+                    variance[part] = matched_variance[part]
+                elif batch_stats:
+                    spread = matmul_nt(weight, cov)
+                    variance[part] = segments.row_products(spread, weight)
+                    if not matching:
+                        product = put_part(product, part, spread)
+                if batch_stats:
+                    factor[part] *= (variance[part] + eps).rsqrt()
+                row_factor = factor[part].to(expand.dtype)
+                if matching:
+                    segments.add_to(difference_mean, difference, row_factor, rows)
+                if contract.numel():
+                    contracted += matmul_nn(contract[:, part], segments.scale(weight, row_factor))
+            residual, loss, reference = torch.zeros_like(scale), expand.new_zeros(()), mean
+            if matching:
+                difference_mean.div_(segments.count)
+                factor_mean = segments.mean(factor)[:, None].to(expand.dtype)
+                reference = torch.addcmul(difference_mean, factor_mean, mean)
+                reference_product = matmul_nt(difference_mean, match_cov).addcmul_(factor_mean, mean_product)
+                residual = _constant_residual(factor, expand, offset, shift, teacher_mean)
+                common = row_products(reference_product, reference, difference_mean)
+                loss = _loss(factor, matched_variance, common, residual)
+        # of the matrices of a segment only R, which is alive anyway
+        ctx.save_for_backward(expand, contract, scale, cov, matched_cov, shift, variance, factor, residual, reference)
+        ctx.product = product if matching or batch_stats else None
+        ctx.options = (eps, same, max(teacher_mean.shape[0], 1))
+        rounded, row_factors = variance.to(scale.dtype, copy=True), factor.to(scale.dtype, copy=True)
+        ctx.mark_non_differentiable(rounded, row_factors)
+        return contracted, reference, loss, rounded, row_factors
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+            ctx: Any,
+            grad_contracted: torch.Tensor,
+            grad_reference: torch.Tensor,
+            grad_loss: torch.Tensor,
+            *_: torch.Tensor,
+    ) -> Tuple[Optional[torch.Tensor], ...]:
+        expand, contract, scale, cov, matched_cov, shift, variance, factor, residual, reference = ctx.saved_tensors
+        eps, same, num_channels = ctx.options
+        product, ctx.product = ctx.product, None  # a second pass over a retained graph computes it again
+        batch_stats, matching = cov.numel() > 0, reference.numel() > 0
+        match_cov = cov if same else matched_cov
+        segments = Segments(expand, reference.shape[0] if matching else expand.shape[0])
+        dtype = expand.dtype
+        unit = grad_loss / num_channels
+        grad_expand = torch.empty_like(expand) if product is None else product
+        grad_cov, grad_matched_cov = torch.zeros_like(cov), torch.zeros_like(matched_cov)
+        grad_scale, grad_shift, grad_offset = torch.empty_like(scale), torch.zeros_like(shift), 2 * unit * residual
+        with full_float32():
+            transposed = grad_contracted.t().contiguous()
+            if matching:
+                mean = segments.mean(expand)
+                mean_product = matmul_nt(mean, match_cov)
+                difference_mean = torch.addcmul(reference, segments.mean(factor)[:, None].to(dtype), mean, value=-1)
+                common = matmul_nt(difference_mean, match_cov).mul_(-2 * unit)
+                common.add_(grad_reference, alpha=1 / segments.count)
+                if same:
+                    grad_cov -= matmul_tn(difference_mean, (unit * segments.count) * difference_mean)
+                del difference_mean  # memory is at its peak below
+                deviation = factor - segments.mean(factor).repeat(segments.count)
+                half, half_factor = torch.zeros_like(mean), torch.zeros_like(segments.mean(factor))
+            for part, rows in segments.parts():
+                weight, result = expand[part], grad_expand[part]
+                row_factor = factor[part].to(dtype)
+                if contract.numel():
+                    grad = matmul_nt(contract[:, part].t().contiguous(), transposed)
+                else:
+                    grad = torch.zeros_like(weight)
+                difference = segments.minus(weight, mean, rows) if matching else weight
+                if product is None and (matching or batch_stats):
+                    result.copy_(matmul_nt(difference, match_cov if matching else cov))
+                if matching:
+                    grad.addcmul_(result, (2 * unit * row_factor)[:, None])
+                    segments.add_scaled_(grad, mean_product, (2 * unit * deviation[part]).to(dtype), rows)
+                    segments.add_(grad, common, rows)
+                    if shift.numel():
+                        grad.addr_(grad_offset[part], shift)
+                        grad_shift += weight.t() @ (row_factor * grad_offset[part])
+                slope = segments.row_products(grad, weight)  # gradient of a
+                if not batch_stats:
+                    grad_scale[part] = slope
+                    torch.mul(grad, row_factor[:, None], out=result)
+                else:
+                    inverse = (variance[part] + eps).rsqrt()
+                    grad_scale[part] = slope * inverse
+                    inner = -0.5 * slope * scale[part] * inverse ** 3  # gradient of v
+                    row_inner = (2 * inner).to(dtype)[:, None]
+                    if matching and not same:
+                        result.copy_(matmul_nt(weight, cov))
+                    result.mul_(row_inner).addcmul_(grad, row_factor[:, None])
+                    if same:
+                        segments.add_scaled_(result, mean_product, row_inner, rows)
+                if same:
+                    cross = inner + unit * factor[part] * deviation[part]
+                    segments.add_to(half, difference, cross.to(dtype), rows)
+                    segments.add_to(half_factor, inner + unit * deviation[part].square(), None, rows)
+                    inner += unit * factor[part].square()
+                    grad_cov += matmul_tn(difference, segments.scale(difference, inner.to(dtype)))
+                elif batch_stats:
+                    grad_cov += matmul_tn(weight, segments.scale(weight, inner.to(dtype)))
+                if matching and not same:
+                    distance = segments.minus(segments.scale(weight, row_factor), reference, rows)  # D
+                    grad_matched_cov += matmul_tn(distance, distance)
+            if same:
+                half.addcmul_(mean, 0.5 * half_factor[:, None].to(dtype))
+                half = matmul_tn(mean, half)
+                grad_cov += half + half.t()
+        return (
+            grad_expand,
+            None,
+            grad_scale,
+            grad_offset,
+            grad_cov if batch_stats else None,
+            grad_matched_cov.mul_(unit) if matching and not same else None,
+            grad_shift if shift.numel() else None,
+            None, None, None,
+        )
+
+
+class _ContractionFunction(Function):
+    """Hand W2 A on, and its gradient with that of W2, K A^T, which so is done with before that of W1 is computed."""
+
+    @staticmethod
+    def forward(
+            ctx: Any,
+            contracted: torch.Tensor,
+            contract: torch.Tensor,
+            expand: torch.Tensor,
+            factor: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(expand, factor)
+        return contracted.view_as(contracted)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        expand, factor = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return grad, None, None, None
+        segments, grad_contract = Segments(expand, len(expand)), expand.new_empty(len(grad), len(expand))
+        with full_float32():
+            for part, _ in segments.parts():
+                product = matmul_nt(grad, segments.scale(expand[part], factor[part]))
+                grad_contract = put_part(grad_contract, (slice(None), part), product)
+        return grad, grad_contract, None, None
+
+
+def _constant_residual(
+        factor: torch.Tensor,
+        expand: torch.Tensor,
+        offset: torch.Tensor,
+        shift: torch.Tensor,
+        teacher_mean: torch.Tensor,
+) -> torch.Tensor:
+    """Return E[e] - E[t] of every channel, [N * Ct]."""
+    mean = offset + factor * (expand @ shift) if shift.numel() else offset
+    return (mean.unflatten(0, (-1, teacher_mean.shape[0])) - teacher_mean).flatten().to(offset.dtype, copy=True)
+
+
+def _loss(
+        factor: torch.Tensor,
+        matched_variance: torch.Tensor,
+        common: torch.Tensor,
+        residual: torch.Tensor,
+) -> torch.Tensor:
+    """Combine the sums in float64; what is mathematically not negative is not let below zero by rounding."""
+    segments = factor.shape[0] / common.shape[0]
+    quadratic = (factor.square() * matched_variance).sum(dtype=torch.float64)
+    differences = (quadratic - segments * common.sum(dtype=torch.float64)).clamp_min(0.)
+    return ((differences + residual.square().sum(dtype=torch.float64)) / common.shape[0]).to(residual.dtype)

@@ -1,0 +1,74 @@
+"""Matrix products as fast as torch has them, and feature maps as matrices of positions.
+
+Knows nothing of what is multiplied.
+"""
+import math
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch.nn.grad import conv2d_weight
+
+_SUM_LENGTH = 64  # numbers that are summed in a row where rounding matters
+
+
+def to_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return the positions of a feature map, [B, C, H, W] -> [B * H * W, C], contiguous; a view in channels_last."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
+
+
+def from_rows(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return a view of rows, [B * H * W, D] -> [B, D, H, W], with B, H and W of `x`."""
+    return rows.view(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)
+
+
+# On the CPU the products below run as 1x1 convolutions of rows in channels_last: oneDNN takes half the time of the
+# BLAS that torch comes with.
+
+def matmul_nt(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a @ b^T, [R, K] x [O, K] -> [R, O]."""
+    if _use_onednn(a):
+        return F.conv2d(_as_images(a), b[:, :, None, None]).permute(0, 2, 3, 1).reshape(a.shape[0], -1)
+    return a @ b.t()
+
+
+def matmul_tn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a^T @ b, [R, I] x [R, O] -> [I, O]; of half precision inputs in float32."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a.t(), b, out_dtype=torch.float32) if a.is_cuda else a.float().t() @ b.float()
+    if _use_onednn(a):
+        return conv2d_weight(_as_images(b), (a.shape[1], b.shape[1], 1, 1), _as_images(a)).flatten(1)
+    return a.t() @ b
+
+
+def matmul_nn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a @ b, [O, K] x [K, R] -> [O, R]."""
+    if _use_onednn(a):
+        return F.conv2d(b[None, :, :, None], a[:, :, None, None])[0, :, :, 0]
+    return a @ b
+
+
+def add_matmul_nt_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add a @ b^T to `out`, [R, O], in steps over K: short sums round less, most of all where they cancel `out`."""
+    for start in range(0, a.shape[1], _SUM_LENGTH):
+        step = slice(start, start + _SUM_LENGTH)
+        if _use_onednn(a):
+            out += matmul_nt(a[:, step].contiguous(), b[:, step])
+        else:
+            out.addmm_(a[:, step], b[:, step].t())
+
+
+def row_products(a: torch.Tensor, b: torch.Tensor, buffer: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Return the dot product of every two rows in float64, [..., R, C] x [..., R, C] -> [..., R]."""
+    length = math.gcd(a.shape[-1], _SUM_LENGTH)
+    return torch.mul(a, b, out=buffer).unflatten(-1, (-1, length)).sum(-1).sum(-1, dtype=torch.float64)
+
+
+def _as_images(rows: torch.Tensor) -> torch.Tensor:
+    """Return a view of contiguous rows, [R, C], as images in channels_last, [B, C, R / B, 1]."""
+    images = 16 if rows.shape[0] % 16 == 0 else 1  # with one thread torch takes oneDNN for 16 images or more
+    return rows.view(images, -1, 1, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def _use_onednn(x: torch.Tensor) -> bool:
+    return x.device.type == 'cpu' and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
