@@ -181,8 +181,12 @@ class NToOneTransform(Adapter):
         assert self.expand.bias is not None
         return to_full_precision(self.expand.bias)
 
+    @torch.compiler.disable
     def _from_moments(self, x: torch.Tensor, match: Optional[Match], dtype: torch.dtype) -> AdapterOutput:
-        """Return what `forward` does; the output's own product is of `dtype`, the rest of full precision."""
+        """Return what `forward` does; the output's own product is of `dtype`, the rest of full precision.
+
+        Not traced by `torch.compile`: these are products with gradients written by hand.
+        """
         moments = compute_moments(to_full_precision(x))
         matched, teacher = self._matched_moments(x, match, moments)
         batch_stats = self._share(moments) if self.batch_norm and self.training else None
