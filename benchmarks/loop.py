@@ -36,6 +36,7 @@ REPO_DIR = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO_DIR))
 
 import train_distill  # noqa: E402
+from timm_distill.run import Run, epochs  # noqa: E402
 
 COLUMNS = ('what', 'variant', 'seconds_per_update', 'images_per_second', 'reference', 'ratio', 'quartiles', 'speed')
 CLASSES = 10
@@ -118,7 +119,7 @@ class TimedLoader:
         run: The run that it is for. Its device is waited for at both.
     """
 
-    def __init__(self, batches: Any, first: int, last: int, run: train_distill.Run):
+    def __init__(self, batches: Any, first: int, last: int, run: Run):
         self.batches, self.first, self.last, self.run = batches, first, last, run
         self.seconds = float('nan')  # per update
 
@@ -153,16 +154,16 @@ def loop_rows(args: argparse.Namespace, folder: Path) -> Iterator[Row]:
         '--no-teacher-pretrained', '--kd', args.kd[0], '--epochs', '1000000', '--val-interval', '1000000',
         '--output', str(folder / 'output')]
     seconds: Dict[str, List[float]] = {}
-    run_epoch = train_distill.run_epoch
+    run_epoch = epochs.run_epoch
 
-    def _measure(run: train_distill.Run, epoch: int, recorder: Any, *rest: Any) -> None:
+    def _measure(run: Run, epoch: int, recorder: Any, *rest: Any) -> None:
         def _run_epoch(loader: TimedLoader) -> None:
             run_epoch(replace(run, loaders=replace(run.loaders, train=loader)), epoch, recorder)
 
         seconds.update(measure_epochs(args, run, _run_epoch))
         raise Measured
 
-    with patch.object(train_distill, 'run_epoch', _measure), suppress(Measured):
+    with patch.object(epochs, 'run_epoch', _measure), suppress(Measured):
         train_distill.main(flags)
     what = f'{args.teacher} -> {args.student}, {args.kd[0]}, {args.batch_size} images of {args.size}'
     yield from compare(what, args.batch_size, seconds, 'step')
@@ -170,7 +171,7 @@ def loop_rows(args: argparse.Namespace, folder: Path) -> Iterator[Row]:
 
 def measure_epochs(
         args: argparse.Namespace,
-        run: train_distill.Run,
+        run: Run,
         run_epoch: Callable[['TimedLoader'], None],
 ) -> Dict[str, List[float]]:
     """Return the seconds per update of each variant's turns."""
@@ -196,7 +197,7 @@ def measure_epochs(
     return seconds
 
 
-def run_steps(run: train_distill.Run, loader: TimedLoader) -> None:
+def run_steps(run: Run, loader: TimedLoader) -> None:
     """The step alone."""
     module = run.task.get_trainable_module()
     assert module is not None

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import train_distill
 from timm_distill import Teacher, UsageError, compute_class_means
 from timm_distill.class_means import cached_class_means, class_means_key, load_class_means, save_class_means
+from timm_distill.run import prepare
 from timm_distill.taps import Features
 
 SIZE, CLASSES, WIDTH = (3, 32, 32), 5, 96
@@ -179,7 +180,7 @@ def test_script_computes_caches_reuses_and_resumes(
     def _no_pass(*args: Any, **kwargs: Any) -> None:
         raise AssertionError('there is nothing to compute')
 
-    monkeypatch.setattr(train_distill, 'compute_class_means', _no_pass)
+    monkeypatch.setattr(prepare, 'compute_class_means', _no_pass)
     again = run(digits_dir, tmp_path, '--kd', 'kd++', '--mixup', '0.2', teacher=teacher_file, experiment='again')
     assert read_history(again) == read_history(first)  # the pass moves nothing of the run
     given = run(digits_dir, tmp_path / 'other', '--kd', 'kd++', '--mixup', '0.2', '--nd-class-means', str(cached),

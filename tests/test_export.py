@@ -15,12 +15,13 @@ import train_distill
 from timm_distill import UsageError
 from timm_distill.export import export_onnx, load_release, main, push_to_hub
 from timm_distill.model_card import create_model_card
+from timm_distill.run import RunResult
 
 MEAN = (0.4, 0.5, 0.6)
 
 
 @pytest.fixture(scope='module')
-def run(digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> train_distill.RunResult:
+def run(digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """A short distillation with averaged weights and an input of its own size and normalisation."""
     teacher = tmp_path_factory.mktemp('teacher') / 'teacher.pth'
     torch.save(timm.create_model('test_resnet', num_classes=10).state_dict(), teacher)

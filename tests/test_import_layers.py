@@ -27,8 +27,8 @@ LAYERS = {
     'composition': 6,
     'task': 7,
     'evaluation': 5,
-    'demo': 8, 'pair': 8, 'run': 8, 'validate': 8,
-    'recorder': 9,
+    'demo': 8, 'pair': 8, 'validate': 8,
+    'run': 9,
     'train_distill': 10,
 }
 # What the numbers would allow and the design does not: importer -> (imported names, reason).

@@ -12,6 +12,7 @@ import train_distill
 from timm_distill import report
 from timm_distill.analysis import Predictions
 from timm_distill.report import ReportData, read_summary, write_report
+from timm_distill.run import closing
 
 pytest.importorskip('matplotlib', reason='the report extra is not installed')
 ROWS = [
@@ -80,7 +81,7 @@ def test_a_report_that_fails_costs_a_warning_and_not_the_run(
 ) -> None:
     def fail(*args: Any) -> None:
         raise OSError('no space left')
-    monkeypatch.setattr(train_distill, 'write_report', fail)
+    monkeypatch.setattr(closing, 'write_report', fail)
     result = train_distill.main(flags(digits_dir, tmp_path))
     assert result.checkpoint and 'no space left' in caplog.text
 
@@ -90,7 +91,7 @@ def test_no_report_is_drawn_without_matplotlib_or_where_it_is_not_wanted(
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(train_distill, 'can_draw', lambda: False)
+    monkeypatch.setattr(closing, 'can_draw', lambda: False)
     train_distill.main(flags(digits_dir, tmp_path))
     assert not (tmp_path / 'run' / 'report.html').exists()
     assert report.can_draw()

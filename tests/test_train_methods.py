@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import train_distill
 from timm_distill import UsageError
+from timm_distill.run import preview
 
 FAST = ['--num-classes', '10', '--img-size', '32', '-b', '60', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0',
         '--device', 'cpu', '-j', '0', '--student', 'test_efficientnet', '--teacher', 'test_resnet', '--no-teacher-eval']
@@ -94,7 +95,7 @@ def test_schedule_of_the_command_line_or_a_config_reaches_the_task(
         seen.update(kwargs)
         raise UsageError('enough')
 
-    monkeypatch.setattr(train_distill, 'check_pair', check)
+    monkeypatch.setattr(preview, 'check_pair', check)
     flags = [*FAST, '--kd', 'norm+kd', '--dry-run', '--epochs', '30', '--cooldown-epochs', '5']
     with pytest.raises(UsageError, match='enough'):
         train_distill.main([*flags, '--kd-schedule', 'norm=imagenet', 'kd=cosine:1:0'])

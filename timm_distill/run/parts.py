@@ -5,11 +5,11 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
-from .data import DataLoaders
-from .device import Precision
-from .progress import StepTiming
-from .provenance import collect_provenance
-from .task import DistillTask
+from ..data import DataLoaders
+from ..device import Precision
+from ..progress import StepTiming
+from ..provenance import collect_provenance
+from ..task import DistillTask
 
 
 @dataclass
@@ -69,6 +69,11 @@ class Run:
     def last_epoch(self) -> int:
         """How many epochs are trained: all of them, unless `--stop-epoch` stops before."""
         return min(self.args.stop_epoch or self.num_epochs, self.num_epochs)
+
+    @property
+    def progress(self) -> Optional[bool]:
+        """Whether progress is drawn as a bar, by `--log-style`; None leaves it to the terminal."""
+        return {'auto': None, 'bar': True, 'lines': False}[self.args.log_style]
 
 
 def describe_run(run: Run, version: str) -> Dict[str, Any]:

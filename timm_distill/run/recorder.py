@@ -11,15 +11,15 @@ import torch.distributed as dist
 from timm.models import safe_model_name
 from timm.utils import get_outdir
 
-from .checkpoint import DistillCheckpointSaver, gather_rank_states, get_rank_state
-from .export import export_hub, load_release, push_to_hub
-from .meters import NonFiniteLossError
-from .resume import done_batches, find_newest, resume_task
-from .run import Run, RunResult
-from .stopping import StopRequested, StopSignals
-from .storage import read_checkpoint, write_checkpoint, write_text
-from .summary import Summary
-from .tracking import start_trackers
+from ..checkpoint import DistillCheckpointSaver, gather_rank_states, get_rank_state
+from ..export import export_hub, load_release, push_to_hub
+from ..meters import NonFiniteLossError
+from ..resume import done_batches, find_newest, resume_task
+from ..stopping import StopRequested, StopSignals
+from ..storage import read_checkpoint, write_checkpoint, write_text
+from ..summary import Summary
+from ..tracking import start_trackers
+from .parts import Run, RunResult
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Recorder:
             checkpoint: Optional[Dict[str, Any]],
             start_epoch: int,
             signals: StopSignals,
-            info: Optional[Dict[str, Any]] = None,
+            info: Dict[str, Any],
     ):
         self.run = run
         self.info = info

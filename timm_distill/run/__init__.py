@@ -1,0 +1,23 @@
+"""A training run: its parts, and the phases that build, prepare, train and close it."""
+from .build import build_run
+from .closing import write_run_report
+from .epochs import fit
+from .parts import Run, RunResult, describe_run
+from .prepare import prepare_class_means, prepare_for_device, report_teacher, resume
+from .preview import dry_run
+from .recorder import Recorder
+
+__all__ = [
+    'Recorder',
+    'Run',
+    'RunResult',
+    'build_run',
+    'describe_run',
+    'dry_run',
+    'fit',
+    'prepare_class_means',
+    'prepare_for_device',
+    'report_teacher',
+    'resume',
+    'write_run_report',
+]

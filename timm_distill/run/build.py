@@ -1,0 +1,182 @@
+"""Phases of a run: everything that can fail before anything is written."""
+import argparse
+import logging
+from typing import Any, Dict, Tuple
+
+import torch
+import torch.nn as nn
+from timm import utils
+from timm.data import resolve_data_config
+from timm.layers import convert_sync_batchnorm, set_fast_norm
+from timm.models import safe_model_name
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+from ..composition import methods_of
+from ..data import DataLoaders, IndexedDataset, create_loaders, create_train_loss, read_labels
+from ..device import (
+    Precision,
+    enable_fast_math,
+    import_device_modules,
+    resolve_device_name,
+    resolve_dtype,
+    resolve_precision,
+)
+from ..errors import UsageError
+from ..probing import CANNOT_RUN, random_images
+from ..task import DistillTask, create_distill_task
+from .parts import Run
+from .student import build_student, check_train_sizes, find_patch_size, fit_input_size
+
+_logger = logging.getLogger(__name__)
+
+
+def build_run(args: argparse.Namespace) -> Run:
+    """Build everything that can fail before anything is written."""
+    device, precision = setup_device(args)
+    utils.random_seed(args.seed, args.rank)
+    student = build_student(args)
+    data_config = resolve_data_config(vars(args), model=student, verbose=args.rank == 0)
+    data_config = fit_input_size(args, student, data_config)
+    with_indices = any(method.needs_indices for method in methods_of(args.kd).values())
+    if with_indices and args.task == 'multilabel':
+        raise UsageError(f'--kd {args.kd} reads one label per image: it does not go with --task multilabel')
+    check_train_sizes(args, student, data_config)
+    patch_size = find_patch_size(student) if args.naflex_loader else None
+    loaders = create_loaders(
+        args, data_config, args.num_classes, device, precision.model_dtype, args.distributed, with_indices, patch_size)
+    task = build_task(args, student, data_config, device, precision, loaders)
+    optimizer = build_optimizer(args, task, loaders.batch_size)
+    scheduler, num_epochs = build_scheduler(args, optimizer, loaders)
+    return Run(args, device, precision, data_config, loaders, task, optimizer, scheduler, num_epochs)
+
+
+def setup_device(args: argparse.Namespace) -> Tuple[torch.device, Precision]:
+    """Choose device and precision, and join the process group."""
+    import_device_modules(args.device_modules or ())
+    args.device = resolve_device_name(args.device)
+    enable_fast_math()
+    device = utils.init_distributed_device(args)
+    if args.fuser:
+        utils.set_jit_fuser(args.fuser)
+    if args.fast_norm:
+        set_fast_norm()
+    _logger.info(f'Process {args.rank} of {args.world_size} on {device}.')
+    return device, resolve_precision(device, args.amp, args.amp_dtype, args.model_dtype)
+
+
+def build_task(
+        args: argparse.Namespace,
+        student: nn.Module,
+        data_config: Dict[str, Any],
+        device: torch.device,
+        precision: Precision,
+        loaders: DataLoaders,
+) -> DistillTask:
+    """Create the task, with EMA, from the student and the distillation flags."""
+    dataset = loaders.train.dataset
+    indexed = isinstance(dataset, IndexedDataset)
+    if args.rank == 0:
+        parameters = sum(p.numel() for p in student.parameters())
+        _logger.info(f'Student {safe_model_name(args.model)}: {parameters:,} parameters.')
+    task = create_distill_task(
+        student,
+        args.teacher,
+        kd=args.kd,
+        kd_weight=args.kd_weight,
+        kd_kwargs=args.kd_kwargs,
+        kd_schedule=args.kd_schedule,
+        kd_tap=args.kd_tap,
+        criterion=create_train_loss(args, device, args.num_classes),
+        task_loss_weight=args.task_loss_weight,
+        distill_loss_weight=args.distill_loss_weight,
+        num_epochs=count_epochs(args),
+        num_samples=len(dataset) if indexed else None,
+        sample_labels=read_labels(dataset) if indexed else None,
+        input_size=data_config['input_size'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        teacher_checkpoint=args.teacher_checkpoint,
+        teacher_pretrained=args.teacher_pretrained,
+        teacher_kwargs=args.teacher_kwargs,
+        teacher_dtype=resolve_dtype(args.teacher_dtype),
+        teacher_stream=args.teacher_stream,
+        teacher_device=torch.device('cpu') if args.teacher_fsdp else None,
+        device=device,
+        dtype=precision.model_dtype,
+        verbose=args.rank == 0,
+    )
+    check_task(args, task)
+    if args.channels_last:
+        task.to(memory_format=torch.channels_last)
+    if args.teacher_fsdp and task.teacher is not None:
+        task.teacher.shard(device)
+    if args.distributed and args.sync_bn:
+        args.dist_bn = ''  # synchronised statistics need no distribution after the epoch
+        task.trainable_module = convert_sync_batchnorm(task.trainable_module)
+    return task
+
+
+def check_task(args: argparse.Namespace, task: DistillTask) -> None:
+    """Reject methods that cannot read what these flags give them."""
+    on_logits = [name for name, method in task.module.methods.items() if 'logits' in method.teacher_outputs]
+    if on_logits and args.task == 'multilabel':
+        raise UsageError(f'--kd {"+".join(on_logits)} compares logits as distributions over classes, of which a '
+                         'multi-label model has none: use a method that reads features alone (--list-kd)')
+    if task.teacher is None:
+        return
+    for size in args.train_img_sizes or ():
+        try:
+            task.teacher_features(random_images(task.teacher, (task.input_size[0], size, size)))
+        except CANNOT_RUN as e:
+            raise UsageError(f"The teacher '{args.teacher}' cannot run at {size}x{size}, one of --train-img-sizes: "
+                             f'{" ".join(str(e).split())[:200]}. --teacher-kwargs dynamic_img_size=True lets many '
+                             'models take any size.') from e
+
+
+def build_optimizer(args: argparse.Namespace, task: DistillTask, batch_size: float) -> torch.optim.Optimizer:
+    """Create the optimizer over everything that trains: student, adapter and methods."""
+    if not args.lr:
+        args.lr = scale_learning_rate(args, batch_size)
+    return create_optimizer_v2(task.trainable_module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+
+
+def scale_learning_rate(args: argparse.Namespace, batch_size: float) -> float:
+    """Compute the learning rate from `--lr-base` and the global batch size, as timm does."""
+    global_batch_size = batch_size * args.world_size * args.grad_accum_steps
+    ratio = global_batch_size / args.lr_base_size
+    if not args.lr_base_scale:
+        adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
+        args.lr_base_scale = 'sqrt' if adaptive else 'linear'
+    lr = args.lr_base * (ratio ** 0.5 if args.lr_base_scale == 'sqrt' else ratio)
+    if args.rank == 0:
+        _logger.info(f'Learning rate {lr:g}: --lr-base {args.lr_base} scaled ({args.lr_base_scale}) from a batch of '
+                     f'{args.lr_base_size} to {global_batch_size:g}.')
+    return lr
+
+
+def build_scheduler(
+        args: argparse.Namespace,
+        optimizer: torch.optim.Optimizer,
+        loaders: DataLoaders,
+) -> Tuple[Any, int]:
+    """Create the learning rate schedule; returns it and the number of epochs."""
+    decreasing = loaders.eval is None or args.eval_metric == 'loss'
+    try:
+        scheduler, num_epochs = create_scheduler_v2(
+            optimizer,
+            **scheduler_kwargs(args, decreasing_metric=decreasing),
+            updates_per_epoch=-(-len(loaders.train) // args.grad_accum_steps),
+        )
+    except ValueError as e:  # lengths that do not fit into one another
+        raise UsageError(f'--sched {args.sched}: {e}') from e
+    if args.rank == 0:
+        _logger.info(f'Scheduled epochs: {num_epochs}.')
+    return scheduler, num_epochs
+
+
+def count_epochs(args: argparse.Namespace) -> int:
+    """Return the length of the run, as timm's schedule extends `--epochs` by warmup prefix and cooldown."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.)  # the schedule wants one, its length does not depend on it
+    kwargs = scheduler_kwargs(args)
+    return create_scheduler_v2(optimizer, **{**kwargs, 'step_on_epochs': True})[1]

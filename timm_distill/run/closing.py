@@ -1,0 +1,79 @@
+"""Phases of a run: what is drawn of it at its end."""
+import logging
+import os
+from typing import Dict
+
+import torch
+import torch.nn as nn
+
+from ..analysis import Predictions, collect_predictions
+from ..data import class_names
+from ..pair import time_teacher
+from ..report import ReportData, can_draw, read_summary, write_report
+from ..storage import read_checkpoint
+from .parts import Run
+from .recorder import Recorder
+from .validation import count_samples, has_single_predictions
+
+_logger = logging.getLogger(__name__)
+
+
+def write_run_report(run: Run, recorder: Recorder) -> None:
+    """Write `report.html` and `report.png` of the best student beside the checkpoints."""
+    args = run.args
+    if not args.report or not can_draw():
+        if args.report and args.rank == 0:
+            _logger.info("No report: pip install 'timm_distill[report]' draws one, --no-report leaves it out.")
+        return
+    student = teacher = None
+    if run.loaders.eval is not None and has_single_predictions(args):
+        num_samples = count_samples(run.loaders.eval)
+        student = collect_predictions(
+            best_student(run, recorder), run.loaders.eval, run.device, run.precision.autocast,
+            run.precision.model_dtype, num_samples)
+        if run.teacher_predictions is not None:
+            teacher = Predictions(*run.teacher_predictions, student.labels)
+    if recorder.saver is None:
+        return
+    data = ReportData(
+        title=f'{args.model} distilled from {args.teacher}' if run.task.teacher is not None else str(args.model),
+        rows=read_summary(recorder.summary_path) if os.path.exists(recorder.summary_path) else [],
+        student=student,
+        teacher=teacher,
+        class_names=class_names(run.loaders.eval.dataset, args.num_classes) if run.loaders.eval is not None else (),
+        times=split_step_time(run),
+        facts=recorder.info['provenance'],
+    )
+    try:
+        paths = write_report(data, recorder.result.output_dir)
+    except Exception as e:  # a figure must not cost a finished run
+        _logger.warning(f'The report could not be written: {type(e).__name__}: {e}')
+        return
+    _logger.info(f'Report: {paths[0]}')
+
+
+def best_student(run: Run, recorder: Recorder) -> nn.Module:
+    """Return the best student, the same on every rank."""
+    model = run.task.module.merged_copy()
+    path = recorder.best_path
+    if path:
+        checkpoint = read_checkpoint(path)
+        model.load_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
+    if run.args.distributed:
+        for tensor in model.state_dict().values():
+            torch.distributed.broadcast(tensor, src=0)
+    return model
+
+
+def split_step_time(run: Run) -> Dict[str, float]:
+    """Return the seconds of a training step by part: the teacher's share is measured on a batch of noise."""
+    if not run.timing.batches:
+        return {}
+    data = run.timing.data_seconds / run.timing.batches
+    total = run.timing.seconds / run.timing.batches
+    if run.task.teacher is None:
+        return {'student': max(total - data, 0.), 'data': data}
+    if run.task.teacher.is_sharded:  # which all processes would have to run
+        return {'student': max(total - data, 0.), 'data': data}
+    teacher = time_teacher(run.task, run.args.batch_size, run.precision.autocast)
+    return {'teacher': teacher, 'student': max(total - data - teacher, 0.), 'data': data}

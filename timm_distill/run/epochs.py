@@ -1,0 +1,119 @@
+"""Phases of a run: its epochs."""
+import argparse
+import logging
+import os
+import signal
+from typing import Any, Callable, Dict, Optional
+
+import torch
+import torchvision
+
+from ..data import DataLoaders, set_loader_epoch
+from ..engine import train_one_epoch
+from ..errors import UsageError
+from ..meters import NonFiniteLossError
+from ..stopping import StopRequested
+from .parts import Run
+from .recorder import Recorder
+from .validation import share_batch_norm, validate_student
+
+_logger = logging.getLogger(__name__)
+
+MAX_BAD_UPDATES = 10  # in a row, before --on-nan acts
+
+
+def fit(run: Run, recorder: Recorder, start_epoch: int, position: Optional[Dict[str, Any]]) -> None:
+    """Run the epochs, the first from `position` where an earlier process stopped inside it."""
+    try:
+        for epoch in range(start_epoch, run.last_epoch):
+            run_epoch(run, epoch, recorder, position)
+            position = None
+    except UsageError:
+        recorder.discard()
+        raise
+    except NonFiniteLossError as e:
+        path = recorder.save_bad_batch(e)
+        raise NonFiniteLossError(f'{e} The batch is in {path}.' if path else str(e)) from e
+    except StopRequested as e:
+        recorder.result.stopped_by = e.number
+        _logger.warning(f'Stopped by {e}. {recorder.how_to_resume()}')
+    except KeyboardInterrupt:  # a second Ctrl-C, before the first was acted upon
+        recorder.result.stopped_by = signal.SIGINT
+        _logger.warning(f'Interrupted inside an update, which is lost. {recorder.how_to_resume()}')
+
+
+def run_epoch(run: Run, epoch: int, recorder: Recorder, position: Optional[Dict[str, Any]] = None) -> None:
+    """Train, validate, step the schedule and save once."""
+    args = run.args
+    set_loader_epoch(run.loaders.train, epoch)
+    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+        disable_mixup(run.loaders)
+    recorder.begin_epoch(position)
+    last_update = -(-len(run.loaders.train) // args.grad_accum_steps) - 1
+    train_metrics = train_one_epoch(
+        run.task,
+        run.loaders.train,
+        run.optimizer,
+        epoch=epoch,
+        num_epochs=run.num_epochs,
+        device=run.device,
+        model_dtype=run.precision.model_dtype,
+        amp_autocast=run.precision.autocast,
+        loss_scaler=run.precision.loss_scaler,
+        clip_grad=args.clip_grad,
+        clip_mode=args.clip_mode,
+        grad_accum_steps=args.grad_accum_steps,
+        mixup_fn=run.loaders.mixup_fn,
+        prefetcher=not args.no_prefetcher,
+        channels_last=args.channels_last,
+        lr_scheduler=run.scheduler,
+        max_streak=None if args.on_nan == 'skip' else MAX_BAD_UPDATES,
+        on_diverged=recorder.roll_back if args.on_nan == 'rollback' else None,
+        after_update=lambda i, get_position: recorder.after_update(epoch, i == last_update, i, get_position),
+        position=position,
+        log_interval=args.log_interval,
+        progress=run.progress,
+        log_grad_norm=args.log_grad_norm,
+        distributed=args.distributed,
+        timing=run.timing,
+        batch_scale=run.loaders.batch_scale,
+        on_update=create_update_hook(args, run.device, recorder.result.output_dir),
+    )
+    share_batch_norm(args, run.task.get_trainable_module())
+    metric = None
+    validating = (epoch + 1) % args.val_interval == 0 or epoch + 1 in (run.last_epoch, *args.save_epochs)
+    if validating:
+        eval_metrics = validate_student(run)
+        metric = recorder.rank(train_metrics, eval_metrics)
+        recorder.summarize(epoch, train_metrics, eval_metrics)
+    if run.scheduler is not None:
+        run.scheduler.step(epoch + 1, metric)  # before saving, so that a resumed schedule knows this epoch
+    recorder.save(epoch, metric)
+
+
+def create_update_hook(
+        args: argparse.Namespace,
+        device: torch.device,
+        output_dir: str,
+) -> Optional[Callable[[int, Any, bool], None]]:
+    """Return what `--synchronize-step` and `--save-images` do after an update, None for nothing."""
+    synchronizes = args.synchronize_step and device.type != 'cpu'
+    saves_images = args.save_images and bool(output_dir)
+    if not synchronizes and not saves_images:
+        return None
+
+    def after_update(batch_idx: int, images: Any, logged: bool) -> None:
+        if synchronizes:
+            torch.accelerator.synchronize(device)
+        if saves_images and logged and isinstance(images, torch.Tensor):
+            path = os.path.join(output_dir, f'train-batch-{batch_idx}.jpg')
+            torchvision.utils.save_image(images, path, padding=0, normalize=True)
+
+    return after_update
+
+
+def disable_mixup(loaders: DataLoaders) -> None:
+    if loaders.mixup_fn is not None:
+        loaders.mixup_fn.mixup_enabled = False  # type: ignore[attr-defined]
+    elif hasattr(loaders.train, 'mixup_enabled') and loaders.train.mixup_enabled:
+        loaders.train.mixup_enabled = False

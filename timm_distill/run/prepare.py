@@ -1,0 +1,129 @@
+"""Phases of a run: what is measured, restored and wrapped between building it and its first epoch."""
+import logging
+import os
+from functools import partial
+from typing import Any, Dict, Optional
+
+import torch
+import torch.nn as nn
+from timm.models import safe_model_name
+from timm.scheduler import PlateauLRScheduler
+
+from ..analysis import PredictionRecorder
+from ..class_means import cached_class_means, class_means_key, compute_class_means, load_class_means
+from ..data import create_pass_loader
+from ..gradients import allow_retained_graphs
+from ..resume import done_batches, resume_task
+from ..teacher import Teacher
+from .parts import Run
+from .validation import count_samples, has_single_predictions, validate
+
+_logger = logging.getLogger(__name__)
+
+
+def report_teacher(run: Run) -> None:
+    """Print the teacher's accuracy first, so that nobody distils from a broken one."""
+    args, teacher = run.args, run.task.teacher
+    if teacher is None or run.loaders.eval is None or args.teacher_eval is False:
+        return
+    if teacher.num_classes != args.num_classes:
+        _logger.warning(f'The teacher has {teacher.num_classes} classes and the data {args.num_classes}: '
+                        'its accuracy cannot be measured here.')
+        return
+    recorder = PredictionRecorder(_TeacherLogits(teacher))
+    metrics = validate(run, recorder, 'Teacher')
+    if has_single_predictions(args):
+        run.teacher_predictions = recorder.read(count_samples(run.loaders.eval))
+    if args.rank == 0:
+        top1 = metrics.get('top1', 100.)
+        accuracy = f'top-1: {top1:.3f}' if 'top1' in metrics else f"mAP: {metrics['map']:.3f}"
+        _logger.info(f'Teacher {args.teacher} {accuracy}')
+        if top1 < 200 / teacher.num_classes:
+            _logger.warning(f'That is near chance ({100 / teacher.num_classes:.3f}): are its weights right, and is the '
+                            'order of its classes that of the data?')
+
+
+class _TeacherLogits(nn.Module):
+    def __init__(self, teacher: Teacher):
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, images: torch.Tensor) -> Optional[torch.Tensor]:
+        return self.teacher(images).logits
+
+
+def prepare_class_means(run: Run) -> None:
+    """Give the methods that need them the teacher's class means: from a file, from the cache, or from a pass."""
+    args, task, shape = run.args, run.task, run.task.class_means_shape
+    if shape is None:
+        if args.nd_class_means:
+            _logger.warning(f'--nd-class-means {args.nd_class_means} is ignored: no method of --kd reads class means.')
+        return
+    if args.nd_class_means:
+        task.set_class_means(load_class_means(args.nd_class_means, shape))
+        return
+    assert task.teacher is not None
+    training = args.nd_class_means_transform == 'train'
+    loader = create_pass_loader(args, run.data_config, run.loaders.train.dataset, run.device, training,
+                                model_dtype=run.precision.model_dtype, distributed=args.distributed)
+    transform = [sorted(run.data_config.items()), loader.dataset.transform, *([args.seed] if training else [])]
+    key = class_means_key(task.teacher, loader.dataset, transform) if args.rank == 0 else ''
+    folder = os.path.join(args.output or './output/train', 'class_means')
+    task.set_class_means(cached_class_means(
+        os.path.join(folder, f'{safe_model_name(args.teacher)}-{key}.safetensors'),
+        shape,
+        partial(compute_class_means, task.teacher, loader, shape[0], run.device, run.precision.model_dtype,
+                run.precision.autocast, args.distributed),
+        metadata={'teacher': args.teacher, 'transform': args.nd_class_means_transform},
+        device=run.device,
+        distributed=args.distributed,
+    ))
+
+
+def resume(run: Run, checkpoint: Optional[Dict[str, Any]]) -> int:
+    """Create the EMA, restore what `--resume` holds and return the first epoch."""
+    args = run.args
+    if args.model_ema:
+        # after the model is on its device, before DDP
+        run.task.setup_ema(
+            decay=args.model_ema_decay,
+            use_warmup=args.model_ema_warmup,
+            device=torch.device('cpu') if args.model_ema_force_cpu else None,
+        )
+    start_epoch = 0
+    if checkpoint is not None:
+        with_optimizer = not args.no_resume_opt
+        start_epoch = resume_task(
+            run.task,
+            args.resume,
+            optimizer=run.optimizer if with_optimizer else None,
+            loss_scaler=run.precision.loss_scaler if with_optimizer else None,
+            lr_scheduler=run.scheduler if with_optimizer else None,
+            checkpoint=checkpoint,
+        )
+    if args.start_epoch is not None:
+        start_epoch = args.start_epoch
+    start_schedule(run, start_epoch, checkpoint)
+    return start_epoch
+
+
+def start_schedule(run: Run, start_epoch: int, checkpoint: Optional[Dict[str, Any]]) -> None:
+    """Bring the learning rate to where the run begins; a plateau schedule goes on from what the checkpoint held."""
+    done = done_batches(checkpoint)
+    if run.scheduler is None or not (start_epoch or done) or isinstance(run.scheduler, PlateauLRScheduler):
+        return
+    if run.args.sched_on_updates:
+        steps = run.args.grad_accum_steps
+        run.scheduler.step_update(start_epoch * -(-len(run.loaders.train) // steps) + -(-done // steps))
+    else:
+        run.scheduler.step(start_epoch)
+
+
+def prepare_for_device(run: Run) -> None:
+    """Compile, then wrap in DDP: that order keeps DDP out of the compiled graph."""
+    if run.args.torchcompile and run.args.log_grad_norm:
+        allow_retained_graphs()
+    if run.args.torchcompile:
+        run.task.compile(backend=run.args.torchcompile, mode=run.args.torchcompile_mode)
+    if run.args.distributed:
+        run.task.prepare_distributed(device_ids=[run.device], broadcast_buffers=not run.args.no_ddp_bb)

@@ -1,0 +1,109 @@
+"""Phases of a run: the student as the flags describe it, and the input that it runs at."""
+import argparse
+import logging
+import os
+from typing import Any, Dict, Tuple
+
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import convert_splitbn_model
+
+from ..errors import UsageError
+from ..probing import runnable_size
+
+_logger = logging.getLogger(__name__)
+
+
+def build_student(args: argparse.Namespace) -> nn.Module:
+    """Create the student as timm's script creates its model."""
+    if args.initial_checkpoint and not os.path.isfile(args.initial_checkpoint):
+        raise UsageError(f'--initial-checkpoint {args.initial_checkpoint}: there is no such file.')
+    if not args.model.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(args.model):
+        similar = timm.list_models(f'*{args.model[:6]}*')[:5]
+        hint = f' (similar: {", ".join(similar)})' if similar else ''
+        raise UsageError(f"Unknown student '{args.model}'{hint}. --student takes a timm architecture.")
+    try:
+        student = timm.create_model(args.model, **_student_kwargs(args))
+    except Exception as e:  # a hub, a file and a constructor each raise their own errors
+        raise UsageError(f"The student '{args.model}' cannot be built with these --pretrained, --initial-checkpoint, "
+                         f'--model-kwargs: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
+    init_head(args, student)
+    if args.grad_checkpointing:
+        student.set_grad_checkpointing(enable=True)
+    if args.num_classes is None:
+        args.num_classes = student.num_classes
+    if args.split_bn:
+        student = convert_splitbn_model(student, max(args.aug_splits, 2))
+    return student
+
+
+def _student_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
+    kwargs = dict(
+        pretrained=args.pretrained,
+        in_chans=args.in_chans or (args.input_size[0] if args.input_size else 3),
+        num_classes=args.num_classes,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_path,
+        drop_block_rate=args.drop_block,
+        global_pool=args.gp,
+        bn_momentum=args.bn_momentum,
+        bn_eps=args.bn_eps,
+        checkpoint_path=args.initial_checkpoint,
+        **args.model_kwargs,
+    )
+    if args.pretrained_path:
+        # num_classes=-1 adapts the head to this run's classes
+        kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)
+    return kwargs
+
+
+@torch.no_grad()
+def init_head(args: argparse.Namespace, student: nn.Module) -> None:
+    """Apply `--head-init-scale` and `--head-init-bias`."""
+    if args.head_init_scale is None and args.head_init_bias is None:
+        return
+    classifier = student.get_classifier()
+    if args.head_init_scale is not None:
+        classifier.weight.mul_(args.head_init_scale)
+        classifier.bias.mul_(args.head_init_scale)
+    if args.head_init_bias is not None:
+        nn.init.constant_(classifier.bias, args.head_init_bias)
+
+
+def fit_input_size(args: argparse.Namespace, student: nn.Module, data_config: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the data config with a size that the student runs at: its own, where it takes no other.
+
+    Raises:
+        UsageError: If it runs at neither.
+    """
+    wanted = data_config['input_size']
+    size, reason = runnable_size(student, wanted)
+    if reason:
+        raise UsageError(f"The student '{args.model}' cannot run on the input {list(wanted)}: {reason}. Change "
+                         '--img-size, --in-chans or --model-kwargs img_size=N.')
+    if size is None:
+        return data_config
+    _logger.warning(f"The student '{args.model}' takes {size[0]}x{size[1]} alone: images are loaded at that size, not "
+                    f'at {wanted[1]}x{wanted[2]}. --model-kwargs img_size=N builds some models for other sizes.')
+    return {**data_config, 'input_size': (wanted[0], *size)}
+
+
+def check_train_sizes(args: argparse.Namespace, student: nn.Module, data_config: Dict[str, Any]) -> None:
+    """Reject `--train-img-sizes` that the student cannot run at."""
+    channels = data_config['input_size'][0]
+    for size in args.train_img_sizes or ():
+        other, reason = runnable_size(student, (channels, size, size))
+        if reason or other is not None:
+            raise UsageError(f"The student '{args.model}' cannot run at {size}x{size}, one of --train-img-sizes. "
+                             '--model-kwargs dynamic_img_size=True lets many models take any size.')
+
+
+def find_patch_size(student: nn.Module) -> Tuple[int, int]:
+    """Return the patch size (height, width) of a student that reads patch sequences."""
+    get_patch_size = getattr(student, 'get_patch_size', None)
+    if get_patch_size is None:
+        raise UsageError(f'--naflex-loader gives sequences of patches, which {type(student).__name__} cannot read: '
+                         'choose a naflexvit model as --student, or leave it out')
+    height, width = get_patch_size()
+    return height, width

@@ -1,0 +1,70 @@
+"""Validation of a run's student, its average and its teacher."""
+import argparse
+from collections import OrderedDict
+from typing import Any, Optional
+
+import torch.nn as nn
+from timm import utils
+
+from ..analysis import PredictionRecorder, agreement
+from ..engine import evaluate, evaluator_class
+from .parts import Run
+
+
+def validate_student(run: Run) -> Optional['OrderedDict[str, float]']:
+    """Validate the merged student and its EMA; the EMA's numbers count where there are any, as in timm."""
+    if run.loaders.eval is None:
+        return None
+    metrics = validate_with_agreement(run, run.task.get_eval_model())  # type: ignore[arg-type]
+    if run.task.has_ema() and not run.args.model_ema_force_cpu:
+        share_batch_norm(run.args, run.task.get_trainable_module(ema=True))
+        student_top1 = metrics['top1']
+        metrics = validate_with_agreement(run, run.task.get_eval_model(ema=True), 'Test (EMA)')  # type: ignore[arg-type]
+        metrics['student_top1'] = student_top1
+    return metrics
+
+
+def validate_with_agreement(run: Run, model: nn.Module, log_name: str = 'Test') -> 'OrderedDict[str, float]':
+    """Validate a model, and measure how often it predicts what the teacher does, where that is known."""
+    if run.teacher_predictions is None:
+        return validate(run, model, log_name)
+    recorder = PredictionRecorder(model)
+    metrics = validate(run, recorder, log_name)
+    classes, _ = recorder.read(count_samples(run.loaders.eval))
+    metrics['agreement'] = agreement(classes, run.teacher_predictions[0])
+    return metrics
+
+
+def validate(run: Run, model: nn.Module, log_name: str = 'Test') -> 'OrderedDict[str, float]':
+    """Evaluate a model on the validation data."""
+    return evaluate(
+        model,
+        run.loaders.eval,
+        device=run.device,
+        model_dtype=run.precision.model_dtype,
+        amp_autocast=run.precision.autocast,
+        channels_last=run.args.channels_last,
+        prefetcher=not run.args.no_prefetcher,
+        distributed=run.args.distributed,
+        tta=run.args.tta,
+        create_evaluator=evaluator_class(run.args.task, run.args.multilabel_threshold),
+        log_interval=run.args.log_interval,
+        log_name=log_name,
+        progress=run.progress,
+    )
+
+
+def count_samples(loader: Any) -> Optional[int]:
+    """Return the images of a loader's set, over all ranks; None where that is unknown."""
+    return len(loader.dataset) if hasattr(loader.dataset, '__len__') else None
+
+
+def has_single_predictions(args: argparse.Namespace) -> bool:
+    """Whether a model's output is one prediction per image: views are averaged after it, labels may be several."""
+    return not args.tta and args.task == 'classification' and not args.naflex_loader
+
+
+def share_batch_norm(args: argparse.Namespace, module: Optional[nn.Module]) -> None:
+    """Give all ranks the same running statistics after an epoch, by `--dist-bn`."""
+    if module is not None and args.distributed and args.dist_bn in ('broadcast', 'reduce'):
+        utils.distribute_bn(module, args.world_size, args.dist_bn == 'reduce')
