@@ -83,7 +83,7 @@ def train(args: argparse.Namespace) -> RunResult:
     checkpoint = resolve_resume(args)
     run = build_run(args)
     if checkpoint is not None:
-        # a teacher without weights is another one on every rank
+        # weights that are not loaded are drawn by every rank and then the first one's
         check_same_run(args, checkpoint, getattr(run.task.teacher, 'digest', '') if args.rank == 0 else '')
     report_teacher(run)
     if checkpoint is None:

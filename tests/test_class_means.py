@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import train_distill
 from timm_distill import Teacher, UsageError, compute_class_means
 from timm_distill.class_means import cached_class_means, class_means_key, load_class_means, save_class_means
+from timm_distill.features import Features
 from timm_distill.run import prepare
-from timm_distill.taps import Features
 
 SIZE, CLASSES, WIDTH = (3, 32, 32), 5, 96
 

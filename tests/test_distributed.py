@@ -13,7 +13,7 @@ from timm.utils import unwrap_model
 
 from timm_distill import Teacher, UsageError, create_distill_task
 from timm_distill.engine import evaluate, train_one_epoch
-from timm_distill.sharding import count_local_parameters, count_parameters, find_parts
+from timm_distill.sharding import count_local_parameters, count_parameters, find_parts, share_weights
 
 pytestmark = pytest.mark.dist
 CPU, STEPS, IMAGES = torch.device('cpu'), 4, 8
@@ -131,6 +131,22 @@ def test_sharded_teacher_gives_the_same_bits_and_each_process_holds_a_part(tmp_p
     for name in TEACHERS:
         assert [rank[name][0] for rank in ranks] == [True, True], name
         assert all(rank[name][1] < 0.9 for rank in ranks), ranks  # most of what is tiny is the head
+
+
+def share_drawn_weights(rank: int, world_size: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a teacher without weights, as drawn by this rank and as shared."""
+    torch.manual_seed(rank)
+    teacher = Teacher(timm.create_model('test_resnet'), (3, 32, 32))
+    images = torch.ones(1, 3, 32, 32)
+    drawn = teacher(images).logits
+    share_weights(teacher, CPU)
+    return drawn, teacher(images).logits
+
+
+def test_a_teacher_without_weights_is_the_first_ranks_everywhere(tmp_path: Path) -> None:
+    (first, shared), (second, other) = run_ranks('share_drawn_weights', 2, tmp_path)
+    assert not torch.allclose(first, second)
+    assert torch.equal(shared, first) and torch.equal(other, first)
 
 
 def test_parts_of_a_large_teacher_are_small_and_hold_nearly_all() -> None:

@@ -19,17 +19,18 @@ LAYERS = {
     'sharding': 0,
     'args': 0, 'device': 0, 'guard': 0, 'progress': 0, 'replay': 0, 'storage': 0,
     'adapters': 1, 'checkpoint': 1, 'data': 1, 'engine': 1, 'folding': 1, 'summary': 1,
-    'heads': 1, 'report_figures': 1, 'batch_norms': 1,
+    'features': 1, 'heads': 1, 'report_figures': 1, 'batch_norms': 1,
     'taps': 2, 'fusing': 2, 'report': 2, 'resume': 2,
     'teacher': 3, 'merge': 3, 'reading': 3,
     'presets': 4, 'class_means': 4, 'stage_matching': 4, 'export': 4,
     'methods': 5, 'student': 5,
     'composition': 6,
     'task': 7,
+    'factory': 8,
     'evaluation': 5,
-    'demo': 8, 'pair': 8, 'validate': 8,
-    'run': 9,
-    'train_distill': 10,
+    'demo': 9, 'pair': 9, 'validate': 9,
+    'run': 10,
+    'train_distill': 11,
 }
 # What the numbers would allow and the design does not: importer -> (imported names, reason).
 FORBIDDEN = {

@@ -6,8 +6,8 @@ import timm
 import torch
 import torch.nn as nn
 
+from timm_distill.features import resolve_feature_layout
 from timm_distill.layouts import FeatureLayout, candidate_layouts, token_grid
-from timm_distill.taps import resolve_feature_layout
 
 SWIN = dict(img_size=64, window_size=2, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 MODELS = [

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from timm_distill import UsageError
+from timm_distill.features import Features, Stage
 from timm_distill.reading import FeatureSpec, PairSpec
 from timm_distill.stage_matching import (
     check_stage_choice,
@@ -13,7 +14,6 @@ from timm_distill.stage_matching import (
     select_stages,
     stages_of_pairs,
 )
-from timm_distill.taps import Features, Stage
 
 
 def spec(grids: Sequence[int], size: int = 64) -> FeatureSpec:

@@ -11,11 +11,12 @@ from tiny_models import CHANNELS, Plain, TwoScales, WithClassifier
 
 from timm_distill import UsageError, create_adapter
 from timm_distill.adapters import Match
+from timm_distill.features import Features
 from timm_distill.losses import match_grids, n_to_one_loss
 from timm_distill.merge import AdaptedLinear
 from timm_distill.methods import DistillMethod
 from timm_distill.student import AdaptedStudent
-from timm_distill.taps import Features, resolve_student_tap
+from timm_distill.taps import resolve_student_tap
 
 SIZE = (3, 32, 32)
 CLASSES = 5

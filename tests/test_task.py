@@ -21,10 +21,10 @@ from tiny_models import Plain, TwoScales
 
 from timm_distill import DistillTask, MergeError, Teacher, UsageError, create_distill_task, merge_student
 from timm_distill.composition import parse_kd
+from timm_distill.features import Features
 from timm_distill.losses import match_grids, n_to_one_loss
 from timm_distill.methods import create_method
 from timm_distill.student import AdaptedStudent
-from timm_distill.taps import Features
 
 SIZE = (3, 32, 32)
 CLASSES = 5

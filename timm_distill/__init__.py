@@ -2,9 +2,10 @@
 from .adapters import create_adapter, list_adapters
 from .class_means import compute_class_means
 from .errors import MergeError, UsageError
+from .factory import create_distill_task
 from .methods import create_method, list_methods
 from .pair import PairReport, check_pair
-from .task import DistillTask, create_distill_task, merge_student
+from .task import DistillTask, merge_student
 from .teacher import Teacher, create_teacher
 
 __version__ = '0.1.0'

@@ -11,9 +11,10 @@ import torch
 import torch.nn as nn
 
 from .errors import UsageError
+from .factory import create_distill_task
 from .merge import MERGE_TOLERANCE
 from .probing import random_images
-from .task import DistillTask, create_distill_task
+from .task import DistillTask
 from .teacher import Teacher
 
 _logger = logging.getLogger(__name__)

@@ -9,19 +9,19 @@ import torch
 import torch.nn as nn
 
 from .errors import UsageError
-from .layouts import FeatureLayout
-from .probing import RawFeature, evaluation_mode, random_images
-from .taps import (
+from .features import (
     Features,
     Stage,
     forward_with_stages,
     has_head,
-    last_linear,
     last_stage_feature,
     resolve_feature_layout,
     resolve_stages,
     stages_share_trunk,
 )
+from .layouts import FeatureLayout
+from .probing import RawFeature, evaluation_mode, random_images
+from .taps import last_linear
 
 STUDENT_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages', 'token_logits'})
 

@@ -1,7 +1,7 @@
-"""A frozen model spread over processes, for one that does not fit a device: torch's `fully_shard`.
+"""A frozen model in several processes: the same weights in all, or a share in each by torch's `fully_shard`.
 
-Each process keeps its share of the parameters and gathers those of one part of the model at a time, when that part
-runs. Parts are found by size, not by name.
+A model that does not fit a device is sharded: each process keeps its share of the parameters and gathers those of one
+part of the model at a time, when that part runs. Parts are found by size, not by name.
 """
 import os
 from typing import Any, List
@@ -49,6 +49,20 @@ def count_local_parameters(module: nn.Module) -> int:
 
 def _local(parameter: Any) -> torch.Tensor:
     return parameter.to_local() if hasattr(parameter, 'to_local') else parameter
+
+
+@torch.no_grad()
+def share_weights(module: nn.Module, device: torch.device) -> None:
+    """Give all processes the first one's weights: those of a model without any are drawn by each for itself.
+
+    Args:
+        module: The same architecture in every process, on any device.
+        device: Where the process group communicates.
+    """
+    for tensor in module.state_dict().values():
+        shared = tensor.to(device)
+        dist.broadcast(shared, src=0)
+        tensor.copy_(shared)
 
 
 def create_mesh(device: torch.device) -> DeviceMesh:

@@ -5,8 +5,8 @@ from typing import List, Sequence, Tuple, Union
 import torch
 
 from .errors import UsageError
+from .features import Features, Stage
 from .reading import FeatureSpec, PairSpec
-from .taps import Features, Stage
 
 StagePairs = Tuple[Tuple[int, int], ...]
 StageChoice = Union[str, int, Sequence[int]]

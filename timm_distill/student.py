@@ -11,6 +11,7 @@ from timm.models import group_parameters
 
 from .adapters import Adapter, AdapterOutput, Match
 from .errors import UsageError
+from .features import Features
 from .layouts import FeatureLayout
 from .merge import (
     AdaptedLinear,
@@ -23,7 +24,7 @@ from .merge import (
 )
 from .probing import RawFeature, resize_images
 from .reading import FeatureReader
-from .taps import Features, StudentTap
+from .taps import StudentTap
 
 MethodTerms = Dict[str, Dict[str, torch.Tensor]]  # unweighted terms by method
 

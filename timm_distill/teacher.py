@@ -14,24 +14,22 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .errors import UsageError
-from .fusing import FuseReport, fuse_batch_norms
-from .heads import HeadInput, find_head_input
-from .layouts import FeatureLayout
-from .probing import CANNOT_RUN, evaluation_mode, random_images, resize_images, runnable_size
-from .sharding import count_local_parameters, find_parts, shard
-from .taps import (
+from .features import (
     Features,
     Stage,
-    classifier_linear,
-    classifier_reads_pre_logits,
     forward_with_stages,
     has_head,
-    last_linear,
     last_stage_feature,
     resolve_feature_layout,
     resolve_stages,
     stages_share_trunk,
 )
+from .fusing import FuseReport, fuse_batch_norms
+from .heads import HeadInput, find_head_input
+from .layouts import FeatureLayout
+from .probing import CANNOT_RUN, evaluation_mode, random_images, resize_images, runnable_size
+from .sharding import count_local_parameters, find_parts, shard
+from .taps import classifier_linear, classifier_reads_pre_logits, last_linear
 from .teacher_weights import load_teacher_model
 
 _logger = logging.getLogger(__name__)

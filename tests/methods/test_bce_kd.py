@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from timm_distill import UsageError, create_method
+from timm_distill.features import Features
 from timm_distill.methods.bce_kd import binary_kd_loss
-from timm_distill.taps import Features
 
 
 @pytest.mark.parametrize('target', ['softmax', 'sigmoid'])

@@ -4,8 +4,8 @@ import torch
 from golden_data import GoldenCase, assert_golden, case_id, golden_cases
 
 from timm_distill import UsageError, create_method
+from timm_distill.features import Features
 from timm_distill.methods.dist import EPS, dist_losses
-from timm_distill.taps import Features
 
 CASES = golden_cases('dist')
 

@@ -10,8 +10,8 @@ import torch
 from feature_pairs import create_features, create_pair
 
 from timm_distill import DistillTask, UsageError, create_distill_task, create_method, list_methods
+from timm_distill.features import Features
 from timm_distill.methods import METHODS, DistillMethod
-from timm_distill.taps import Features
 
 _READABLE = {'logits', 'feature', 'pre_logits', 'stages'}
 

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from golden_data import GoldenCase, assert_golden, case_id, golden_cases
 
 from timm_distill import UsageError, create_method
+from timm_distill.features import Features
 from timm_distill.methods.logitstd import standardize
-from timm_distill.taps import Features
 
 CASES = golden_cases('logitstd')
 

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from golden_data import GoldenCase, case_id, golden_cases
 
 from timm_distill import UsageError, create_method
+from timm_distill.features import Features
 from timm_distill.methods.rkd import angle_cosines, angle_loss, distance_loss
-from timm_distill.taps import Features
 
 
 @pytest.mark.parametrize('case', golden_cases('rkd'), ids=case_id)

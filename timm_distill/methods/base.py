@@ -8,10 +8,10 @@ from typing import Any, Callable, ClassVar, Dict, FrozenSet, Mapping, Optional
 import torch
 import torch.nn as nn
 
+from ..features import Features
 from ..reading import PairSpec
 from ..registry import Registry
 from ..schedules import Steps
-from ..taps import Features
 
 METHODS = Registry('method', '--kd', __package__, entry_points='timm_distill.methods')
 

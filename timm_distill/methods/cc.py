@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 
 from ..errors import UsageError
+from ..features import Features
 from ..precision import in_full_precision
 from ..reading import PairSpec
-from ..taps import Features
 from .base import DistillMethod, register_method
 
 

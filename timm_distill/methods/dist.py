@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UsageError
+from ..features import Features
 from ..losses import to_full_precision
-from ..taps import Features
 from .base import DistillMethod, register_method
 
 EPS = 1e-8  # added to the product of the norms

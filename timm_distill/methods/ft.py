@@ -19,11 +19,11 @@ import torch.nn.functional as F
 
 from ..connectors import BatchNorm2d
 from ..errors import UsageError
+from ..features import Features
 from ..losses import l2_normalize, match_grids
 from ..precision import in_full_precision
 from ..reading import PairSpec
 from ..stage_matching import StageChoice, StagePairs, check_stage_choice, matched_stages, select_stages, stages_of_pairs
-from ..taps import Features
 from .base import DistillMethod, register_method
 
 

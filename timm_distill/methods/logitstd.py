@@ -13,8 +13,8 @@ from typing import Dict
 import torch
 
 from ..errors import UsageError
+from ..features import Features
 from ..losses import kl_divergence, to_full_precision
-from ..taps import Features
 from .base import DistillMethod, register_method
 
 EPS = 1e-7  # added to the standard deviation

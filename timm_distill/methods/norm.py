@@ -18,9 +18,9 @@ from typing import Any, Dict
 import torch
 
 from ..errors import UsageError
+from ..features import Features
 from ..losses import standardize_logits
 from ..schedules import ScheduleSpec, create_weight_schedule
-from ..taps import Features
 from .base import DistillMethod, register_method
 
 SCHEDULES = {

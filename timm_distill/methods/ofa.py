@@ -17,9 +17,9 @@ import torch.nn.functional as F
 
 from ..connectors import BatchNorm2d
 from ..errors import UsageError
+from ..features import Features, Stage
 from ..losses import to_full_precision
 from ..reading import PairSpec
-from ..taps import Features, Stage
 from .base import DistillMethod, register_method
 
 

@@ -11,8 +11,8 @@ from typing import Dict
 
 import torch
 
+from ..features import Features
 from ..precision import in_full_precision
-from ..taps import Features
 from .base import DistillMethod, register_method
 
 

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 from ..connectors import conv_norm
 from ..errors import UsageError
+from ..features import Features
 from ..losses import pool_to_grid, to_full_precision
 from ..reading import PairSpec
 from ..stage_matching import StagePairs, match_stages, stages_of_pairs
-from ..taps import Features
 from .base import DistillMethod, register_method
 
 LEVELS = (4, 2, 1)  # grids of the pyramid

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UsageError
+from ..features import Features
 from ..precision import in_full_precision
-from ..taps import Features
 from .base import DistillMethod, register_method
 
 _EPS = 1e-12  # smallest squared distance

@@ -9,11 +9,11 @@ from typing import Dict, Sequence
 
 import torch
 
+from ..features import Features
 from ..losses import l2_normalize
 from ..precision import in_full_precision
 from ..reading import PairSpec
 from ..stage_matching import StageChoice, StagePairs, check_stage_choice, matched_stages, select_stages
-from ..taps import Features
 from .base import DistillMethod, register_method
 
 

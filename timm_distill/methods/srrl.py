@@ -21,9 +21,9 @@ import torch.nn.functional as F
 
 from ..connectors import BatchNorm2d
 from ..errors import UsageError
+from ..features import Features
 from ..losses import to_full_precision
 from ..reading import PairSpec
-from ..taps import Features
 from .base import DistillMethod, register_method
 
 

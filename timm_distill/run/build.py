@@ -23,8 +23,10 @@ from ..device import (
     resolve_precision,
 )
 from ..errors import UsageError
+from ..factory import create_distill_task
 from ..probing import CANNOT_RUN, random_images
-from ..task import DistillTask, create_distill_task
+from ..sharding import share_weights
+from ..task import DistillTask
 from .parts import Run
 from .student import build_student, check_train_sizes, find_patch_size, fit_input_size
 
@@ -109,7 +111,9 @@ def build_task(
     check_task(args, task)
     if args.channels_last:
         task.to(memory_format=torch.channels_last)
-    if args.teacher_fsdp and task.teacher is not None:
+    if task.teacher is not None and args.distributed:
+        share_weights(task.teacher, device)
+    if task.teacher is not None and args.teacher_fsdp:
         task.teacher.shard(device)
     if args.distributed and args.sync_bn:
         args.dist_bn = ''  # synchronised statistics need no distribution after the epoch

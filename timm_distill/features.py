@@ -1,0 +1,175 @@
+"""Features of a timm model: the last stage's, those of the stages before it, and what a forward gives to methods.
+
+Stages and layouts are read off a forward of random images, not off names. Knows nothing of what is done with them.
+"""
+import logging
+from dataclasses import dataclass
+from typing import Callable, List, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+
+from .errors import UsageError
+from .layouts import FeatureLayout, candidate_layouts, layout_of_map
+from .probing import CANNOT_RUN, RawFeature, evaluation_mode, random_images
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Features:
+    """What one forward of a model gives to the methods.
+
+    Attributes:
+        logits: [B, K].
+        feature: Last-stage feature as a map, [B, C, H, W]; a vector as [B, C, 1, 1].
+        pre_logits: The classifier's input, [B, D].
+        stages: Intermediate features as maps, [B, C, H, W] each, shallow to deep.
+        tap: Teacher's counterpart of the student's insertion point, [B, C, H, W] or [B, D, 1, 1].
+        matched: Each adapter's loss against the teacher's counterpart (student only), scalars.
+        token_logits: Logits of the distillation token, [B, K] (students with one only).
+        head: The teacher's frozen head, from a map [B, Ct, H, W] or vector [B, D, 1, 1] to logits (teacher only).
+        indices: Indices of the batch's samples in the training set, [B] (teacher only).
+        ready: What a CUDA stream other than the one that computes them has to wait for (teacher only).
+    """
+    logits: Optional[torch.Tensor] = None
+    feature: Optional[torch.Tensor] = None
+    pre_logits: Optional[torch.Tensor] = None
+    stages: Tuple[torch.Tensor, ...] = ()
+    tap: Optional[torch.Tensor] = None
+    matched: Tuple[torch.Tensor, ...] = ()
+    token_logits: Optional[torch.Tensor] = None
+    head: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
+    indices: Optional[torch.Tensor] = None
+    ready: Optional[torch.cuda.Event] = None
+
+    def tensors(self) -> List[torch.Tensor]:
+        """Return what the model gave: logits, feature, pre-logits and stages, as far as they were asked for."""
+        return [x for x in (self.logits, self.feature, self.pre_logits, *self.stages) if x is not None]
+
+    def to(self, dtype: torch.dtype) -> 'Features':
+        """Convert what the model gave, in place."""
+        self.logits, self.feature, self.pre_logits = (
+            None if x is None else x.to(dtype) for x in (self.logits, self.feature, self.pre_logits))
+        self.stages = tuple(x.to(dtype) for x in self.stages)
+        return self
+
+    def wait(self) -> None:
+        """Let the current CUDA stream wait until the features are there."""
+        if self.ready is not None:
+            self._join(self.ready)
+            self.ready = None
+
+    @torch.compiler.disable
+    def _join(self, ready: torch.cuda.Event) -> None:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(ready)
+        for tensor in self.tensors():
+            tensor.record_stream(stream)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An intermediate feature of a model.
+
+    Attributes:
+        index: Its index for `forward_intermediates`.
+        shape: Shape of the map for one image, (C, H, W).
+        nonnegative: Whether it was measured to hold no negative number, as behind a ReLU.
+    """
+    index: int
+    shape: Tuple[int, int, int]
+    nonnegative: bool = False
+
+
+def has_head(model: nn.Module) -> bool:
+    """Whether a model splits into `forward_features` and `forward_head` as timm's do."""
+    return hasattr(model, 'forward_features') and hasattr(model, 'forward_head')
+
+
+def last_stage_feature(raw: RawFeature, model: nn.Module) -> torch.Tensor:
+    """Return the tensor of the last stage of what `forward_features` returned: the last, where there are several.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    feature = raw
+    while isinstance(feature, (list, tuple)) and feature:
+        feature = feature[-1]
+    if not isinstance(feature, torch.Tensor):
+        raise UsageError(f'{type(model).__name__}.forward_features() returns {type(raw).__name__} without tensors.')
+    return feature
+
+
+def resolve_feature_layout(model: nn.Module, input_size: Sequence[int]) -> FeatureLayout:
+    """Return the layout of the last-stage feature of a model.
+
+    Where shapes and attributes leave a doubt, the map that `forward_intermediates` gives decides.
+
+    Raises:
+        UsageError: If the feature is not a tensor of 2 to 4 dimensions.
+    """
+    with evaluation_mode(model):
+        images = random_images(model, input_size)
+        feature = last_stage_feature(model.forward_features(images), model)
+        layouts = candidate_layouts(model, feature, input_size[1] / input_size[2])
+        if not layouts:
+            raise UsageError(f'{type(model).__name__} gives a last-stage feature of shape {list(feature.shape)}; '
+                             'a map [B, C, H, W], tokens [B, L, C] or a vector [B, C] is needed.')
+        if len(layouts) > 1 and feature.shape[layouts[0].channel_dim] != getattr(model, 'num_features', None):
+            return layout_of_map(layouts, feature, _last_map(model, images))
+    return layouts[0]
+
+
+def _last_map(model: nn.Module, images: torch.Tensor) -> Optional[torch.Tensor]:
+    try:
+        maps = model.forward_intermediates(images, indices=1, output_fmt='NCHW', intermediates_only=True)
+    except CANNOT_RUN:
+        return None
+    return maps[-1] if maps and isinstance(maps[-1], torch.Tensor) and maps[-1].ndim == 4 else None
+
+
+def resolve_stages(model: nn.Module, input_size: Sequence[int]) -> Tuple[Stage, ...]:
+    """Return the deepest intermediate feature of every grid size, shallow to deep; none where the model has none.
+
+    Of a model whose grid never changes (ViT), the last feature of every quarter of its depth.
+    """
+    if not hasattr(model, 'forward_intermediates'):
+        return ()
+    with evaluation_mode(model):
+        try:
+            maps = model.forward_intermediates(
+                random_images(model, input_size), output_fmt='NCHW', intermediates_only=True)
+        except CANNOT_RUN as e:
+            _logger.debug(f'{type(model).__name__} gives no intermediate features: {e}')
+            return ()
+    stages = [Stage(index, tuple(feature.shape[1:]), _is_nonnegative(feature))  # type: ignore[arg-type]
+              for index, feature in enumerate(maps) if isinstance(feature, torch.Tensor) and feature.ndim == 4]
+    deepest = {stage.shape[1:]: stage for stage in stages}
+    if len(deepest) == 1:
+        quarters = {len(stages) * (i + 1) // 4 - 1 for i in range(4)} - {-1}
+        return tuple(stages[i] for i in sorted(quarters))
+    return tuple(sorted(deepest.values(), key=lambda stage: stage.index))
+
+
+def _is_nonnegative(feature: torch.Tensor) -> bool:
+    return not feature.is_meta and bool((feature >= 0).all())  # a tensor on the meta device has no values
+
+
+def forward_with_stages(
+        model: nn.Module,
+        images: torch.Tensor,
+        stages: Sequence[Stage],
+) -> Tuple[RawFeature, Tuple[torch.Tensor, ...]]:
+    """Run a model's trunk once; return what `forward_features` would and the maps of the stages, [B, C, H, W]."""
+    indices = [stage.index for stage in stages]
+    raw, maps = model.forward_intermediates(images, indices=indices, output_fmt='NCHW')
+    return raw, tuple(maps)
+
+
+def stages_share_trunk(model: nn.Module, images: torch.Tensor, stages: Sequence[Stage]) -> bool:
+    """Measure whether `forward_with_stages` ends with what `forward_features` returns, so that one run serves both."""
+    raw, _ = forward_with_stages(model, images, stages)
+    expected = model.forward_features(images)
+    return isinstance(raw, torch.Tensor) and raw.shape == getattr(expected, 'shape', None) and bool(
+        torch.allclose(raw, expected, rtol=1e-4, atol=1e-5))
