@@ -11,7 +11,8 @@ import sys
 from typing import Any, List, Optional, Sequence
 
 import train_distill
-from timm_distill import checkpoint, recorder, storage
+from timm_distill import checkpoint, storage
+from timm_distill.run import recorder
 
 # Moments that a random time hardly meets: what runs before the process kills itself.
 MOMENTS = ('inside a file', 'before the name', 'behind the name', 'inside the summary')
