@@ -7,6 +7,9 @@ from typing import Iterator, List
 
 import pytest
 
+from timm_distill import list_methods
+from timm_distill.presets import list_presets
+
 REPO_DIR = Path(__file__).resolve().parent.parent
 README = REPO_DIR / 'README.md'
 
@@ -68,3 +71,11 @@ def test_readme_layout_tree_lists_every_module() -> None:
     wanted = Counter(path.name for path in modules)
     missing = sorted((wanted - named).elements())
     assert not missing, f"README's layout tree needs one line for each of: {', '.join(missing)}"
+
+
+def test_every_method_and_preset_is_documented_with_its_cost() -> None:
+    text = (REPO_DIR / 'docs' / 'methods.md').read_text(encoding='utf-8')
+    documented = {section.split('\n', 1)[0]: section for section in re.split(r'(?m)^## ', text)}
+    assert set(list_methods()) <= set(documented)
+    assert not [name for name in list_methods() if 'ost' not in documented[name].split('\n\n')[1]]
+    assert not [preset.name for preset in list_presets() if f'`{preset.name}`' not in text]

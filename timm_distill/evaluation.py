@@ -21,6 +21,7 @@ from .data import create_eval_dataset, create_eval_loader
 from .device import enable_fast_math, resolve_device_name, resolve_precision
 from .engine import evaluate, evaluator_class
 from .errors import UsageError
+from .probing import find_patch_size
 
 _logger = logging.getLogger(__name__)
 
@@ -131,16 +132,6 @@ def read_valid_labels(path: str) -> List[int]:
             return [int(line) for line in f if line.strip()]
     except (OSError, ValueError) as e:
         raise UsageError(f"--valid-labels '{path}' must be a text file with one class index per line: {e}") from e
-
-
-def find_patch_size(model: nn.Module) -> Tuple[int, int]:
-    """Return the patch size (height, width) of a model that reads patch sequences."""
-    get_patch_size = getattr(model, 'get_patch_size', None)
-    if get_patch_size is None:
-        raise UsageError(f'--naflex-loader gives sequences of patches, which {type(model).__name__} cannot read: '
-                         'choose a naflexvit model, or leave it out')
-    height, width = get_patch_size()
-    return height, width
 
 
 def prepare_model(

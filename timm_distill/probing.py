@@ -8,6 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from .errors import UsageError
+
 # What a model raises that does not take a probe: wrong shapes, dtypes, types.
 CANNOT_RUN = (
     RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError, AssertionError)
@@ -185,3 +187,17 @@ def own_size(model: nn.Module) -> Optional[Tuple[int, int]]:
         return int(embed_size[0]), int(embed_size[1])
     size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size')
     return (size[1], size[2]) if size else None
+
+
+def find_patch_size(model: nn.Module) -> Tuple[int, int]:
+    """Return the patch size (height, width) of a model that reads patch sequences.
+
+    Raises:
+        UsageError: If it reads images alone.
+    """
+    get_patch_size = getattr(model, 'get_patch_size', None)
+    if get_patch_size is None:
+        raise UsageError(f'--naflex-loader gives sequences of patches, which {type(model).__name__} cannot read: '
+                         'choose a naflexvit model, or leave it out')
+    height, width = get_patch_size()
+    return height, width

@@ -24,11 +24,11 @@ from ..device import (
 )
 from ..errors import UsageError
 from ..factory import create_distill_task
-from ..probing import CANNOT_RUN, random_images
+from ..probing import CANNOT_RUN, find_patch_size, random_images
 from ..sharding import share_weights
 from ..task import DistillTask
 from .parts import Run
-from .student import build_student, check_train_sizes, find_patch_size, fit_input_size
+from .student import build_student, check_train_sizes, fit_input_size
 
 _logger = logging.getLogger(__name__)
 

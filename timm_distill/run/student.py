@@ -2,7 +2,7 @@
 import argparse
 import logging
 import os
-from typing import Any, Dict, Tuple
+from typing import Any, Dict
 
 import timm
 import torch
@@ -97,13 +97,3 @@ def check_train_sizes(args: argparse.Namespace, student: nn.Module, data_config:
         if reason or other is not None:
             raise UsageError(f"The student '{args.model}' cannot run at {size}x{size}, one of --train-img-sizes. "
                              '--model-kwargs dynamic_img_size=True lets many models take any size.')
-
-
-def find_patch_size(student: nn.Module) -> Tuple[int, int]:
-    """Return the patch size (height, width) of a student that reads patch sequences."""
-    get_patch_size = getattr(student, 'get_patch_size', None)
-    if get_patch_size is None:
-        raise UsageError(f'--naflex-loader gives sequences of patches, which {type(student).__name__} cannot read: '
-                         'choose a naflexvit model as --student, or leave it out')
-    height, width = get_patch_size()
-    return height, width
