@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from timm_distill import create_adapter, moments, products
+from timm_distill import create_adapter, products
 from timm_distill.adapters import Match
 from timm_distill.adapters.norm import NToOneTransform
 from timm_distill.losses import n_to_one_loss
@@ -64,7 +64,8 @@ def test_gradient_of_all_moments_together_is_that_of_finite_differences() -> Non
 @each_format
 def test_residual_spread_is_the_mean_squared_distance_of_the_centred_features(
         memory_format: torch.memory_format, part_size: int, sum_length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, '_PART_SIZE', part_size)
+    monkeypatch.setattr(products, '_PART_SIZE', part_size)
+    monkeypatch.setattr(products.image_parts, '__defaults__', (1,))
     monkeypatch.setattr(products, '_SUM_LENGTH', sum_length)
     x, teacher, weight = draw(4, CS, 3, 2), draw(4, CT, 3, 2) - 2, draw(CT, CS)
     rows, targets = as_rows(x - x.mean((0, 2, 3))[:, None, None]), as_rows(teacher) - as_rows(teacher).mean(0)
@@ -72,7 +73,9 @@ def test_residual_spread_is_the_mean_squared_distance_of_the_centred_features(
     torch.testing.assert_close(actual, (rows @ weight.t() - targets).square().sum(1).mean())
 
 
-def test_gradient_of_the_residual_spread_is_that_of_finite_differences() -> None:
+def test_gradient_of_the_residual_spread_is_that_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, '_PART_SIZE', 1)
+    monkeypatch.setattr(products.image_parts, '__defaults__', (1,))
     x, teacher, weight = draw(2, CS, 2, 3), draw(2, CT, 2, 3), draw(CT, CS)
     mean = teacher.mean((0, 2, 3))
 
@@ -80,6 +83,14 @@ def test_gradient_of_the_residual_spread_is_that_of_finite_differences() -> None
         return residual_spread(compute_moments(x).centred, weight, teacher, mean)
 
     assert torch.autograd.gradcheck(run, (x.requires_grad_(), weight.requires_grad_()))
+
+
+def test_second_backward_pass_over_a_kept_residual_gives_the_same_gradients() -> None:
+    teacher = draw(2, CT, 2, 3)
+    leaves = [draw(12, CS).requires_grad_(), draw(CT, CS).requires_grad_()]
+    spread = residual_spread(*leaves, teacher, teacher.mean((0, 2, 3)))
+    first, second = (torch.autograd.grad(2 * spread, leaves, retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
 
 
 def test_gradient_of_variances_is_that_of_finite_differences() -> None:

@@ -10,6 +10,7 @@ from timm_distill.adapters import Match
 from timm_distill.precision import full_float32
 from timm_distill.products import (
     add_matmul_nt_,
+    channel_means,
     from_rows,
     matmul_nn,
     matmul_nt,
@@ -48,6 +49,15 @@ def test_products_in_steps_are_the_products(length: int, dtype: torch.dtype, mon
     torch.testing.assert_close(out, expected)
     buffer = torch.empty_like(a)
     torch.testing.assert_close(row_products(a, b[:1], buffer).to(dtype), (a * b[:1]).sum(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('part_size', [1, 10 ** 9])
+def test_means_of_channels_are_exact_in_parts(part_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, '_PART_SIZE', part_size)
+    x = draw(35, 3, 2, 5) + 1000
+    means = channel_means(x)
+    assert means.dtype == torch.float64
+    torch.testing.assert_close(means, x.double().mean((0, 2, 3)), rtol=1e-15, atol=0)
 
 
 def test_products_in_steps_round_less_where_they_cancel() -> None:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from .moments import Moments, residual_spread
 from .precision import full_float32
-from .products import matmul_nn, matmul_nt, matmul_tn, row_products
+from .products import channel_means, matmul_nn, matmul_nt, matmul_tn, row_products
 from .segments import Segments, put_part
 
 
@@ -65,7 +65,7 @@ def expand_moments(
     empty = expand.new_empty(0)
     same = matched is not None and cov is matched.cov
     # in float64: near a match the loss depends on the last bits of its difference to the offset
-    teacher_mean = None if teacher is None else teacher.detach().mean((0, 2, 3), dtype=torch.float64)
+    teacher_mean = None if teacher is None else channel_means(teacher.detach())
     contracted, reference, loss, variance, factor = _ExpansionFunction.apply(
         expand,
         empty if contract is None else contract.detach().flatten(1),

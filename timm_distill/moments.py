@@ -2,7 +2,7 @@
 
 All take positions as rows, [P, C], and keep for their backward passes what is alive anyway.
 """
-from typing import Any, NamedTuple, Optional, Tuple, Union
+from typing import Any, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -10,9 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .precision import full_float32
-from .products import add_matmul_nt_, matmul_nt, matmul_tn, row_products, to_rows
-
-_PART_SIZE = 2 ** 20  # numbers of an activation worked on at a time, so that they stay in the cache
+from .products import add_matmul_nt_, image_parts, matmul_nt, matmul_tn, row_products, to_rows
 
 
 class Moments(NamedTuple):
@@ -110,7 +108,7 @@ def residual_spread(
     Args:
         centred: Student's positions minus their mean, x, [P, Cs].
         weight: W, [Ct, Cs].
-        teacher: Teacher's feature map, [B, Ct, H, W], with B * H * W = P; treated as constant.
+        teacher: Teacher's feature map, [B, Ct, H, W], with B * H * W = P, of any precision; treated as constant.
         teacher_mean: E[t], [Ct].
 
     Returns:
@@ -122,7 +120,8 @@ def residual_spread(
 class _ResidualFunction(Function):
     """With d = W x - (t - E[t]): E||d||^2; gradients 2 W^T d / P to x and 2 E[d x^T] to W.
 
-    The difference is taken position by position, so that nothing cancels where it is small; its own mean is zero.
+    The difference is taken position by position, so that nothing cancels where it is small; its own mean is zero. Its
+    gradients are taken with it, some images at a time: d is wider than both and need not be kept.
     """
 
     @staticmethod
@@ -133,31 +132,47 @@ class _ResidualFunction(Function):
             teacher: torch.Tensor,
             teacher_mean: torch.Tensor,
     ) -> torch.Tensor:
-        mean = teacher_mean.to(teacher.dtype)
-        difference = centred.new_empty(len(centred), len(weight))
-        positions = teacher[0, 0].numel()
-        images = max(1, _PART_SIZE // teacher[0].numel())
-        with full_float32():
-            for start in range(0, len(teacher), images):
-                rows = slice(start * positions, (start + images) * positions)
-                torch.sub(mean, to_rows(teacher[start:start + images]), out=difference[rows])
-                add_matmul_nt_(difference[rows], centred[rows], weight)
-        ctx.save_for_backward(centred, weight, difference)
-        squares = torch.linalg.vector_norm(difference, dim=1).square()
-        return squares.mean(dtype=torch.float64).to(centred.dtype)
+        ctx.save_for_backward(centred, weight, teacher, teacher_mean)
+        spread, *ctx.gradients = _residual(centred, weight, teacher, teacher_mean, ctx.needs_input_grad)
+        return spread
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
-        centred, weight, difference = ctx.saved_tensors
-        unit = 2 * grad / centred.shape[0]
-        grad_centred = grad_weight = None
-        with full_float32():
-            if ctx.needs_input_grad[0]:
-                grad_centred = matmul_nt(difference, (unit * weight).t())
-            if ctx.needs_input_grad[1]:
-                grad_weight = matmul_tn(difference, centred).mul_(unit)
-        return grad_centred, grad_weight, None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # a second pass over a retained graph
+            gradients = _residual(*ctx.saved_tensors, ctx.needs_input_grad)[1:]
+        return (*(None if gradient is None else gradient.mul_(grad) for gradient in gradients), None, None)
+
+
+def _residual(
+        centred: torch.Tensor,
+        weight: torch.Tensor,
+        teacher: torch.Tensor,
+        teacher_mean: torch.Tensor,
+        needs_grad: Sequence[bool],
+) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """Return E||d||^2 and its gradients to x and W, as far as they are needed."""
+    count, positions = len(centred), teacher[0, 0].numel()
+    mean, transposed = teacher_mean.to(centred.dtype), weight.t().contiguous()
+    total = torch.zeros((), dtype=torch.float64, device=centred.device)
+    grad_centred = torch.empty_like(centred) if needs_grad[0] else None
+    grad_weight = torch.zeros_like(weight) if needs_grad[1] else None
+    with full_float32():
+        for images in image_parts(teacher):
+            rows = slice(images.start * positions, images.stop * positions)
+            part = centred[rows]
+            difference = mean - to_rows(teacher[images])
+            add_matmul_nt_(difference, part, weight)
+            total += torch.linalg.vector_norm(difference, dim=1).square().sum(dtype=torch.float64)
+            if grad_centred is not None:
+                grad_centred[rows] = matmul_nt(difference, transposed)
+            if grad_weight is not None:
+                grad_weight += matmul_tn(difference, part)
+    for gradient in (grad_centred, grad_weight):
+        if gradient is not None:
+            gradient.mul_(2 / count)
+    return (total / count).to(centred.dtype), grad_centred, grad_weight
 
 
 def row_variances(weight: torch.Tensor, cov: torch.Tensor) -> torch.Tensor:

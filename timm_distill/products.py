@@ -3,13 +3,15 @@
 Knows nothing of what is multiplied.
 """
 import math
-from typing import Optional
+from typing import Iterator, Optional
 
 import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_weight
 
 _SUM_LENGTH = 64  # numbers that are summed in a row where rounding matters
+_PART_SIZE, _GPU_PART_SIZE = 2 ** 20, 2 ** 23  # numbers of an activation worked on at a time
+_IMAGES = 16  # with one thread torch takes oneDNN for that many images or more
 _ONEDNN_IS_FAST = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == 'AVX512'
 
 
@@ -21,6 +23,22 @@ def to_rows(x: torch.Tensor) -> torch.Tensor:
 def from_rows(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return a view of rows, [B * H * W, D] -> [B, D, H, W], with B, H and W of `x`."""
     return rows.view(x.shape[0], x.shape[2], x.shape[3], -1).permute(0, 3, 1, 2)
+
+
+def image_parts(x: torch.Tensor, multiple: int = _IMAGES) -> Iterator[slice]:
+    """Yield which images of a feature map, [B, C, H, W], to work on at a time, so that they stay in the cache."""
+    size = _PART_SIZE if x.device.type == 'cpu' else _GPU_PART_SIZE
+    step = -(-size // (x[0].numel() * multiple)) * multiple
+    for start in range(0, len(x), step):
+        yield slice(start, min(start + step, len(x)))
+
+
+def channel_means(x: torch.Tensor) -> torch.Tensor:
+    """Return the mean of every channel over positions in float64, [B, C, H, W] -> [C]."""
+    total = x.new_zeros(x.shape[1], dtype=torch.float64)
+    for images in image_parts(x, multiple=1):  # on the CPU torch converts all that it sums first
+        total += x[images].sum((0, 2, 3), dtype=torch.float64)
+    return total / (x.numel() // x.shape[1])
 
 
 # On CPUs with AVX-512 the products below run as 1x1 convolutions of rows in channels_last: oneDNN takes half the time
@@ -67,7 +85,7 @@ def row_products(a: torch.Tensor, b: torch.Tensor, buffer: Optional[torch.Tensor
 
 def _as_images(rows: torch.Tensor) -> torch.Tensor:
     """Return a view of contiguous rows, [R, C], as images in channels_last, [B, C, R / B, 1]."""
-    images = 16 if rows.shape[0] % 16 == 0 else 1  # with one thread torch takes oneDNN for 16 images or more
+    images = _IMAGES if rows.shape[0] % _IMAGES == 0 else 1
     return rows.view(images, -1, 1, rows.shape[1]).permute(0, 3, 1, 2)
 
 

@@ -221,7 +221,10 @@ class NToOneTransform(Adapter):
         """Return the moments of the positions that are matched, and the teacher's map there."""
         if match is None:
             return None, None
-        student, teacher = match_grids(match.to_map(x), to_full_precision(match.teacher), self.pool)
+        teacher = match.teacher
+        if match.to_map(x).shape[-2:] != teacher.shape[-2:]:
+            teacher = to_full_precision(teacher)  # for pooling alone: a whole copy of it
+        student, teacher = match_grids(match.to_map(x), teacher, self.pool)
         # the map holds all positions unless prefix tokens were dropped or it was pooled
         if _count_positions(student) == _count_positions(x):
             return moments, teacher
