@@ -59,6 +59,9 @@ def setup_device(args: argparse.Namespace) -> Tuple[torch.device, Precision]:
     args.device = resolve_device_name(args.device)
     enable_fast_math()
     device = utils.init_distributed_device(args)
+    if args.sync_bn and args.distributed and device.type == 'cpu':
+        raise UsageError('--sync-bn needs GPUs, torch synchronises no batch norm on the CPU: leave it out (--dist-bn '
+                         'shares the statistics after every epoch)')
     if args.fuser:
         utils.set_jit_fuser(args.fuser)
     if args.fast_norm:
