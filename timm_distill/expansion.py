@@ -179,86 +179,127 @@ class _ExpansionFunction(Function):
             grad_loss: torch.Tensor,
             *_: torch.Tensor,
     ) -> Tuple[Optional[torch.Tensor], ...]:
-        expand, contract, scale, cov, matched_cov, shift, variance, factor, residual, reference = ctx.saved_tensors
-        eps, same, num_channels = ctx.options
-        product, ctx.product = ctx.product, None  # a second pass over a retained graph computes it again
-        batch_stats, matching = cov.numel() > 0, reference.numel() > 0
-        match_cov = cov if same else matched_cov
-        segments = Segments(expand, reference.shape[0] if matching else expand.shape[0])
-        dtype = expand.dtype
-        unit = grad_loss / num_channels
-        grad_expand = torch.empty_like(expand) if product is None else product
-        grad_cov, grad_matched_cov = torch.zeros_like(cov), torch.zeros_like(matched_cov)
-        grad_scale, grad_shift, grad_offset = torch.empty_like(scale), torch.zeros_like(shift), 2 * unit * residual
         with full_float32():
-            transposed = grad_contracted.t().contiguous()
-            if matching:
-                mean = segments.mean(expand)
-                mean_product = matmul_nt(mean, match_cov)
-                difference_mean = torch.addcmul(reference, segments.mean(factor)[:, None].to(dtype), mean, value=-1)
-                common = matmul_nt(difference_mean, match_cov).mul_(-2 * unit)
-                common.add_(grad_reference, alpha=1 / segments.count)
-                if same:
-                    grad_cov -= matmul_tn(difference_mean, (unit * segments.count) * difference_mean)
-                del difference_mean  # memory is at its peak below
-                deviation = factor - segments.mean(factor).repeat(segments.count)
-                half, half_factor = torch.zeros_like(mean), torch.zeros_like(segments.mean(factor))
-            for part, rows in segments.parts():
-                weight, result = expand[part], grad_expand[part]
-                row_factor = factor[part].to(dtype)
-                if contract.numel():
-                    grad = matmul_nt(contract[:, part].t().contiguous(), transposed)
-                else:
-                    grad = torch.zeros_like(weight)
-                difference = segments.minus(weight, mean, rows) if matching else weight
-                if product is None and (matching or batch_stats):
-                    result.copy_(matmul_nt(difference, match_cov if matching else cov))
-                if matching:
-                    grad.addcmul_(result, (2 * unit * row_factor)[:, None])
-                    segments.add_scaled_(grad, mean_product, (2 * unit * deviation[part]).to(dtype), rows)
-                    segments.add_(grad, common, rows)
-                    if shift.numel():
-                        grad.addr_(grad_offset[part], shift)
-                        grad_shift += weight.t() @ (row_factor * grad_offset[part])
-                slope = segments.row_products(grad, weight)  # gradient of a
-                if not batch_stats:
-                    grad_scale[part] = slope
-                    torch.mul(grad, row_factor[:, None], out=result)
-                else:
-                    inverse = (variance[part] + eps).rsqrt()
-                    grad_scale[part] = slope * inverse
-                    inner = -0.5 * slope * scale[part] * inverse ** 3  # gradient of v
-                    row_inner = (2 * inner).to(dtype)[:, None]
-                    if matching and not same:
-                        result.copy_(matmul_nt(weight, cov))
-                    result.mul_(row_inner).addcmul_(grad, row_factor[:, None])
-                    if same:
-                        segments.add_scaled_(result, mean_product, row_inner, rows)
-                if same:
-                    cross = inner + unit * factor[part] * deviation[part]
-                    segments.add_to(half, difference, cross.to(dtype), rows)
-                    segments.add_to(half_factor, inner + unit * deviation[part].square(), None, rows)
-                    inner += unit * factor[part].square()
-                    grad_cov += matmul_tn(difference, segments.scale(difference, inner.to(dtype)))
-                elif batch_stats:
-                    grad_cov += matmul_tn(weight, segments.scale(weight, inner.to(dtype)))
-                if matching and not same:
-                    distance = segments.minus(segments.scale(weight, row_factor), reference, rows)  # D
-                    grad_matched_cov += matmul_tn(distance, distance)
-            if same:
-                half.addcmul_(mean, 0.5 * half_factor[:, None].to(dtype))
-                half = matmul_tn(mean, half)
-                grad_cov += half + half.t()
+            return _ExpansionBackward(ctx, grad_contracted, grad_reference, grad_loss).run()
+
+
+class _ExpansionBackward:
+    """The backward pass of `_ExpansionFunction`; `grad_NAME` is the gradient of what is called NAME there."""
+
+    def __init__(
+            self,
+            ctx: Any,
+            grad_contracted: torch.Tensor,
+            grad_reference: torch.Tensor,
+            grad_loss: torch.Tensor,
+    ):
+        (self.expand, self.contract, self.scale, self.cov, self.matched_cov, self.shift, self.variance, self.factor,
+         residual, self.reference) = ctx.saved_tensors
+        self.eps, self.same, num_channels = ctx.options
+        self.product, ctx.product = ctx.product, None  # a second pass over a retained graph computes it again
+        self.batch_stats, self.matching = self.cov.numel() > 0, self.reference.numel() > 0
+        self.match_cov = self.cov if self.same else self.matched_cov
+        self.segments = Segments(self.expand, len(self.reference) if self.matching else len(self.expand))
+        self.unit = grad_loss / num_channels
+        self.transposed = grad_contracted.t().contiguous()
+        self.grad_expand = torch.empty_like(self.expand) if self.product is None else self.product
+        self.grad_scale, self.grad_offset = torch.empty_like(self.scale), 2 * self.unit * residual
+        self.grad_cov, self.grad_matched_cov, self.grad_shift = (
+            torch.zeros_like(x) for x in (self.cov, self.matched_cov, self.shift))
+        if self.matching:
+            self._start_matching(grad_reference)
+
+    def _start_matching(self, grad_reference: torch.Tensor) -> None:
+        """Compute what the parts have in common."""
+        factor_mean = self.segments.mean(self.factor)
+        self.mean = self.segments.mean(self.expand)  # W
+        self.mean_product = matmul_nt(self.mean, self.match_cov)
+        difference_mean = torch.addcmul(self.reference, factor_mean[:, None].to(self.mean.dtype), self.mean, value=-1)
+        self.common = matmul_nt(difference_mean, self.match_cov).mul_(-2 * self.unit)
+        self.common.add_(grad_reference, alpha=1 / self.segments.count)
+        if self.same:
+            self.grad_cov -= matmul_tn(difference_mean, (self.unit * self.segments.count) * difference_mean)
+        self.deviation = self.factor - factor_mean.repeat(self.segments.count)  # b
+        self.half, self.half_factor = torch.zeros_like(self.mean), torch.zeros_like(factor_mean)  # of Z = W^T half
+
+    def run(self) -> Tuple[Optional[torch.Tensor], ...]:
+        """Return the gradients of the function's inputs."""
+        for part, rows in self.segments.parts():
+            weight = self.expand[part]
+            difference = self.segments.minus(weight, self.mean, rows) if self.matching else weight  # E
+            if self.product is None and (self.matching or self.batch_stats):
+                self.grad_expand[part] = matmul_nt(difference, self.match_cov if self.matching else self.cov)
+            grad = self._map_gradient(part, rows)
+            inner = self._weight_gradients(part, rows, grad)
+            if self.batch_stats:
+                self._add_to_cov(part, rows, difference, inner)
+            if self.matching and not self.same:
+                scaled = self.segments.scale(weight, self.factor[part].to(weight.dtype))
+                distance = self.segments.minus(scaled, self.reference, rows)  # D
+                self.grad_matched_cov += matmul_tn(distance, distance)
+        if self.same:
+            self.half.addcmul_(self.mean, 0.5 * self.half_factor[:, None].to(self.mean.dtype))
+            half = matmul_tn(self.mean, self.half)
+            self.grad_cov += half + half.t()
         return (
-            grad_expand,
+            self.grad_expand,
             None,
-            grad_scale,
-            grad_offset,
-            grad_cov if batch_stats else None,
-            grad_matched_cov.mul_(unit) if matching and not same else None,
-            grad_shift if shift.numel() else None,
+            self.grad_scale,
+            self.grad_offset,
+            self.grad_cov if self.batch_stats else None,
+            self.grad_matched_cov.mul_(self.unit) if self.matching and not self.same else None,
+            self.grad_shift if self.shift.numel() else None,
             None, None, None,
         )
+
+    def _map_gradient(self, part: slice, rows: slice) -> torch.Tensor:
+        """Return that of A; `grad_expand` holds E S there."""
+        weight, factor = self.expand[part], self.factor[part].to(self.expand.dtype)
+        if self.contract.numel():
+            grad = matmul_nt(self.contract[:, part].t().contiguous(), self.transposed)
+        else:
+            grad = torch.zeros_like(weight)
+        if not self.matching:
+            return grad
+        grad.addcmul_(self.grad_expand[part], (2 * self.unit * factor)[:, None])
+        deviation = (2 * self.unit * self.deviation[part]).to(weight.dtype)
+        self.segments.add_scaled_(grad, self.mean_product, deviation, rows)
+        self.segments.add_(grad, self.common, rows)
+        if self.shift.numel():
+            grad.addr_(self.grad_offset[part], self.shift)
+            self.grad_shift += weight.t() @ (factor * self.grad_offset[part])
+        return grad
+
+    def _weight_gradients(self, part: slice, rows: slice, grad: torch.Tensor) -> torch.Tensor:
+        """Write those of W1 and the scale, given that of A; return that of v, or that of a where it is given."""
+        weight, result, factor = self.expand[part], self.grad_expand[part], self.factor[part].to(self.expand.dtype)
+        slope = self.segments.row_products(grad, weight)  # gradient of a
+        if not self.batch_stats:
+            self.grad_scale[part] = slope
+            torch.mul(grad, factor[:, None], out=result)
+            return slope
+        inverse = (self.variance[part] + self.eps).rsqrt()
+        self.grad_scale[part] = slope * inverse
+        inner = -0.5 * slope * self.scale[part] * inverse ** 3
+        row_inner = (2 * inner).to(weight.dtype)[:, None]
+        if self.matching and not self.same:
+            result.copy_(matmul_nt(weight, self.cov))
+        result.mul_(row_inner).addcmul_(grad, factor[:, None])
+        if self.same:
+            self.segments.add_scaled_(result, self.mean_product, row_inner, rows)
+        return inner
+
+    def _add_to_cov(self, part: slice, rows: slice, difference: torch.Tensor, inner: torch.Tensor) -> None:
+        """Add a part to that of S, given that of v."""
+        if not self.same:
+            weight = self.expand[part]
+            self.grad_cov += matmul_tn(weight, self.segments.scale(weight, inner.to(weight.dtype)))
+            return
+        factor, deviation, dtype = self.factor[part], self.deviation[part], difference.dtype
+        self.segments.add_to(self.half, difference, (inner + self.unit * factor * deviation).to(dtype), rows)
+        self.segments.add_to(self.half_factor, inner + self.unit * deviation.square(), None, rows)
+        weights = (inner + self.unit * factor.square()).to(dtype)
+        self.grad_cov += matmul_tn(difference, self.segments.scale(difference, weights))
 
 
 class _ContractionFunction(Function):

@@ -141,7 +141,8 @@ class _ResidualFunction(Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second pass over a retained graph
-            gradients = _residual(*ctx.saved_tensors, ctx.needs_input_grad)[1:]
+            centred, weight, teacher, teacher_mean = ctx.saved_tensors
+            gradients = _residual(centred, weight, teacher, teacher_mean, ctx.needs_input_grad)[1:]
         return (*(None if gradient is None else gradient.mul_(grad) for gradient in gradients), None, None)
 
 
