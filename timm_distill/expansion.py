@@ -153,17 +153,18 @@ class _ExpansionFunction(Function):
                     segments.add_to(difference_mean, difference, row_factor, rows)
                 if contract.numel():
                     contracted += matmul_nn(contract[:, part], segments.scale(weight, row_factor))
-            residual, loss, reference = torch.zeros_like(scale), expand.new_zeros(()), mean
+            residual, loss, reference, spread_mean = torch.zeros_like(scale), expand.new_zeros(()), mean, mean
             if matching:
                 difference_mean.div_(segments.count)
                 factor_mean = segments.mean(factor)[:, None].to(expand.dtype)
                 reference = torch.addcmul(difference_mean, factor_mean, mean)
-                reference_product = matmul_nt(difference_mean, match_cov).addcmul_(factor_mean, mean_product)
+                spread_mean = matmul_nt(difference_mean, match_cov)  # E[a E] S
+                reference_product = torch.addcmul(spread_mean, factor_mean, mean_product)
                 residual = _constant_residual(factor, expand, offset, shift, teacher_mean)
                 common = row_products(reference_product, reference, difference_mean)
                 loss = _loss(factor, matched_variance, common, residual)
-        # of the matrices of a segment only R, which is alive anyway
-        ctx.save_for_backward(expand, contract, scale, cov, matched_cov, shift, variance, factor, residual, reference)
+        ctx.save_for_backward(expand, contract, scale, cov, matched_cov, shift, variance, factor, residual, reference,
+                              mean_product, spread_mean)
         ctx.product = product if matching or batch_stats else None
         ctx.options = (eps, same, max(teacher_mean.shape[0], 1))
         rounded, row_factors = variance.to(scale.dtype, copy=True), factor.to(scale.dtype, copy=True)
@@ -194,30 +195,29 @@ class _ExpansionBackward:
             grad_loss: torch.Tensor,
     ):
         (self.expand, self.contract, self.scale, self.cov, self.matched_cov, self.shift, self.variance, self.factor,
-         residual, self.reference) = ctx.saved_tensors
+         residual, self.reference, self.mean_product, spread_mean) = ctx.saved_tensors
         self.eps, self.same, num_channels = ctx.options
         self.product, ctx.product = ctx.product, None  # a second pass over a retained graph computes it again
         self.batch_stats, self.matching = self.cov.numel() > 0, self.reference.numel() > 0
         self.match_cov = self.cov if self.same else self.matched_cov
         self.segments = Segments(self.expand, len(self.reference) if self.matching else len(self.expand))
         self.unit = grad_loss / num_channels
-        self.transposed = grad_contracted.t().contiguous()
+        self.grad_contracted = grad_contracted.contiguous()
         self.grad_expand = torch.empty_like(self.expand) if self.product is None else self.product
         self.grad_scale, self.grad_offset = torch.empty_like(self.scale), 2 * self.unit * residual
         self.grad_cov, self.grad_matched_cov, self.grad_shift = (
             torch.zeros_like(x) for x in (self.cov, self.matched_cov, self.shift))
         if self.matching:
-            self._start_matching(grad_reference)
+            self._start_matching(grad_reference, spread_mean)
 
-    def _start_matching(self, grad_reference: torch.Tensor) -> None:
+    def _start_matching(self, grad_reference: torch.Tensor, spread_mean: torch.Tensor) -> None:
         """Compute what the parts have in common."""
         factor_mean = self.segments.mean(self.factor)
         self.mean = self.segments.mean(self.expand)  # W
-        self.mean_product = matmul_nt(self.mean, self.match_cov)
-        difference_mean = torch.addcmul(self.reference, factor_mean[:, None].to(self.mean.dtype), self.mean, value=-1)
-        self.common = matmul_nt(difference_mean, self.match_cov).mul_(-2 * self.unit)
-        self.common.add_(grad_reference, alpha=1 / self.segments.count)
+        self.common = (-2 * self.unit * spread_mean).add_(grad_reference, alpha=1 / self.segments.count)
         if self.same:
+            difference_mean = torch.addcmul(
+                self.reference, factor_mean[:, None].to(self.mean.dtype), self.mean, value=-1)
             self.grad_cov -= matmul_tn(difference_mean, (self.unit * self.segments.count) * difference_mean)
         self.deviation = self.factor - factor_mean.repeat(self.segments.count)  # b
         self.half, self.half_factor = torch.zeros_like(self.mean), torch.zeros_like(factor_mean)  # of Z = W^T half
@@ -256,7 +256,7 @@ class _ExpansionBackward:
         """Return that of A; `grad_expand` holds E S there."""
         weight, factor = self.expand[part], self.factor[part].to(self.expand.dtype)
         if self.contract.numel():
-            grad = matmul_nt(self.contract[:, part].t().contiguous(), self.transposed)
+            grad = matmul_tn(self.contract[:, part].contiguous(), self.grad_contracted)
         else:
             grad = torch.zeros_like(weight)
         if not self.matching:

@@ -6,7 +6,7 @@ import torch
 from .products import row_products
 
 # numbers of W1 worked on at a time: large enough for fast products, small enough for caches
-_PART_SIZE = 2 ** 20
+_PART_SIZE = 2 ** 21
 _GPU_PART_SIZE = 2 ** 23
 
 
