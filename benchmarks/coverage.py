@@ -237,7 +237,9 @@ def as_teacher(model: torch.nn.Module, size: Sequence[int], how: str) -> Dict[st
 def meta_feature_shape(model: torch.nn.Module, size: Sequence[int]) -> List[int]:
     layout: FeatureLayout = resolve_feature_layout(model, size)
     with evaluation_mode(model):
-        feature = last_stage_feature(model.forward_features(random_images(model, size)), model)
+        raw = model.forward_features(random_images(model, size))
+        feature = last_stage_feature(raw, model)
+        model.forward_head(raw, pre_logits=True)
     return list(layout.to_map(layout.to_positions(feature)).shape[1:])
 
 

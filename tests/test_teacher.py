@@ -182,6 +182,13 @@ def test_model_that_runs_at_any_size_gets_the_students(model: Callable[[], nn.Mo
     assert Teacher(model(), SIZE).resize_to is None
 
 
+@pytest.mark.parametrize('name', ['qwen3_vit_88m_enc', 'gemma4_vit_167m_enc'])
+def test_encoder_without_a_classifier_is_a_usage_error(name: str) -> None:
+    model = timm.create_model(name, depth=1, embed_dim=32, num_heads=2)
+    with pytest.raises(UsageError, match='encoder without a classifier'):
+        Teacher(model, (3, 96, 96))
+
+
 def test_input_that_no_size_fits_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match='cannot run on the input'):
         Teacher(create_model(in_chans=3), (1, 32, 32))

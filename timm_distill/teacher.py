@@ -27,7 +27,7 @@ from .features import (
 from .fusing import FuseReport, fuse_batch_norms
 from .heads import HeadInput, find_head_input
 from .layouts import FeatureLayout
-from .probing import CANNOT_RUN, evaluation_mode, random_images, resize_images, runnable_size
+from .probing import CANNOT_RUN, RawFeature, evaluation_mode, random_images, resize_images, runnable_size
 from .sharding import count_local_parameters, find_parts, shard
 from .taps import classifier_linear, classifier_reads_pre_logits, last_linear
 from .teacher_weights import load_teacher_model
@@ -337,12 +337,20 @@ class Teacher(nn.Module):
                 return
             self.layout = resolve_feature_layout(self.model, own_input)
             raw = self.model.forward_features(images)
-            pre_logits = self.model.forward_head(raw, pre_logits=True)
+            pre_logits = self._run_head(raw)
             self.pre_logits_channels = pre_logits.flatten(1).shape[1]
             self._reuse_pre_logits = classifier_reads_pre_logits(self.model, raw)
             self.head_input = find_head_input(self.model, raw, self.layout, pre_logits, self._reuse_pre_logits)
             self.stages = resolve_stages(self.model, own_input)
             self._stages_share_trunk = bool(self.stages) and stages_share_trunk(self.model, images, self.stages)
+
+    def _run_head(self, raw: RawFeature) -> torch.Tensor:
+        """Return the pre-logits of what `forward_features` returned."""
+        try:
+            return self.model.forward_head(raw, pre_logits=True)
+        except (NotImplementedError, TypeError) as e:  # timm's encoders have the method and refuse, each in its way
+            raise UsageError(f'The teacher {type(self.model).__name__} is an encoder without a classifier: it gives '
+                             'neither logits nor pre-logits. Choose a model that classifies as --teacher.') from e
 
     def _read_whole(self, model: nn.Module, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return logits and classifier input of a model that cannot be run in parts."""
