@@ -157,7 +157,8 @@ def draw_class_change(student: Predictions, teacher: Predictions, class_names: S
     figure, axes = _figure(6.4, 1. + 0.28 * len(order))
     values = [float(change[i]) for i in order]
     colors = [_COLORS['student'] if value >= 0 else _COLORS['teacher'] for value in values]
-    axes.barh([class_names[i] for i in order], values, color=colors)
+    axes.barh(range(len(order)), values, color=colors)
+    axes.set_yticks(range(len(order)), [class_names[i] for i in order])
     axes.axvline(0, color='#444444', linewidth=1)
     axes.set_xlabel("student's accuracy minus the teacher's, percentage points")
     return figure
