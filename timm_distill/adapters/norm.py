@@ -221,15 +221,13 @@ class NToOneTransform(Adapter):
         """Return the moments of the positions that are matched, and the teacher's map there."""
         if match is None:
             return None, None
-        teacher = match.teacher
-        if match.to_map(x).shape[-2:] != teacher.shape[-2:]:
-            teacher = to_full_precision(teacher)  # for pooling alone: a whole copy of it
-        student, teacher = match_grids(match.to_map(x), teacher, self.pool)
+        student, teacher = match.to_map(x), match.teacher
+        if student.shape[-2:] != teacher.shape[-2:]:
+            student, teacher = match_grids(to_full_precision(student), to_full_precision(teacher), self.pool)
         # the map holds all positions unless prefix tokens were dropped or it was pooled
         if _count_positions(student) == _count_positions(x):
             return moments, teacher
-        student = match_grids(match.to_map(to_full_precision(x)), teacher, self.pool)[0]
-        return compute_moments(student), teacher
+        return compute_moments(to_full_precision(student)), teacher
 
     def _share(self, moments: Moments) -> BatchStatistics:
         """Return the batch norms' statistics, over all ranks where they are synchronised."""

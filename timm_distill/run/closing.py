@@ -3,13 +3,13 @@ import logging
 import os
 from typing import Dict
 
-import torch
 import torch.nn as nn
 
 from ..analysis import Predictions, collect_predictions
 from ..data import class_names
 from ..pair import time_teacher
 from ..report import ReportData, can_draw, read_summary, write_report
+from ..sharding import share_weights
 from ..storage import read_checkpoint
 from .parts import Run
 from .recorder import Recorder
@@ -60,8 +60,7 @@ def best_student(run: Run, recorder: Recorder) -> nn.Module:
         checkpoint = read_checkpoint(path)
         model.load_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
     if run.args.distributed:
-        for tensor in model.state_dict().values():
-            torch.distributed.broadcast(tensor, src=0)
+        share_weights(model, run.device)
     return model
 
 
@@ -71,9 +70,7 @@ def split_step_time(run: Run) -> Dict[str, float]:
         return {}
     data = run.timing.data_seconds / run.timing.batches
     total = run.timing.seconds / run.timing.batches
-    if run.task.teacher is None:
-        return {'student': max(total - data, 0.), 'data': data}
-    if run.task.teacher.is_sharded:  # which all processes would have to run
+    if run.task.teacher is None or run.task.teacher.is_sharded:  # all processes would have to run a sharded one
         return {'student': max(total - data, 0.), 'data': data}
     teacher = time_teacher(run.task, run.args.batch_size, run.precision.autocast)
     return {'teacher': teacher, 'student': max(total - data - teacher, 0.), 'data': data}
