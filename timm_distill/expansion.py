@@ -66,7 +66,7 @@ def expand_moments(
     same = matched is not None and cov is matched.cov
     # in float64: near a match the loss depends on the last bits of its difference to the offset
     teacher_mean = None if teacher is None else channel_means(teacher.detach())
-    contracted, reference, loss, variance, factor = _ExpansionFunction.apply(
+    contracted, loss, variance, factor = _ExpansionFunction.apply(
         expand,
         empty if contract is None else contract.detach().flatten(1),
         scale,
@@ -74,13 +74,12 @@ def expand_moments(
         empty if cov is None else cov,
         empty if matched is None or same else matched.cov,
         empty if shift is None else shift,
+        empty if matched is None else matched.centred,
+        empty if teacher is None else teacher.detach(),
         empty if teacher_mean is None else teacher_mean,
         eps,
         same,
     )
-    if matched is not None and teacher is not None and teacher_mean is not None:
-        spread = residual_spread(matched.centred, reference, teacher, teacher_mean)
-        loss = loss + len(expand) / len(reference) ** 2 * spread
     if contract is not None:
         # last, and flattened here: its gradient comes first then, and is passed on and gone before there are others
         contracted = _ContractionFunction.apply(contracted, contract.flatten(1), expand.detach(), factor)
@@ -113,6 +112,8 @@ class _ExpansionFunction(Function):
             cov: torch.Tensor,
             matched_cov: torch.Tensor,
             shift: torch.Tensor,
+            centred: torch.Tensor,
+            teacher: torch.Tensor,
             teacher_mean: torch.Tensor,
             eps: float,
             same: bool,
@@ -124,7 +125,8 @@ class _ExpansionFunction(Function):
         contracted = expand.new_zeros(channels, channels) if contract.numel() else expand.new_empty(0)
         # one number for each row: in float64, where it costs nothing
         variance = torch.zeros_like(scale, dtype=torch.float64)
-        matched_variance, factor = torch.zeros_like(variance), scale.to(torch.float64, copy=True)
+        spread_part, mean_part = torch.zeros_like(variance), torch.zeros_like(variance)  # of <E S, W1>, <W S, W1>
+        factor = scale.to(torch.float64, copy=True)
         mean = segments.mean(expand) if matching else expand.new_empty(0)
         difference_mean = torch.zeros_like(mean)  # E[a E]
         # E S, or W1 S where nothing is matched: the backward pass needs it again, and its memory for the gradient
@@ -137,10 +139,10 @@ class _ExpansionFunction(Function):
                     difference = segments.minus(weight, mean, rows)
                     spread = matmul_nt(difference, match_cov)
                     product = put_part(product, part, spread)
-                    matched_variance[part] = segments.row_products(spread, weight)
-                    matched_variance[part] += segments.row_products(weight, mean_product[rows])
+                    spread_part[part] = segments.row_products(spread, weight)
+                    mean_part[part] = segments.row_products(weight, mean_product[rows])
                 if same:
-                    variance[part] = matched_variance[part]
+                    variance[part] = spread_part[part] + mean_part[part]
                 elif batch_stats:
                     spread = matmul_nt(weight, cov)
                     variance[part] = segments.row_products(spread, weight)
@@ -153,7 +155,7 @@ class _ExpansionFunction(Function):
                     segments.add_to(difference_mean, difference, row_factor, rows)
                 if contract.numel():
                     contracted += matmul_nn(contract[:, part], segments.scale(weight, row_factor))
-            residual, loss, reference, spread_mean = torch.zeros_like(scale), expand.new_zeros(()), mean, mean
+            residual, loss, common, grad_centred = torch.zeros_like(scale), expand.new_zeros(()), mean, None
             if matching:
                 difference_mean.div_(segments.count)
                 factor_mean = segments.mean(factor)[:, None].to(expand.dtype)
@@ -161,86 +163,80 @@ class _ExpansionFunction(Function):
                 spread_mean = matmul_nt(difference_mean, match_cov)  # E[a E] S
                 reference_product = torch.addcmul(spread_mean, factor_mean, mean_product)
                 residual = _constant_residual(factor, expand, offset, shift, teacher_mean)
-                common = row_products(reference_product, reference, difference_mean)
-                loss = _loss(factor, matched_variance, common, residual)
-        ctx.save_for_backward(expand, contract, scale, cov, matched_cov, shift, variance, factor, residual, reference,
-                              mean_product, spread_mean)
+                shared = row_products(reference_product, reference, reference_product)
+                left, grad_centred, grad_reference = residual_spread(
+                    centred, reference, teacher, teacher_mean, any(ctx.needs_input_grad))
+                loss = _loss(factor, spread_part + mean_part, shared, residual, left)
+                if grad_reference is not None:
+                    common = grad_reference.sub_(spread_mean, alpha=2).div_(len(reference))
+        ctx.save_for_backward(expand, contract, scale, cov, matched_cov, shift, centred, teacher, teacher_mean,
+                              variance, factor, spread_part, mean_part, residual, mean_product, difference_mean, common)
+        ctx.grad_centred = grad_centred
         ctx.product = product if matching or batch_stats else None
-        ctx.options = (eps, same, max(teacher_mean.shape[0], 1))
+        ctx.options = (eps, same)
         rounded, row_factors = variance.to(scale.dtype, copy=True), factor.to(scale.dtype, copy=True)
         ctx.mark_non_differentiable(rounded, row_factors)
-        return contracted, reference, loss, rounded, row_factors
+        return contracted, loss, rounded, row_factors
 
     @staticmethod
     @once_differentiable
     def backward(
             ctx: Any,
             grad_contracted: torch.Tensor,
-            grad_reference: torch.Tensor,
             grad_loss: torch.Tensor,
             *_: torch.Tensor,
     ) -> Tuple[Optional[torch.Tensor], ...]:
         with full_float32():
-            return _ExpansionBackward(ctx, grad_contracted, grad_reference, grad_loss).run()
+            return _ExpansionBackward(ctx, grad_contracted, grad_loss).run()
 
 
 class _ExpansionBackward:
     """The backward pass of `_ExpansionFunction`; `grad_NAME` is the gradient of what is called NAME there."""
 
-    def __init__(
-            self,
-            ctx: Any,
-            grad_contracted: torch.Tensor,
-            grad_reference: torch.Tensor,
-            grad_loss: torch.Tensor,
-    ):
-        (self.expand, self.contract, self.scale, self.cov, self.matched_cov, self.shift, self.variance, self.factor,
-         residual, self.reference, self.mean_product, spread_mean) = ctx.saved_tensors
-        self.eps, self.same, num_channels = ctx.options
-        self.product, ctx.product = ctx.product, None  # a second pass over a retained graph computes it again
-        self.batch_stats, self.matching = self.cov.numel() > 0, self.reference.numel() > 0
+    def __init__(self, ctx: Any, grad_contracted: torch.Tensor, grad_loss: torch.Tensor):
+        (self.expand, self.contract, self.scale, self.cov, self.matched_cov, self.shift, self.centred, self.teacher,
+         self.teacher_mean, self.variance, self.factor, self.spread_part, self.mean_part, residual, self.mean_product,
+         self.difference_mean, self.common) = ctx.saved_tensors
+        self.eps, self.same = ctx.options
+        # a second pass over a retained graph computes these again
+        self.product, ctx.product, self.grad_centred, ctx.grad_centred = ctx.product, None, ctx.grad_centred, None
+        self.batch_stats, self.matching = self.cov.numel() > 0, self.common.numel() > 0
         self.match_cov = self.cov if self.same else self.matched_cov
-        self.segments = Segments(self.expand, len(self.reference) if self.matching else len(self.expand))
-        self.unit = grad_loss / num_channels
-        self.grad_contracted = grad_contracted.contiguous()
+        self.segments = Segments(self.expand, len(self.common) if self.matching else len(self.expand))
+        self.grad_loss, self.grad_contracted = grad_loss, grad_contracted.contiguous()
         self.grad_expand = torch.empty_like(self.expand) if self.product is None else self.product
-        self.grad_scale, self.grad_offset = torch.empty_like(self.scale), 2 * self.unit * residual
         self.grad_cov, self.grad_matched_cov, self.grad_shift = (
             torch.zeros_like(x) for x in (self.cov, self.matched_cov, self.shift))
+        self.grad_scale, self.grad_offset = torch.empty_like(self.scale), residual
         if self.matching:
-            self._start_matching(grad_reference, spread_mean)
-
-    def _start_matching(self, grad_reference: torch.Tensor, spread_mean: torch.Tensor) -> None:
-        """Compute what the parts have in common."""
-        factor_mean = self.segments.mean(self.factor)
-        self.mean = self.segments.mean(self.expand)  # W
-        self.common = (-2 * self.unit * spread_mean).add_(grad_reference, alpha=1 / self.segments.count)
-        if self.same:
-            difference_mean = torch.addcmul(
-                self.reference, factor_mean[:, None].to(self.mean.dtype), self.mean, value=-1)
-            self.grad_cov -= matmul_tn(difference_mean, (self.unit * self.segments.count) * difference_mean)
-        self.deviation = self.factor - factor_mean.repeat(self.segments.count)  # b
-        self.half, self.half_factor = torch.zeros_like(self.mean), torch.zeros_like(factor_mean)  # of Z = W^T half
+            self.unit = grad_loss / len(self.common)
+            self.grad_offset = 2 * self.unit * residual
+            self.mean = self.segments.mean(self.expand)  # W
+            factor_mean = self.segments.mean(self.factor)
+            self.factor_mean = factor_mean[:, None].to(self.mean.dtype)
+            self.deviation = self.factor - factor_mean.repeat(self.segments.count)  # b
+            self.half, self.half_factor = torch.zeros_like(self.mean), torch.zeros_like(factor_mean)  # of Z = W^T half
 
     def run(self) -> Tuple[Optional[torch.Tensor], ...]:
         """Return the gradients of the function's inputs."""
+        if self.product is None and (self.matching or self.batch_stats):
+            self._repeat_product()
         for part, rows in self.segments.parts():
-            weight = self.expand[part]
-            difference = self.segments.minus(weight, self.mean, rows) if self.matching else weight  # E
-            if self.product is None and (self.matching or self.batch_stats):
-                self.grad_expand[part] = matmul_nt(difference, self.match_cov if self.matching else self.cov)
-            grad = self._map_gradient(part, rows)
-            inner = self._weight_gradients(part, rows, grad)
+            grad, slope = self._map_gradient(part, rows)
+            inner = self._variance_gradient(part, slope)
+            self._weight_gradient(part, rows, grad, inner)
+            if self.same:
+                self._add_to_matched_cov(part, rows, inner)
+                continue
             if self.batch_stats:
-                self._add_to_cov(part, rows, difference, inner)
-            if self.matching and not self.same:
-                scaled = self.segments.scale(weight, self.factor[part].to(weight.dtype))
-                distance = self.segments.minus(scaled, self.reference, rows)  # D
+                weight = self.expand[part]
+                self.grad_cov += matmul_tn(weight, self.segments.scale(weight, inner.to(weight.dtype)))
+            if self.matching:
+                scaled = self.segments.scale(self.expand[part], self.factor[part].to(self.expand.dtype))
+                distance = self.segments.minus(scaled, self._reference(), rows)  # D
                 self.grad_matched_cov += matmul_tn(distance, distance)
         if self.same:
-            self.half.addcmul_(self.mean, 0.5 * self.half_factor[:, None].to(self.mean.dtype))
-            half = matmul_tn(self.mean, self.half)
-            self.grad_cov += half + half.t()
+            self._finish_matched_cov()
         return (
             self.grad_expand,
             None,
@@ -249,57 +245,89 @@ class _ExpansionBackward:
             self.grad_cov if self.batch_stats else None,
             self.grad_matched_cov.mul_(self.unit) if self.matching and not self.same else None,
             self.grad_shift if self.shift.numel() else None,
-            None, None, None,
+            self._centred_gradient() if self.matching else None,
+            None, None, None, None,
         )
 
-    def _map_gradient(self, part: slice, rows: slice) -> torch.Tensor:
-        """Return that of A; `grad_expand` holds E S there."""
-        weight, factor = self.expand[part], self.factor[part].to(self.expand.dtype)
+    def _reference(self) -> torch.Tensor:
+        """Return R."""
+        return torch.addcmul(self.difference_mean, self.factor_mean, self.mean)
+
+    def _centred_gradient(self) -> torch.Tensor:
+        """Return that of x in E||R x - t||^2."""
+        gradient = self.grad_centred
+        if gradient is None:
+            gradient = residual_spread(self.centred, self._reference(), self.teacher, self.teacher_mean).grad_centred
+            assert gradient is not None
+        return gradient.mul_(self.segments.count * self.unit)
+
+    def _repeat_product(self) -> None:
+        """Write E S, or W1 S where nothing is matched, as the forward pass did."""
+        for part, rows in self.segments.parts():
+            weight = self.expand[part]
+            difference = self.segments.minus(weight, self.mean, rows) if self.matching else weight
+            self.grad_expand[part] = matmul_nt(difference, self.match_cov if self.matching else self.cov)
+
+    def _map_gradient(self, part: slice, rows: slice) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return that of A but for 2 u (a E S + b W S), and that of a."""
+        weight = self.expand[part]
         if self.contract.numel():
-            grad = matmul_tn(self.contract[:, part].contiguous(), self.grad_contracted)
+            grad = self.segments.product_of_columns(self.contract[:, part], self.grad_contracted)
         else:
             grad = torch.zeros_like(weight)
         if not self.matching:
-            return grad
-        grad.addcmul_(self.grad_expand[part], (2 * self.unit * factor)[:, None])
-        deviation = (2 * self.unit * self.deviation[part]).to(weight.dtype)
-        self.segments.add_scaled_(grad, self.mean_product, deviation, rows)
-        self.segments.add_(grad, self.common, rows)
+            return grad, self.segments.row_products(grad, weight)
+        factor, deviation = self.factor[part], self.deviation[part]
+        self.segments.add_scaled_(grad, self.common, self.grad_loss.expand(len(grad)), rows)
         if self.shift.numel():
             grad.addr_(self.grad_offset[part], self.shift)
-            self.grad_shift += weight.t() @ (factor * self.grad_offset[part])
-        return grad
+            self.grad_shift += weight.t() @ (factor.to(weight.dtype) * self.grad_offset[part])
+        slope = self.segments.row_products(grad, weight)
+        return grad, slope + 2 * self.unit * (factor * self.spread_part[part] + deviation * self.mean_part[part])
 
-    def _weight_gradients(self, part: slice, rows: slice, grad: torch.Tensor) -> torch.Tensor:
-        """Write those of W1 and the scale, given that of A; return that of v, or that of a where it is given."""
-        weight, result, factor = self.expand[part], self.grad_expand[part], self.factor[part].to(self.expand.dtype)
-        slope = self.segments.row_products(grad, weight)  # gradient of a
+    def _variance_gradient(self, part: slice, slope: torch.Tensor) -> torch.Tensor:
+        """Return that of v, given that of a, and write that of the scale; zero where a is given."""
         if not self.batch_stats:
             self.grad_scale[part] = slope
-            torch.mul(grad, factor[:, None], out=result)
-            return slope
+            return torch.zeros_like(slope)
         inverse = (self.variance[part] + self.eps).rsqrt()
         self.grad_scale[part] = slope * inverse
-        inner = -0.5 * slope * self.scale[part] * inverse ** 3
-        row_inner = (2 * inner).to(weight.dtype)[:, None]
-        if self.matching and not self.same:
-            result.copy_(matmul_nt(weight, self.cov))
-        result.mul_(row_inner).addcmul_(grad, factor[:, None])
-        if self.same:
-            self.segments.add_scaled_(result, self.mean_product, row_inner, rows)
-        return inner
+        return -0.5 * slope * self.scale[part] * inverse ** 3
 
-    def _add_to_cov(self, part: slice, rows: slice, difference: torch.Tensor, inner: torch.Tensor) -> None:
-        """Add a part to that of S, given that of v."""
-        if not self.same:
-            weight = self.expand[part]
-            self.grad_cov += matmul_tn(weight, self.segments.scale(weight, inner.to(weight.dtype)))
+    def _weight_gradient(self, part: slice, rows: slice, grad: torch.Tensor, inner: torch.Tensor) -> None:
+        """Write that of W1 where E S is, or W1 S where nothing is matched; given that of v."""
+        weight, result, factor = self.expand[part], self.grad_expand[part], self.factor[part]
+        row_factor, row_inner = factor[:, None].to(weight.dtype), (2 * inner)[:, None].to(weight.dtype)
+        if not self.matching:
+            if self.batch_stats:
+                result.mul_(row_inner).addcmul_(grad, row_factor)
+            else:
+                torch.mul(grad, row_factor, out=result)
             return
-        factor, deviation, dtype = self.factor[part], self.deviation[part], difference.dtype
+        spread, mean = 2 * self.unit * factor.square(), 2 * self.unit * factor * self.deviation[part]
+        if self.same:
+            spread, mean = spread + 2 * inner, mean + 2 * inner
+        result.mul_(spread[:, None].to(weight.dtype)).addcmul_(grad, row_factor)
+        self.segments.add_scaled_(result, self.mean_product, mean.to(weight.dtype), rows)
+        if self.batch_stats and not self.same:
+            result.addcmul_(matmul_nt(weight, self.cov), row_inner)
+
+    def _add_to_matched_cov(self, part: slice, rows: slice, inner: torch.Tensor) -> None:
+        """Add a part to the gradient of S, which variances and loss share, given that of v."""
+        factor, deviation, dtype = self.factor[part], self.deviation[part], self.expand.dtype
+        difference = self.segments.minus(self.expand[part], self.mean, rows)  # E
         self.segments.add_to(self.half, difference, (inner + self.unit * factor * deviation).to(dtype), rows)
         self.segments.add_to(self.half_factor, inner + self.unit * deviation.square(), None, rows)
         weights = (inner + self.unit * factor.square()).to(dtype)
         self.grad_cov += matmul_tn(difference, self.segments.scale(difference, weights))
+
+    def _finish_matched_cov(self) -> None:
+        """Add what the parts have in common to the gradient of S: Z + Z^T - N u E[a E]^T E[a E]."""
+        self.half.addcmul_(self.mean, 0.5 * self.half_factor[:, None].to(self.mean.dtype))
+        half = matmul_tn(self.mean, self.half)
+        self.grad_cov += half.add_(half.t().clone())
+        torch.mul(self.difference_mean, self.segments.count * self.unit, out=self.half)
+        self.grad_cov -= matmul_tn(self.difference_mean, self.half)
 
 
 class _ContractionFunction(Function):
@@ -345,11 +373,13 @@ def _constant_residual(
 def _loss(
         factor: torch.Tensor,
         matched_variance: torch.Tensor,
-        common: torch.Tensor,
+        shared: torch.Tensor,
         residual: torch.Tensor,
+        left: torch.Tensor,
 ) -> torch.Tensor:
     """Combine the sums in float64; what is mathematically not negative is not let below zero by rounding."""
-    segments = factor.shape[0] / common.shape[0]
+    segments = factor.shape[0] / shared.shape[0]
     quadratic = (factor.square() * matched_variance).sum(dtype=torch.float64)
-    differences = (quadratic - segments * common.sum(dtype=torch.float64)).clamp_min(0.)
-    return ((differences + residual.square().sum(dtype=torch.float64)) / common.shape[0]).to(residual.dtype)
+    differences = (quadratic - segments * shared.sum(dtype=torch.float64)).clamp_min(0.)
+    constant = residual.square().sum(dtype=torch.float64)
+    return ((differences + constant + segments * left) / shared.shape[0]).to(residual.dtype)

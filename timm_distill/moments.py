@@ -2,7 +2,7 @@
 
 All take positions as rows, [P, C], and keep for their backward passes what is alive anyway.
 """
-from typing import Any, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -97,68 +97,43 @@ class _CovarianceFunction(Function):
             return matmul_nt(centred, (grad + grad.t()).div_(centred.shape[0]))
 
 
+class ResidualSpread(NamedTuple):
+    """What a linear map leaves of the teacher's variance, with gradients.
+
+    Attributes:
+        spread: E||d||^2 with d = W x - (t - E[t]), scalar.
+        grad_centred: Its gradient to x, 2 d W / P, [P, Cs]; None if not asked for.
+        grad_weight: That to W, 2 E[d x^T], [Ct, Cs]; None if not asked for.
+    """
+    spread: torch.Tensor
+    grad_centred: Optional[torch.Tensor]
+    grad_weight: Optional[torch.Tensor]
+
+
 def residual_spread(
         centred: torch.Tensor,
         weight: torch.Tensor,
         teacher: torch.Tensor,
         teacher_mean: torch.Tensor,
-) -> torch.Tensor:
-    """Return E||W x - (t - E[t])||^2, what a linear map leaves of the teacher's variance.
+        gradients: bool = True,
+) -> ResidualSpread:
+    """Return E||W x - (t - E[t])||^2 and its gradients.
+
+    The difference is taken position by position, so that nothing cancels where it is small, and some images at a time:
+    it is wider than its gradients and not kept.
 
     Args:
         centred: Student's positions minus their mean, x, [P, Cs].
         weight: W, [Ct, Cs].
-        teacher: Teacher's feature map, [B, Ct, H, W], with B * H * W = P, of any precision; treated as constant.
+        teacher: Teacher's feature map, [B, Ct, H, W], with B * H * W = P, of any precision.
         teacher_mean: E[t], [Ct].
-
-    Returns:
-        Scalar.
+        gradients: Compute them.
     """
-    return _ResidualFunction.apply(centred, weight, teacher.detach(), teacher_mean)
-
-
-class _ResidualFunction(Function):
-    """With d = W x - (t - E[t]): E||d||^2; gradients 2 W^T d / P to x and 2 E[d x^T] to W.
-
-    The difference is taken position by position, so that nothing cancels where it is small; its own mean is zero. Its
-    gradients are taken with it, some images at a time: d is wider than both and need not be kept.
-    """
-
-    @staticmethod
-    def forward(
-            ctx: Any,
-            centred: torch.Tensor,
-            weight: torch.Tensor,
-            teacher: torch.Tensor,
-            teacher_mean: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(centred, weight, teacher, teacher_mean)
-        spread, *ctx.gradients = _residual(centred, weight, teacher, teacher_mean, ctx.needs_input_grad)
-        return spread
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # a second pass over a retained graph
-            centred, weight, teacher, teacher_mean = ctx.saved_tensors
-            gradients = _residual(centred, weight, teacher, teacher_mean, ctx.needs_input_grad)[1:]
-        return (*(None if gradient is None else gradient.mul_(grad) for gradient in gradients), None, None)
-
-
-def _residual(
-        centred: torch.Tensor,
-        weight: torch.Tensor,
-        teacher: torch.Tensor,
-        teacher_mean: torch.Tensor,
-        needs_grad: Sequence[bool],
-) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
-    """Return E||d||^2 and its gradients to x and W, as far as they are needed."""
     count, positions = len(centred), teacher[0, 0].numel()
     mean, transposed = teacher_mean.to(centred.dtype), weight.t().contiguous()
     total = torch.zeros((), dtype=torch.float64, device=centred.device)
-    grad_centred = torch.empty_like(centred) if needs_grad[0] else None
-    grad_weight = torch.zeros_like(weight) if needs_grad[1] else None
+    grad_centred = torch.empty_like(centred) if gradients else None
+    grad_weight = torch.zeros_like(weight) if gradients else None
     with full_float32():
         for images in image_parts(teacher):
             rows = slice(images.start * positions, images.stop * positions)
@@ -166,14 +141,13 @@ def _residual(
             difference = mean - to_rows(teacher[images])
             add_matmul_nt_(difference, part, weight)
             total += torch.linalg.vector_norm(difference, dim=1).square().sum(dtype=torch.float64)
-            if grad_centred is not None:
+            if grad_centred is not None and grad_weight is not None:
                 grad_centred[rows] = matmul_nt(difference, transposed)
-            if grad_weight is not None:
                 grad_weight += matmul_tn(difference, part)
     for gradient in (grad_centred, grad_weight):
         if gradient is not None:
             gradient.mul_(2 / count)
-    return (total / count).to(centred.dtype), grad_centred, grad_weight
+    return ResidualSpread(total / count, grad_centred, grad_weight)
 
 
 def row_variances(weight: torch.Tensor, cov: torch.Tensor) -> torch.Tensor:
@@ -199,27 +173,39 @@ class _RowVariancesFunction(Function):
             return product * (2 * grad[:, None]), matmul_tn(weight, grad[:, None] * weight)
 
 
-def map_rows(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def map_rows(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: bool = False) -> torch.Tensor:
     """Return rows @ weight^T + bias, [P, C] x [O, C] -> [P, O], in the precision of the rows.
 
-    Weight and bias are of full precision, and so are their gradients: sums over positions are not rounded.
+    Weight and bias are of full precision, and so are their gradients: sums over positions are not rounded. With
+    `residual` the rows are added.
     """
-    return _MapFunction.apply(rows, weight, bias)
+    return _MapFunction.apply(rows, weight, bias, residual)
 
 
 class _MapFunction(Function):
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def forward(
+            ctx: Any,
+            rows: torch.Tensor,
+            weight: torch.Tensor,
+            bias: torch.Tensor,
+            residual: bool,
+    ) -> torch.Tensor:
         ctx.save_for_backward(rows, weight)
+        ctx.residual = residual
         with full_float32():
-            return matmul_nt(rows, weight.to(rows.dtype)).add_(bias)
+            result = matmul_nt(rows, weight.to(rows.dtype)).add_(bias)
+        return result.add_(rows) if residual else result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         rows, weight = ctx.saved_tensors
         grad = grad.contiguous()
         with full_float32():
             grad_rows = matmul_nt(grad, weight.to(grad.dtype).t())
-            return grad_rows, matmul_tn(grad, rows), grad.sum(0, dtype=weight.dtype)
+            grad_weight = matmul_tn(grad, rows)
+        if ctx.residual:
+            grad_rows.add_(grad)
+        return grad_rows, grad_weight, grad.sum(0, dtype=weight.dtype), None

@@ -208,8 +208,12 @@ class NToOneTransform(Adapter):
         loss = None if matched is None else expansion.loss
         if self.contract is None:
             return AdapterOutput(x, loss)
-        affine = self._contract(expansion, offset, batch_stats, moments)
-        output = from_rows(map_rows(moments.centred.to(dtype), *affine), x)
+        weight, bias = self._contract(expansion, offset, batch_stats, moments)
+        rows = moments.centred.to(dtype)
+        if self.residual and rows.dtype == x.dtype == moments.centred.dtype:
+            output = map_rows(rows, weight, bias + moments.mean, residual=True)
+            return AdapterOutput(from_rows(output, x), loss)
+        output = from_rows(map_rows(rows, weight, bias), x)
         return AdapterOutput(x + output if self.residual else output, loss)
 
     def _matched_moments(
