@@ -1,6 +1,6 @@
 """Products of matrices of positions, and the flags of their precision."""
 from contextlib import contextmanager
-from typing import Iterator, Tuple
+from typing import Callable, Iterator, Tuple
 
 import pytest
 import torch
@@ -9,13 +9,15 @@ from timm_distill import create_adapter, products
 from timm_distill.adapters import Match
 from timm_distill.precision import full_float32
 from timm_distill.products import (
-    add_matmul_nt_,
     channel_means,
     from_rows,
+    gram,
     matmul_nn,
     matmul_nt,
     matmul_tn,
+    matmul_tn_wide,
     row_products,
+    split_exactly,
     to_rows,
 )
 
@@ -36,17 +38,24 @@ def test_products_are_those_of_matrices(rows: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(matmul_nt(a, b), a @ b.t())
     torch.testing.assert_close(matmul_tn(a, c), a.t() @ c)
     torch.testing.assert_close(matmul_nn(a, d), a @ d)
+    torch.testing.assert_close(matmul_tn_wide(d, a.t(), torch.empty_like(d.t())), d.t() @ a.t())
     assert matmul_nt(a, b).is_contiguous() and matmul_tn(a, c).is_contiguous()
 
 
 @each_type
+@pytest.mark.parametrize('width', [3, 8, 513])
+def test_gram_matrix_is_the_weighted_product_with_itself(width: int, dtype: torch.dtype) -> None:
+    rows, weights = draw(48, width, dtype=dtype), draw(48, dtype=dtype)
+    torch.testing.assert_close(gram(rows), rows.t() @ rows, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gram(rows, weights), rows.t() @ (weights[:, None] * rows), rtol=1e-5, atol=1e-4)
+
+
+@each_type
 @pytest.mark.parametrize('length', [1, 3, 64])
-def test_products_in_steps_are_the_products(length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dot_products_of_rows_in_steps_are_the_dot_products(
+        length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, '_SUM_LENGTH', length)
-    a, b, out = draw(16, 12, dtype=dtype), draw(5, 12, dtype=dtype), draw(16, 5, dtype=dtype)
-    expected = out + a @ b.t()
-    add_matmul_nt_(out, a, b)
-    torch.testing.assert_close(out, expected)
+    a, b = draw(16, 12, dtype=dtype), draw(5, 12, dtype=dtype)
     buffer = torch.empty_like(a)
     torch.testing.assert_close(row_products(a, b[:1], buffer).to(dtype), (a * b[:1]).sum(1), rtol=1e-5, atol=1e-5)
 
@@ -60,14 +69,23 @@ def test_means_of_channels_are_exact_in_parts(part_size: int, monkeypatch: pytes
     torch.testing.assert_close(means, x.double().mean((0, 2, 3)), rtol=1e-15, atol=0)
 
 
-def test_products_in_steps_round_less_where_they_cancel() -> None:
-    a, b = draw(256, 1024), draw(64, 1024)
-    exact = a.double() @ b.double().t()
-    out = -exact.float()
-    expected = exact + out.double()
-    add_matmul_nt_(out, a, b)
-    plain = matmul_nt(a, b) - exact.float()
-    assert (out - expected).norm() < 0.8 * (plain - expected).norm()
+@each_type
+@pytest.mark.parametrize('scale', [1., 1e-20, 1e20])
+def test_matrix_is_the_sum_of_its_high_and_low_part(scale: float, dtype: torch.dtype) -> None:
+    rows = draw(64, 512, dtype=dtype) * scale
+    rows[0] = 0
+    high, low = split_exactly(rows)
+    assert torch.equal(high + low, rows)
+    assert torch.equal(high.double() + low.double(), rows.double())
+    assert (low.abs() <= rows.abs().amax(1, keepdim=True) / 2 ** 9).all()
+
+
+@pytest.mark.parametrize('product', [matmul_nt, lambda a, b: a @ b.t()], ids=['ours', 'torch'])
+def test_product_of_high_parts_is_exact(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    a, b = draw(256, 2048), draw(64, 2048) * draw(64, 1).exp()
+    high = [split_exactly(matrix)[0] for matrix in (a, b)]
+    assert torch.equal(product(*high).double(), high[0].double() @ high[1].double().t())
+    assert not torch.equal(product(a, b).double(), a.double() @ b.double().t())
 
 
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from .moments import Moments, residual_spread
 from .precision import full_float32
-from .products import channel_means, matmul_nn, matmul_nt, matmul_tn, row_products
+from .products import channel_means, gram, matmul_nn, matmul_nt, matmul_tn, row_products
 from .segments import Segments, put_part
 
 
@@ -229,12 +229,11 @@ class _ExpansionBackward:
                 self._add_to_matched_cov(part, rows, inner)
                 continue
             if self.batch_stats:
-                weight = self.expand[part]
-                self.grad_cov += matmul_tn(weight, self.segments.scale(weight, inner.to(weight.dtype)))
+                self.grad_cov += gram(self.expand[part], inner.to(self.expand.dtype))
             if self.matching:
                 scaled = self.segments.scale(self.expand[part], self.factor[part].to(self.expand.dtype))
                 distance = self.segments.minus(scaled, self._reference(), rows)  # D
-                self.grad_matched_cov += matmul_tn(distance, distance)
+                self.grad_matched_cov += gram(distance)
         if self.same:
             self._finish_matched_cov()
         return (
@@ -318,16 +317,14 @@ class _ExpansionBackward:
         difference = self.segments.minus(self.expand[part], self.mean, rows)  # E
         self.segments.add_to(self.half, difference, (inner + self.unit * factor * deviation).to(dtype), rows)
         self.segments.add_to(self.half_factor, inner + self.unit * deviation.square(), None, rows)
-        weights = (inner + self.unit * factor.square()).to(dtype)
-        self.grad_cov += matmul_tn(difference, self.segments.scale(difference, weights))
+        self.grad_cov += gram(difference, (inner + self.unit * factor.square()).to(dtype))
 
     def _finish_matched_cov(self) -> None:
         """Add what the parts have in common to the gradient of S: Z + Z^T - N u E[a E]^T E[a E]."""
         self.half.addcmul_(self.mean, 0.5 * self.half_factor[:, None].to(self.mean.dtype))
         half = matmul_tn(self.mean, self.half)
         self.grad_cov += half.add_(half.t().clone())
-        torch.mul(self.difference_mean, self.segments.count * self.unit, out=self.half)
-        self.grad_cov -= matmul_tn(self.difference_mean, self.half)
+        self.grad_cov -= gram(self.difference_mean) * (self.segments.count * self.unit)
 
 
 class _ContractionFunction(Function):

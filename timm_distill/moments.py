@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .precision import full_float32
-from .products import add_matmul_nt_, image_parts, matmul_nt, matmul_tn, row_products, to_rows
+from .products import gram, image_parts, matmul_nt, matmul_tn, row_products, split_exactly, to_rows
 
 
 class Moments(NamedTuple):
@@ -87,7 +87,7 @@ class _CovarianceFunction(Function):
     def forward(ctx: Any, centred: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(centred)
         with full_float32():
-            return matmul_tn(centred, centred).div_(centred.shape[0])
+            return gram(centred).div_(centred.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -119,8 +119,8 @@ def residual_spread(
 ) -> ResidualSpread:
     """Return E||W x - (t - E[t])||^2 and its gradients.
 
-    The difference is taken position by position, so that nothing cancels where it is small, and some images at a time:
-    it is wider than its gradients and not kept.
+    The difference is taken position by position, some images at a time: it is wider than its gradients and not kept.
+    Where it is small, W x cancels the teacher, so that its largest part is summed up without any rounding.
 
     Args:
         centred: Student's positions minus their mean, x, [P, Cs].
@@ -131,6 +131,7 @@ def residual_spread(
     """
     count, positions = len(centred), teacher[0, 0].numel()
     mean, transposed = teacher_mean.to(centred.dtype), weight.t().contiguous()
+    high, low = split_exactly(weight)  # the products of high parts are exact
     total = torch.zeros((), dtype=torch.float64, device=centred.device)
     grad_centred = torch.empty_like(centred) if gradients else None
     grad_weight = torch.zeros_like(weight) if gradients else None
@@ -138,8 +139,9 @@ def residual_spread(
         for images in image_parts(teacher):
             rows = slice(images.start * positions, images.stop * positions)
             part = centred[rows]
-            difference = mean - to_rows(teacher[images])
-            add_matmul_nt_(difference, part, weight)
+            part_high, part_low = split_exactly(part)
+            difference = matmul_nt(part_high, high).add_(mean - to_rows(teacher[images]))
+            difference += matmul_nt(part, low).add_(matmul_nt(part_low, high))
             total += torch.linalg.vector_norm(difference, dim=1).square().sum(dtype=torch.float64)
             if grad_centred is not None and grad_weight is not None:
                 grad_centred[rows] = matmul_nt(difference, transposed)
@@ -170,7 +172,7 @@ class _RowVariancesFunction(Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         weight, product = ctx.saved_tensors
         with full_float32():
-            return product * (2 * grad[:, None]), matmul_tn(weight, grad[:, None] * weight)
+            return product * (2 * grad[:, None]), gram(weight, grad)
 
 
 def map_rows(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: bool = False) -> torch.Tensor:

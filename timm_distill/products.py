@@ -3,7 +3,7 @@
 Knows nothing of what is multiplied.
 """
 import math
-from typing import Iterator, Optional
+from typing import Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch.nn.grad import conv2d_weight
 
 _SUM_LENGTH = 64  # numbers that are summed in a row where rounding matters
 _PART_SIZE, _GPU_PART_SIZE = 2 ** 20, 2 ** 23  # numbers of an activation worked on at a time
+_HALVED_WIDTH = 512  # columns from which on symmetric products are computed by halves
 _IMAGES = 16  # with one thread torch takes oneDNN for that many images or more
 _ONEDNN_IS_FAST = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == 'AVX512'
 
@@ -62,8 +63,23 @@ def matmul_tn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.t() @ b
 
 
+def gram(rows: torch.Tensor, weights: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Return rows^T diag(weights) rows, [R, C] and [R] -> [C, C]."""
+    width = rows.shape[1]
+    if not _use_onednn(rows) or width < _HALVED_WIDTH:
+        return matmul_tn(rows, rows if weights is None else weights[:, None] * rows)
+    # of the four quarters of the result two are the same
+    left, right = (half.contiguous() for half in rows.tensor_split(2, 1))
+    scaled = (left, right) if weights is None else (weights[:, None] * left, weights[:, None] * right)
+    result, half = rows.new_empty(width, width), left.shape[1]
+    result[:half, :half], result[half:, half:] = matmul_tn(left, scaled[0]), matmul_tn(right, scaled[1])
+    result[:half, half:] = matmul_tn(left, scaled[1])
+    result[half:, :half] = result[:half, half:].t()
+    return result
+
+
 def matmul_tn_wide(a: torch.Tensor, b: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-    """Return a^T @ b as `matmul_tn` does, for an `a` wider than tall; `buffer`, [I, R], may be overwritten."""
+    """Return a^T @ b for an `a` wider than tall, [K, R] x [K, O] -> [R, O]; `buffer`, [R, K], may be overwritten."""
     if _use_onednn(a):
         # contiguous first: rows far apart are slow to transpose
         return matmul_nt(buffer.copy_(a.contiguous().t()), b.t())
@@ -77,14 +93,17 @@ def matmul_nn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a @ b
 
 
-def add_matmul_nt_(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add a @ b^T to `out`, [R, O], in steps over K: short sums round less, most of all where they cancel `out`."""
-    for start in range(0, a.shape[1], _SUM_LENGTH):
-        step = slice(start, start + _SUM_LENGTH)
-        if _use_onednn(a):
-            out += matmul_nt(a[:, step].contiguous(), b[:, step])
-        else:
-            out.addmm_(a[:, step], b[:, step].t())
+def split_exactly(rows: torch.Tensor, bits: int = 10) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return high and low parts, [R, K] -> 2 x [R, K], which sum up to the rows exactly.
+
+    The high parts are integers of few bits times a power of two for each row: a product of two such matrices is exact,
+    in whatever order it is summed up (Ozaki et al., Numerical Algorithms 59, 2012).
+    """
+    largest = rows.abs().amax(1, keepdim=True)
+    # a number of this size has no bits for what is smaller than largest / 2^bits
+    large = largest * (1.5 / (2 ** bits * torch.finfo(rows.dtype).eps))
+    high = (rows + large).sub_(large)
+    return high, rows - high
 
 
 def row_products(a: torch.Tensor, b: torch.Tensor, buffer: Optional[torch.Tensor] = None) -> torch.Tensor:

@@ -402,13 +402,15 @@ def test_gradients_near_a_match_are_as_close_to_double_precision_as_the_direct_f
                 if name == 'grad x' or name.endswith(('weight', 'bias')):
                     sums[name] = sums.get(name, 0.) + float(relative_error(result[name], reference[name])) / batches
     for name, error in errors['moments'].items():
-        assert error <= 1.2 * errors['direct'][name] + 2e-7, (name, error, errors['direct'][name])
+        assert error <= 1.1 * errors['direct'][name] + 2e-7, (name, error, errors['direct'][name])
 
 
+@pytest.mark.parametrize('channels', [128, 512])
 @pytest.mark.parametrize('noise', [1e-2, 1e-3, 1e-4])
-def test_gradients_of_segments_that_differ_by_noise_are_as_exact_as_the_direct_forms(noise: float) -> None:
+def test_gradients_of_segments_that_differ_by_noise_are_as_exact_as_the_direct_forms(
+        noise: float, channels: int) -> None:
     """The loss alone, small in every segment: 2 (e_i - t) x^T of it and not a difference of moments."""
-    adapter, x, teacher = nearly_matching(0., offset=0., channels=128)
+    adapter, x, teacher = nearly_matching(0., offset=0., channels=channels)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         adapter.expand.weight.mul_(1 + noise * torch.randn(
@@ -421,7 +423,7 @@ def test_gradients_of_segments_that_differ_by_noise_are_as_exact_as_the_direct_f
         copied, leaf = with_form(adapter, form, dtype), x.to(dtype).requires_grad_()
         loss = copied(leaf, Match(match.teacher.to(dtype), match.to_map)).loss
         gradients[name] = torch.autograd.grad(loss, [copied.expand.weight, copied.expand_bn.weight, leaf])
-    for index, factor in enumerate((1.1, 1.5, 2.)):
+    for index, factor in enumerate((0.7, 2., 0.7)):  # that of the scale is all but noise in both
         moments, direct = [relative_error(gradients[form][index], gradients['exact'][index])
                            for form in ('moments', 'direct')]
         assert moments <= factor * direct, (index, moments, direct)
