@@ -70,11 +70,15 @@ def gram(rows: torch.Tensor, weights: Optional[torch.Tensor] = None) -> torch.Te
         return matmul_tn(rows, rows if weights is None else weights[:, None] * rows)
     # of the four quarters of the result two are the same
     left, right = (half.contiguous() for half in rows.tensor_split(2, 1))
-    scaled = (left, right) if weights is None else (weights[:, None] * left, weights[:, None] * right)
     result, half = rows.new_empty(width, width), left.shape[1]
-    result[:half, :half], result[half:, half:] = matmul_tn(left, scaled[0]), matmul_tn(right, scaled[1])
-    result[:half, half:] = matmul_tn(left, scaled[1])
+    scaled = right if weights is None else weights[:, None] * right
+    result[half:, half:] = matmul_tn(right, scaled)
+    del right
+    result[:half, half:] = matmul_tn(left, scaled)
     result[half:, :half] = result[:half, half:].t()
+    del scaled
+    scaled = left if weights is None else weights[:, None] * left
+    result[:half, :half] = matmul_tn(left, scaled)
     return result
 
 

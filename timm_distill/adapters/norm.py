@@ -148,7 +148,7 @@ class NToOneTransform(Adapter):
         positions, cs, ct = _count_positions(x), self.student_channels, self.teacher_channels
         width = self.segments * ct
         direct = 6 * positions * width * cs
-        moments = (5 * width + 4 * ct) * cs ** 2 + positions * (5 * cs ** 2 + 3 * cs * ct)
+        moments = (5 * width + 4 * ct) * cs ** 2 + positions * (5 * cs ** 2 + 5 * cs * ct)
         return moments < direct or 5 * positions * width * x.element_size() > _DIRECT_BYTES
 
     def expand_contract(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
