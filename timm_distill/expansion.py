@@ -91,9 +91,9 @@ class _ExpansionFunction(Function):
 
     v = diag(W1 S W1^T), a = scale / sqrt(v + eps), A = diag(a) W1. With W the mean segment of W1, E_i what a segment
     differs from it, b_i = a_i - E[a] and means over the segments, a segment D_i of A minus its mean R is
-    a_i E_i + b_i W - E[a E]. With g the gradient of v, G that of R, K that of W2 A and u = grad / Ct:
+    a_i E_i + b_i W - E[a E]. With g the gradient of v, d = R x - t centred, u = grad / Ct and K = W2^T grad(W2 A):
 
-        grad A_i = 2 u D_i S + G / N + K^T-part, K = W2^T grad(W2 A)
+        grad A_i = 2 u (a_i E_i S + b_i W S) + 2 u (E[d x^T] - E[a E] S) + K_i
         grad W1  = a grad A + 2 g W1 S
         grad S   = W1^T g W1 + u sum_i D_i^T D_i
                  = E^T (g + u a^2) E + Z + Z^T - N u E[a E]^T E[a E],

@@ -139,7 +139,7 @@ def residual_spread(
         for images in image_parts(teacher):
             rows = slice(images.start * positions, images.stop * positions)
             part = centred[rows]
-            difference = _subtract(part, high, low, mean - to_rows(teacher[images]))
+            difference = _add_product(part, high, low, mean - to_rows(teacher[images]))
             total += torch.linalg.vector_norm(difference, dim=1).square().sum(dtype=torch.float64)
             if grad_centred is not None and grad_weight is not None:
                 grad_centred[rows] = matmul_nt(difference, transposed)
@@ -150,14 +150,14 @@ def residual_spread(
     return ResidualSpread(total / count, grad_centred, grad_weight)
 
 
-def _subtract(rows: torch.Tensor, high: torch.Tensor, low: torch.Tensor, negated: torch.Tensor) -> torch.Tensor:
-    """Add rows @ (high + low)^T to `negated`, the largest part of it first and without rounding."""
+def _add_product(rows: torch.Tensor, high: torch.Tensor, low: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Add rows @ (high + low)^T to `out`, which it changes; the largest part first and without rounding."""
     rows_high, rows_low = split_exactly(rows)
-    negated += matmul_nt(rows_high, high)
+    out += matmul_nt(rows_high, high)
     del rows_high
-    negated += matmul_nt(rows_low, high)
+    out += matmul_nt(rows_low, high)
     del rows_low
-    return negated.add_(matmul_nt(rows, low))
+    return out.add_(matmul_nt(rows, low))
 
 
 def row_variances(weight: torch.Tensor, cov: torch.Tensor) -> torch.Tensor:
