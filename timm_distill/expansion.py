@@ -221,6 +221,7 @@ class _ExpansionBackward:
         """Return the gradients of the function's inputs."""
         if self.product is None and (self.matching or self.batch_stats):
             self._repeat_product()
+        reference = self._reference() if self.matching and not self.same else None  # R
         for part, rows in self.segments.parts():
             grad, slope = self._map_gradient(part, rows)
             inner = self._variance_gradient(part, slope)
@@ -230,9 +231,9 @@ class _ExpansionBackward:
                 continue
             if self.batch_stats:
                 self.grad_cov += gram(self.expand[part], inner.to(self.expand.dtype))
-            if self.matching:
+            if reference is not None:
                 scaled = self.segments.scale(self.expand[part], self.factor[part].to(self.expand.dtype))
-                distance = self.segments.minus(scaled, self._reference(), rows)  # D
+                distance = self.segments.minus(scaled, reference, rows)  # D
                 self.grad_matched_cov += gram(distance)
         if self.same:
             self._finish_matched_cov()
