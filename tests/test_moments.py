@@ -96,6 +96,12 @@ def test_gradient_of_the_map_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(map_rows, inputs)
 
 
+def test_map_with_a_residual_connection_adds_the_rows() -> None:
+    rows, weight, bias = (tensor.requires_grad_() for tensor in (draw(7, CS), draw(CS, CS), draw(CS)))
+    torch.testing.assert_close(map_rows(rows, weight, bias, True), rows + rows @ weight.t() + bias)
+    assert torch.autograd.gradcheck(map_rows, (rows, weight, bias, True))
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_gradients_of_a_map_of_half_precision_rows_are_sums_in_single_precision(dtype: torch.dtype) -> None:
     rows, grad = draw(512, 8).to(dtype), (draw(512, 4) + 1).to(dtype)

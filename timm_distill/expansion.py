@@ -211,7 +211,7 @@ class _ExpansionBackward:
         if self.matching:
             self.unit = grad_loss / len(self.common)
             self.grad_offset = 2 * self.unit * residual
-            self.mean = self.segments.mean(self.expand)  # W
+            self.mean = self.segments.mean(self.expand)  # W, taken again rather than kept
             factor_mean = self.segments.mean(self.factor)
             self.factor_mean = factor_mean[:, None].to(self.mean.dtype)
             self.deviation = self.factor - factor_mean.repeat(self.segments.count)  # b

@@ -210,7 +210,7 @@ class NToOneTransform(Adapter):
             return AdapterOutput(x, loss)
         weight, bias = self._contract(expansion, offset, batch_stats, moments)
         rows = moments.centred.to(dtype)
-        if self.residual and rows.dtype == x.dtype == moments.centred.dtype:
+        if self.residual and rows.dtype == x.dtype == moments.centred.dtype:  # no rounding of x to `dtype` then
             output = map_rows(rows, weight, bias + moments.mean, residual=True)
             return AdapterOutput(from_rows(output, x), loss)
         output = from_rows(map_rows(rows, weight, bias), x)
