@@ -1,14 +1,16 @@
 """What the flags alone can show to be wrong, found before anything is built."""
 import argparse
 import difflib
+import inspect
 import logging
 import math
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_class, list_optimizers, optimizer_kwargs
 
 from ..errors import UsageError
 from .combinations import check_train_combinations
+from .ranges import check_ranges
 
 _logger = logging.getLogger(__name__)
 INTERPOLATIONS = ('bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')
@@ -33,20 +35,7 @@ _ONE_OF: Dict[str, Tuple[Optional[str], ...]] = {
     'on_nan': ('stop', 'skip', 'rollback'),
     'results_format': ('csv', 'json'),
 }
-_AT_LEAST_ONE = (
-    'batch_size', 'validation_batch_size', 'epochs', 'grad_accum_steps', 'num_classes', 'img_size', 'in_chans',
-    'log_interval', 'log_freq', 'val_interval', 'checkpoint_hist', 'recount', 'stop_epoch', 'num_gpu',
-    'naflex_max_seq_len', 'train_batches_per_epoch',
-)
-_NOT_NEGATIVE = (
-    'mixup', 'cutmix', 'workers', 'weight_decay', 'lr', 'lr_base', 'warmup_lr', 'min_lr', 'warmup_epochs',
-    'cooldown_epochs', 'recovery_interval', 'mixup_off_epoch', 'start_epoch', 'aug_repeats', 'epoch_repeats', 'tta',
-    'max_bad_images', 'distill_loss_weight', 'task_loss_weight', 'log_grad_norm',
-)
-_PROBABILITIES = (
-    'hflip', 'vflip', 'color_jitter_prob', 'grayscale_prob', 'gaussian_blur_prob', 'reprob', 'mixup_prob',
-    'mixup_switch_prob', 'smoothing', 'drop', 'drop_path', 'drop_block', 'model_ema_decay', 'multilabel_threshold',
-)
+_MAPPINGS = ('model_kwargs', 'teacher_kwargs', 'opt_kwargs', 'kd_kwargs', 'kd_weight')
 # Settings that only a distillation run reads, with the value that means 'not given'.
 _NEEDS_KD: Dict[str, Any] = {
     'teacher': None,
@@ -92,12 +81,8 @@ def _check_values(args: argparse.Namespace) -> None:
         if getattr(args, name, allowed[0]) not in allowed:
             words = ', '.join(f"'{v}'" for v in allowed if v)
             raise UsageError(f"{_flag(name)} '{getattr(args, name)}' must be one of {words}")
-    for names, low, high in ((_AT_LEAST_ONE, 1, math.inf), (_NOT_NEGATIVE, 0, math.inf), (_PROBABILITIES, 0, 1)):
-        for name in names:
-            value = getattr(args, name, None)
-            if value is not None and not low <= value <= high:
-                raise UsageError(
-                    f'{_flag(name)} {value} must be ' + (f'{low} or more' if high == math.inf else 'between 0 and 1'))
+    check_ranges(args)
+    _check_mappings(args)
     if args.amp and args.model_dtype not in (None, '', 'float32'):
         raise UsageError(f'--model-dtype {args.model_dtype} does not go with --amp, which needs float32 weights: '
                          'leave out one of the two')
@@ -108,12 +93,41 @@ def _check_values(args: argparse.Namespace) -> None:
             raise UsageError(f'{_flag(name)} has {len(value)} values: give one, or one for each of {channels} channels')
 
 
+def _check_mappings(args: argparse.Namespace) -> None:
+    """Reject nan and infinity among the values of `key=value` flags, also inside lists."""
+    for name in _MAPPINGS:
+        for key, value in getattr(args, name, {}).items():
+            values = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(v, float) and not math.isfinite(v) for v in values):
+                raise UsageError(f'{_flag(name)} {key}={value} must be finite')
+
+
 def _check_optimizer(args: argparse.Namespace) -> None:
     names = [str(name) for name in list_optimizers()]
     opt = args.opt.lower().split('_')[-1]  # timm takes prefixes such as lookahead_
     if opt not in names:
         closest = ', '.join(difflib.get_close_matches(opt, names) or names)
         raise UsageError(f"--opt '{args.opt}' is not an optimizer of timm; closest: {closest}")
+    known = _optimizer_options(opt)
+    for key in args.opt_kwargs:
+        if key in optimizer_kwargs(cfg=args):
+            raise UsageError(f'--opt-kwargs {key}={args.opt_kwargs[key]}: {key} has a flag of its own, {_flag(key)}')
+        if known and key not in known:
+            closest = ', '.join(difflib.get_close_matches(key, known) or known)
+            raise UsageError(f"--opt-kwargs {key}={args.opt_kwargs[key]}: '{args.opt}' has no such argument; closest: "
+                             f'{closest}')
+
+
+def _optimizer_options(opt: str) -> List[str]:
+    """Return the arguments of an optimizer and of timm's factory; none where they cannot be known."""
+    try:
+        parameters = inspect.signature(get_optimizer_class(opt, bind_defaults=False)).parameters.values()
+    except (AssertionError, ImportError):
+        return []
+    if any(p.kind == p.VAR_KEYWORD for p in parameters):
+        return []
+    own = ('foreach', 'fallback_list', 'fallback_no_weight_decay')
+    return sorted({*own, *(p.name for p in parameters)} - {'params'})
 
 
 def _check_augmentation(args: argparse.Namespace) -> None:
@@ -121,8 +135,12 @@ def _check_augmentation(args: argparse.Namespace) -> None:
         raise UsageError(f"--aa '{args.aa}' must begin with one of {', '.join(_AUTO_AUGMENT)}")
     for name in ('scale', 'ratio', 'cutmix_minmax'):
         value = getattr(args, name)
-        if value is not None and (len(value) != 2 or not 0 <= value[0] <= value[1]):
+        if value is not None and (len(value) != 2 or value[0] > value[1]):
             raise UsageError(f'{_flag(name)} {" ".join(map(str, value))} must be two numbers, smallest first')
+    if args.scale[1] == 0:
+        raise UsageError(f'--scale {" ".join(map(str, args.scale))} must end above 0: no crop would be left')
+    if args.cutmix_minmax is not None and args.cutmix_minmax[0] == args.cutmix_minmax[1]:
+        raise UsageError(f'--cutmix-minmax {" ".join(map(str, args.cutmix_minmax))} must be two different numbers')
     if (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None) and args.batch_size % 2:
         raise UsageError(f'--batch-size {args.batch_size} must be even with --mixup or --cutmix, which mix in pairs')
 

@@ -1,6 +1,7 @@
 """Flags that exclude or need one another. One small function per subject; each names the flag to change."""
 import argparse
 import logging
+from typing import Sequence
 
 from ..errors import UsageError
 
@@ -29,6 +30,10 @@ def check_metric(args: argparse.Namespace) -> None:
     if args.eval_metric not in allowed:
         raise UsageError(f"--eval-metric '{args.eval_metric}' must be one of {', '.join(allowed)} "
                          f'with --task {args.task}')
+
+
+def _join(values: Sequence[float]) -> str:
+    return ' '.join(map(str, values))
 
 
 def _reject(condition: object, message: str) -> None:
@@ -69,13 +74,13 @@ def _check_naflex(args: argparse.Namespace) -> None:
     probs, sizes = args.naflex_patch_size_probs, args.naflex_patch_sizes or []
     _reject(probs is not None and len(probs) != len(sizes),
             f'--naflex-patch-size-probs has {len(probs or [])} values for {len(sizes)} --naflex-patch-sizes')
+    _reject(probs is not None and sum(probs) == 0, '--naflex-patch-size-probs are all 0')
 
 
 def _check_size_schedule(args: argparse.Namespace) -> None:
     sizes = args.train_img_sizes
     if sizes is None:
         return
-    _reject(min(sizes) < 1, f'--train-img-sizes {" ".join(map(str, sizes))} must be 1 or more')
     lists = (('--train-batch-sizes', args.train_batch_sizes), ('--train-size-probs', args.train_size_probs))
     for flag, values in lists:
         _reject(values is not None and len(values) != len(sizes),
@@ -105,8 +110,14 @@ def _check_schedule(args: argparse.Namespace) -> None:
             '--sched plateau follows the validation of each epoch: leave out --sched-on-updates')
     _reject(args.stop_epoch is not None and args.stop_epoch > args.epochs,
             f'--stop-epoch {args.stop_epoch} is beyond --epochs {args.epochs}')
-    _reject(any(epoch < 1 for epoch in args.save_epochs),
-            f'--save-epochs {" ".join(map(str, args.save_epochs))} counts completed epochs, from 1')
+    milestones = args.decay_milestones
+    _reject(milestones != sorted(milestones), f'--decay-milestones {_join(milestones)} must not decrease')
+    noise = args.lr_noise
+    _reject(noise is not None and (len(noise) > 2 or noise != sorted(noise)),
+            f'--lr-noise {_join(noise or [])} must be one or two numbers, smallest first')
+    _reject(noise is not None and args.lr_noise_std > 100 * args.lr_noise_pct,
+            f'--lr-noise-std {args.lr_noise_std:g} is more than 100 times --lr-noise-pct {args.lr_noise_pct:g}: noise '
+            'is drawn again until it is below the latter')
 
 
 def _check_run(args: argparse.Namespace) -> None:
@@ -126,5 +137,10 @@ def _warn_of_flags_without_effect(args: argparse.Namespace) -> None:
     ):
         if given and not present:
             _logger.warning(f'{flag} has no effect without {needed}.')
+    if args.warmup_epochs >= args.epochs and not args.warmup_prefix:
+        _logger.warning(f'--warmup-epochs {args.warmup_epochs} takes all of --epochs {args.epochs}: the learning rate '
+                        'does not get beyond its warmup.')
+    if args.lr and args.min_lr > args.lr:
+        _logger.warning(f'--min-lr {args.min_lr:g} is above --lr {args.lr:g}: the schedule rises to it.')
     if args.drop_connect is not None:
         _logger.warning('--drop-connect has no effect, as in timm: use --drop-path.')

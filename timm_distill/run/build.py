@@ -145,7 +145,11 @@ def build_optimizer(args: argparse.Namespace, task: DistillTask, batch_size: flo
     """Create the optimizer over everything that trains: student, adapter and methods."""
     if not args.lr:
         args.lr = scale_learning_rate(args, batch_size)
-    return create_optimizer_v2(task.trainable_module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    try:
+        return create_optimizer_v2(task.trainable_module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    except Exception as e:  # every optimizer checks its arguments in its own way
+        raise UsageError(f'--opt {args.opt} cannot be built with these --opt-kwargs, --opt-betas, --opt-eps, --lr and '
+                         f'--momentum: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
 
 
 def scale_learning_rate(args: argparse.Namespace, batch_size: float) -> float:
