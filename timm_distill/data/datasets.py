@@ -3,13 +3,15 @@ import importlib.util
 import os
 import tarfile
 from argparse import Namespace
+from functools import partial
 from typing import Any, Dict, List, Optional, Tuple
 
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
 
 from ..errors import UsageError
-from .images import StrictImageDataset
+from .decoding import ImageDecoder
+from .images import DecodedStream, StrictImageDataset, load_file
 from .targets import set_multi_label_targets
 
 # Readers that bring their own splits and labels, each with the package that it needs and that package's name for pip;
@@ -21,6 +23,7 @@ _READERS = {
     'tfds': ('tensorflow_datasets', 'tensorflow-datasets'),
     'wds': ('webdataset', 'webdataset'),
 }
+_STREAMS_OF_IMAGES = ('hfids', 'wds')
 # Folder names that timm takes for one another when it looks for a split.
 _SPLIT_ALIASES = (
     ('train', 'training'),
@@ -144,12 +147,24 @@ def _create_reader_dataset(args: Namespace, flag: str, kwargs: Dict[str, Any]) -
     if importlib.util.find_spec(module) is None:
         raise UsageError(f'--dataset {args.dataset} needs the package {package}, which is not installed: '
                          f'pip install {package}')
+    mode = kwargs['input_img_mode']
+    if reader in _STREAMS_OF_IMAGES:
+        kwargs = {**kwargs, 'input_img_mode': ''}  # images come as they are and are converted by us
     try:
-        return create_dataset(args.dataset, **kwargs)
+        return _decode_here(create_dataset(args.dataset, **kwargs), mode, reader)
     except Exception as error:  # each of these libraries raises its own
         reason = ' '.join(str(error).split())[:300] or type(error).__name__
         raise UsageError(f"--dataset {args.dataset} cannot be opened with {flag} '{kwargs['split']}' and --data-dir "
                          f"{kwargs['root']}: {reason}") from error
+
+
+def _decode_here(dataset: Any, mode: str, reader: str) -> Dataset:
+    """Let images be converted as those of class folders are, where the reader would do it."""
+    if reader in _STREAMS_OF_IMAGES:
+        return DecodedStream(dataset, mode)
+    if callable(getattr(dataset, 'loader', None)):  # torchvision's datasets of files
+        dataset.loader = partial(load_file, decode=ImageDecoder(mode))
+    return dataset
 
 
 def _is_folder_dataset(name: str) -> bool:

@@ -1,20 +1,14 @@
 """Reading images of class folders and tar files, so that a file that cannot be read is not replaced unnoticed."""
 import logging
 import multiprocessing
-import struct
-import zlib
-from typing import Any, Tuple
+from typing import Any, Iterator, Optional, Tuple
 
-from PIL import Image, UnidentifiedImageError
-from timm.data import ImageDataset
+from timm.data import ImageDataset, IterableImageDataset
 
 from ..errors import UsageError
+from .decoding import ImageDecoder, check_regular_file, describe_image_error
 
 _logger = logging.getLogger(__name__)
-
-# All that PIL is known to raise on damaged or foreign files.
-_DECODE_ERRORS = (
-    OSError, EOFError, SyntaxError, ValueError, IndexError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class StrictImageDataset(ImageDataset):
@@ -36,6 +30,7 @@ class StrictImageDataset(ImageDataset):
             target_transform=dataset.target_transform,
             additional_features=dataset.additional_features,
         )
+        self.decode = ImageDecoder(self.input_img_mode)
         self.max_bad = max_bad
         # shared with loader processes; one byte per image tells a file seen again from another one
         self._is_bad = multiprocessing.Array('b', len(self.reader) if max_bad else 0)
@@ -78,19 +73,69 @@ class StrictImageDataset(ImageDataset):
 
     def _read(self, index: int) -> Tuple[Any, Any, list]:
         try:
+            path = self._path(index)
+            if path is not None:
+                check_regular_file(path)
             file, target, *features = self.reader[index]
-            if self.load_bytes:
-                return file.read(), target, features
-            img: Image.Image = Image.open(file)
-            if self.input_img_mode:
-                img = img.convert(self.input_img_mode)
-            img.load()  # pixels are decoded here, so that a truncated file fails here
-            return img, target, features
-        except _DECODE_ERRORS as error:
-            is_foreign = isinstance(error, UnidentifiedImageError)
-            reason = 'not an image of a known format' if is_foreign else ' '.join(str(error).split())
-            raise UsageError(
-                f'cannot read image {self.filename(index, absolute=True)}: {reason}; repair or remove it') from error
+            return file.read() if self.load_bytes else self.decode(file, path), target, features
+        except Exception as error:  # PIL's plugins and the readers each raise their own
+            raise _unreadable(self._name(index), error) from error
+
+    def _path(self, index: int) -> Optional[str]:
+        """Return the path of an image that is a file of its own."""
+        samples = getattr(self.reader, 'samples', None)
+        path = None if samples is None else samples[index][0]
+        return path if isinstance(path, str) else None
+
+    def _name(self, index: int) -> str:
+        name = self._path(index) or self.filename(index, absolute=True)
+        return name or f'number {index}'
+
+
+class DecodedStream(IterableImageDataset):
+    """An `IterableImageDataset` that converts images itself; its reader leaves them as they are.
+
+    Args:
+        dataset: Dataset to take over; its reader and transforms are shared.
+        mode: PIL mode to convert to.
+    """
+
+    def __init__(self, dataset: IterableImageDataset, mode: str):
+        super().__init__(
+            root=None,
+            reader=dataset.reader,
+            transform=dataset.transform,
+            target_transform=dataset.target_transform,
+        )
+        self.decode = ImageDecoder(mode)
+
+    def __iter__(self) -> Iterator[Tuple[Any, Any]]:
+        for image, target in self.reader:
+            try:
+                image = self.decode(image)
+            except Exception as error:
+                raise _unreadable('of the stream', error) from error
+            yield (
+                image if self.transform is None else self.transform(image),
+                target if self.target_transform is None else self.target_transform(target),
+            )
+
+
+def load_file(path: str, decode: ImageDecoder) -> Any:
+    """Decode the file of an image, for datasets of torchvision.
+
+    Raises:
+        UsageError: If it cannot be read.
+    """
+    try:
+        check_regular_file(path)
+        return decode(path, path)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> UsageError:
+    return UsageError(f'cannot read image {name}: {describe_image_error(error)}; repair or remove it')
 
 
 def user_message(error: UsageError) -> str:
