@@ -13,11 +13,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision.models import resnet18
 
 from timm_distill import Teacher, UsageError, create_distill_task, create_teacher
 from timm_distill.batch_norms import is_batch_norm
 from timm_distill.features import Features
 from timm_distill.fusing import settle_batch_norms
+from timm_distill.preprocessing import InputRecord
 from timm_distill.teacher import hash_weights
 
 SIZE = (3, 32, 32)
@@ -475,3 +477,112 @@ def test_teacher_in_its_own_stream_gives_the_same_losses() -> None:
         return torch.stack([task(x.clone(), torch.arange(64, device='cuda') % 5)['loss'].detach() for x in images])
 
     torch.testing.assert_close(_losses(True), _losses(False), rtol=1e-3, atol=1e-4)
+
+
+# The input that it is really fed
+
+WIDE_SWIN = {**SWIN, 'img_size': 128}
+
+
+def test_stages_are_matched_at_the_size_that_each_model_is_fed() -> None:
+    teacher = create_model('swin_tiny_patch4_window7_224', **WIDE_SWIN)
+    task = create_distill_task(create_model(), teacher, kd='sp', kd_kwargs={'sp.stages': 'all'}, input_size=SIZE,
+                               verbose=False)
+    (pairs,) = [method.pairs for method in task.module.methods.values()]
+    student_stages, stages = task.module.reader.spec.stages, task.teacher.stages
+    reductions = [(32 // student_stages[i].shape[1], 128 // stages[j].shape[1]) for i, j in pairs]
+    assert reductions == [(4, 4), (8, 8), (16, 16), (32, 32)]
+
+
+def test_preprocessing_says_what_is_in_force_and_equals_where_the_numbers_do() -> None:
+    fixed = Teacher(create_model('test_vit', img_size=48, dynamic_img_size=False), SIZE).preprocessing
+    assert fixed.input_size == (3, 48, 48) and fixed.mean == (0.5, 0.5, 0.5)
+    assert fixed.sources['input_size'] == 'the size that it was built for'
+    said = InputRecord('the test', (0.5, 0.5, 0.5), (0.5,), (48, 48), 'bicubic')
+    other = Teacher(create_model('test_resnet'), SIZE, records=[said]).preprocessing
+    assert other == fixed and other.values() == fixed.values() and not other.assumed
+    assert other != Teacher(create_model('test_resnet'), SIZE).preprocessing
+    assert 'the test' in str(other) and '48x48' in str(other)
+
+
+def test_first_record_that_names_a_value_counts() -> None:
+    records = [InputRecord('flag', mean=(0.1,)), InputRecord('file', (0.2, 0.3, 0.4), (0.5, 0.6, 0.7), (48, 64))]
+    preprocessing = Teacher(create_model(), SIZE, records=records).preprocessing
+    assert preprocessing.mean == (0.1, 0.1, 0.1) and preprocessing.std == (0.5, 0.6, 0.7)
+    assert preprocessing.input_size == (3, 48, 64)
+    assert preprocessing.sources['mean'] == 'flag' and preprocessing.sources['std'] == 'file'
+    assert preprocessing.sources['interpolation'] == "the architecture's default"
+
+
+@pytest.mark.parametrize('mode', ['bicubic', 'bilinear', 'nearest'])
+def test_recorded_interpolation_resizes(mode: str) -> None:
+    teacher = Teacher(create_model(), SIZE, records=[InputRecord('a file', size=(48, 40), interpolation=mode)])
+    x = torch.randn(2, *SIZE)
+    antialias = {} if mode == 'nearest' else dict(antialias=True, align_corners=False)
+    expected = F.interpolate(x * teacher.input_scale + teacher.input_shift, (48, 40), mode=mode, **antialias)
+    torch.testing.assert_close(teacher.prepare(x), expected)
+
+
+def test_filter_that_resizes_no_tensors_is_replaced_and_said() -> None:
+    record = InputRecord('a file', interpolation='lanczos')
+    preprocessing = Teacher(create_model(), SIZE, records=[record]).preprocessing
+    assert preprocessing.interpolation == 'bicubic' and 'lanczos' in preprocessing.sources['interpolation']
+
+
+@pytest.mark.parametrize('values', [(0.5, float('nan'), 0.5), (), ('a', 'b', 'c'), 'abc', (0., 1., 1.), 3, (-1.,)])
+def test_std_that_is_none_is_a_usage_error(values: Any) -> None:
+    with pytest.raises(UsageError, match=r"std .* \(a file\).*--teacher-std"):
+        Teacher(create_model(), SIZE, records=[InputRecord('a file', std=values)])
+
+
+def test_recorded_size_that_the_model_cannot_run_at_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match=r'cannot run at 32x32 \(a file\).*--teacher-img-size'):
+        Teacher(create_model('test_vit', img_size=48, dynamic_img_size=False), SIZE,
+                records=[InputRecord('a file', size=(32, 32))])
+
+
+# Class counts are those of the logits
+
+class OwnNetwork(nn.Module):
+    """One's own module, which says nothing of itself, or something wrong."""
+
+    def __init__(self, said: Any = None):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(8, 5)
+        if said is not None:
+            self.num_classes = said
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.body(x))
+
+
+@pytest.mark.parametrize('create', [OwnNetwork, lambda: OwnNetwork(1000), lambda: resnet18(num_classes=5)])
+def test_class_counts_are_measured_on_both_sides(create: Callable[[], nn.Module]) -> None:
+    assert Teacher(create(), SIZE).num_classes == 5
+    for pair in ((create(), create_model()), (create_model(), create()), (create(), create())):
+        task = create_distill_task(*pair, kd='kd+nd', input_size=SIZE, verbose=False)
+        assert task.class_means_shape[0] == 5
+        task.set_class_means(torch.randn(task.class_means_shape))
+        assert task(torch.randn(4, *SIZE), torch.arange(4))['loss'].isfinite()
+
+
+def test_unequal_classes_are_named_as_measured() -> None:
+    with pytest.raises(UsageError, match='the teacher has 5 classes and the student 7 classes'):
+        create_distill_task(create_model(num_classes=7), OwnNetwork(), kd='kd', input_size=SIZE, verbose=False)
+
+
+@pytest.mark.parametrize('name', [a[0] for a in ARCHITECTURES])
+def test_model_without_a_classifier_has_no_classes(name: str) -> None:
+    teacher = Teacher(create_model(name, num_classes=0, **dict(ARCHITECTURES)[name]), SIZE)
+    assert teacher.num_classes == 0
+    with pytest.raises(UsageError, match='the teacher has no classifier and the student 5 classes'):
+        create_distill_task(create_model(), teacher, kd='kd', input_size=SIZE, verbose=False)
+
+
+def test_srrl_refuses_a_teacher_without_classes_and_fm_takes_it() -> None:
+    teacher = Teacher(create_model(num_classes=0), SIZE)
+    with pytest.raises(UsageError, match='--kd fm'):
+        create_distill_task(create_model(), teacher, kd='srrl', input_size=SIZE, verbose=False)
+    task = create_distill_task(create_model(), teacher, kd='fm', input_size=SIZE, verbose=False)
+    assert task(torch.randn(4, *SIZE), torch.arange(4))['fm_loss'] > 0

@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from .adapters import Adapter, create_adapter
 from .composition import Composition, create_composition
 from .errors import UsageError
-from .features import Stage
+from .features import Stage, count_classes
 from .methods import DistillMethod
 from .probing import random_images, runnable_size
 from .reading import FeatureReader, FeatureSpec, PairSpec
@@ -107,10 +107,10 @@ def create_distill_task(
             checkpoint=teacher_checkpoint, pretrained=teacher_pretrained, model_kwargs=teacher_kwargs, verbose=verbose,
             device=teacher_device or device, dtype=teacher_dtype or dtype, autocast=teacher_dtype is None,
             own_stream=teacher_stream)
-        _check_class_counts(model, teacher_model, methods)
+        _check_class_counts(model, teacher_model, methods, input_size)
     module = _adapt_student(model, teacher_model, methods, input_size, kd_tap, verbose)
     if teacher_model is not None:
-        _build_methods(module, teacher_model, input_size, num_samples, sample_labels)
+        _build_methods(module, teacher_model, num_samples, sample_labels)
     if verbose and methods:
         _log_composition(kd, composition)
     criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
@@ -151,14 +151,28 @@ def _resolve_teacher(
                           verbose=verbose, **kwargs)
 
 
-def _check_class_counts(student: nn.Module, teacher: Teacher, methods: Mapping[str, DistillMethod]) -> None:
-    student_classes = getattr(student, 'num_classes', None)
+def _check_class_counts(
+        student: nn.Module,
+        teacher: Teacher,
+        methods: Mapping[str, DistillMethod],
+        input_size: Sequence[int],
+) -> None:
     on_logits = [name for name, method in methods.items() if method.needs_equal_classes()]
-    if on_logits and teacher.num_classes != student_classes:
+    if not on_logits:
+        return
+    size, reason = runnable_size(student, input_size)
+    if reason:
+        return  # said where the student is adapted
+    student_classes = count_classes(student, (input_size[0], *(size or input_size[1:])))
+    if teacher.num_classes != student_classes:
         raise UsageError(
-            f'--kd {"+".join(on_logits)} compares logits, but the teacher has {teacher.num_classes} classes and the '
-            f'student {student_classes}. Give a teacher trained on these classes with --teacher-checkpoint, change '
-            '--num-classes, or use a method that reads features alone (--list-kd).')
+            f'--kd {"+".join(on_logits)} compares logits, but the teacher has {_describe_classes(teacher.num_classes)} '
+            f'and the student {_describe_classes(student_classes)}. Give a teacher trained on these classes with '
+            '--teacher-checkpoint, change --num-classes, or use a method that reads features alone (--list-kd).')
+
+
+def _describe_classes(count: int) -> str:
+    return f'{count} classes' if count else 'no classifier'
 
 
 def _student_size(student: nn.Module, input_size: Sequence[int]) -> Optional[Tuple[int, int]]:
@@ -230,7 +244,6 @@ def _log_composition(kd: str, composition: Composition) -> None:
 def _build_methods(
         module: AdaptedStudent,
         teacher: Teacher,
-        input_size: Sequence[int],
         num_samples: Optional[int],
         sample_labels: Optional[torch.Tensor],
 ) -> None:
@@ -240,14 +253,15 @@ def _build_methods(
         return
     if num_samples is None and sample_labels is not None:
         num_samples = len(sample_labels)
-    pair = PairSpec(student, _teacher_spec(teacher, input_size), num_samples, sample_labels)
+    pair = PairSpec(student, _teacher_spec(teacher), num_samples, sample_labels)
     for method in module.methods.values():
         method.build(pair)
 
 
-def _teacher_spec(teacher: Teacher, input_size: Sequence[int]) -> FeatureSpec:
+def _teacher_spec(teacher: Teacher) -> FeatureSpec:
+    """Measure a teacher's features on the input that it is really fed, which may be another than the student's."""
     parameter = next(teacher.parameters())
-    images = random_images(teacher, input_size).to(parameter.device, parameter.dtype)
+    images = random_images(teacher, teacher.input_size).to(parameter.device, parameter.dtype)
     features = teacher(images, frozenset({'logits', 'feature', 'pre_logits'}))
     assert features.feature is not None and features.pre_logits is not None
     shape: Tuple[int, int, int] = tuple(features.feature.shape[1:])
@@ -256,7 +270,7 @@ def _teacher_spec(teacher: Teacher, input_size: Sequence[int]) -> FeatureSpec:
         feature=shape,
         pre_logits=features.pre_logits.shape[1],
         stages=teacher.stages or (Stage(-1, shape),),
-        input_size=tuple(input_size),  # type: ignore[arg-type]
+        input_size=teacher.input_size,
         head=teacher.head_input.output if teacher.head_input is not None else '',
         non_negative=frozenset(name for name, x in (('feature', features.feature), ('pre_logits', features.pre_logits))
                                if not (x < 0).any()),

@@ -87,6 +87,33 @@ def has_head(model: nn.Module) -> bool:
     return hasattr(model, 'forward_features') and hasattr(model, 'forward_head')
 
 
+def classes_of(logits: torch.Tensor, pre_logits: Optional[torch.Tensor] = None) -> int:
+    """Return K of logits [B, K]; 0 where they are no vector per image, or nothing but the pre-logits."""
+    if logits.ndim != 2:
+        return 0
+    if pre_logits is not None and torch.equal(pre_logits.flatten(1), logits):
+        return 0
+    return logits.shape[1]
+
+
+def count_classes(model: nn.Module, input_size: Sequence[int]) -> int:
+    """Return the classes of a model as its logits have them, whatever it says of itself; 0 without a classifier.
+
+    Args:
+        model: timm model or any other that gives logits, [B, K], or several of them first.
+        input_size: Input that it runs on, (channels, height, width).
+    """
+    with evaluation_mode(model):
+        images = random_images(model, input_size)
+        output = model(images)
+        logits = output[0] if isinstance(output, (tuple, list)) else output
+        try:
+            pre_logits = model.forward_head(model.forward_features(images), pre_logits=True)
+        except CANNOT_RUN:
+            pre_logits = None
+    return classes_of(logits, pre_logits)
+
+
 def last_stage_feature(raw: RawFeature, model: nn.Module) -> torch.Tensor:
     """Return the tensor of the last stage of what `forward_features` returned: the last, where there are several.
 

@@ -12,8 +12,9 @@ import torch.nn as nn
 
 from .errors import UsageError
 from .factory import create_distill_task
+from .features import classes_of
 from .merge import MERGE_TOLERANCE
-from .probing import random_images
+from .probing import evaluation_mode, random_images
 from .task import DistillTask
 from .teacher import Teacher
 
@@ -144,7 +145,8 @@ def _teacher_classes(name: str, pretrained: bool) -> Optional[int]:
 def _measure(task: DistillTask, teacher: str, student: str, kd: str, batch_size: int) -> PairReport:
     module = task.module
     images = random_images(module, task.input_size, batch_size).to(task.device)
-    num_classes = int(getattr(module.student, 'num_classes', 1))
+    with evaluation_mode(module):
+        num_classes = max(classes_of(module(images[:2])), 1)
     target = torch.arange(batch_size, device=task.device) % num_classes
     if task.needs_indices:
         target = torch.stack([target, torch.arange(batch_size, device=task.device)], 1)

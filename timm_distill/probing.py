@@ -145,11 +145,13 @@ def private_generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def resize_images(images: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
-    """Resize a batch, [B, C, H, W], with antialiased bicubic interpolation where it has another size."""
+def resize_images(images: torch.Tensor, size: Tuple[int, int], mode: str = 'bicubic') -> torch.Tensor:
+    """Resize a batch, [B, C, H, W], where it has another size; 'bicubic' and 'bilinear' are antialiased."""
     if tuple(images.shape[-2:]) == tuple(size):
         return images
-    return F.interpolate(images, size, mode='bicubic', antialias=True, align_corners=False)
+    if mode == 'nearest':
+        return F.interpolate(images, size, mode=mode)
+    return F.interpolate(images, size, mode=mode, antialias=True, align_corners=False)
 
 
 def runnable_size(
@@ -170,14 +172,21 @@ def runnable_size(
     for size in (tuple(input_size[1:]), own_size(model)):
         if size is None:
             continue
-        try:
-            with evaluation_mode(model):
-                model(random_images(model, (input_size[0], *size)))
-        except CANNOT_RUN as e:
-            reasons.append(f'at {size[0]}x{size[1]}: {" ".join(str(e).split())[:200]}')
-            continue
-        return (None if size == tuple(input_size[1:]) else (size[0], size[1])), ''
+        reason = reason_not_to_run(model, (input_size[0], *size))
+        if not reason:
+            return (None if size == tuple(input_size[1:]) else (size[0], size[1])), ''
+        reasons.append(f'at {size[0]}x{size[1]}: {reason}')
     return None, '; '.join(reasons)
+
+
+def reason_not_to_run(model: nn.Module, input_size: Sequence[int]) -> str:
+    """Return why a model does not run on an input (channels, height, width), '' where it does."""
+    try:
+        with evaluation_mode(model):
+            model(random_images(model, input_size))
+    except CANNOT_RUN as e:
+        return ' '.join(str(e).split())[:200] or type(e).__name__
+    return ''
 
 
 def own_size(model: nn.Module) -> Optional[Tuple[int, int]]:

@@ -12,6 +12,7 @@ from .errors import UsageError
 from .features import (
     Features,
     Stage,
+    classes_of,
     forward_with_stages,
     has_head,
     last_stage_feature,
@@ -31,11 +32,11 @@ class FeatureSpec:
     """What the features of a model look like for one image.
 
     Attributes:
-        num_classes: K.
+        num_classes: K, 0 without a classifier.
         feature: Shape of the last-stage feature as a map, (C, H, W); a vector as (C, 1, 1).
         pre_logits: Width of the classifier's input.
         stages: Intermediate features, shallow to deep; at least one, the last-stage feature.
-        input_size: What the model is fed, (channels, height, width).
+        input_size: What this model itself is fed, (channels, height, width).
         head: What the frozen head takes, 'feature' or 'pre_logits' (teacher only); '' where it cannot be run.
         non_negative: Which of 'feature' and 'pre_logits' are never negative, as behind a ReLU (teacher only).
     """
@@ -119,10 +120,10 @@ class FeatureReader:
         self.read_feature(features, raw, model)
         self.run_head(model, raw, features)
         self.outputs = wanted
-        assert features.feature is not None and features.pre_logits is not None
+        assert features.logits is not None and features.feature is not None and features.pre_logits is not None
         shape: Tuple[int, int, int] = tuple(features.feature.shape[1:])  # type: ignore[assignment]
         return FeatureSpec(
-            num_classes=int(getattr(model, 'num_classes', 0)),
+            num_classes=classes_of(features.logits, features.pre_logits),
             feature=shape,
             pre_logits=features.pre_logits.shape[1],
             stages=self.stages or (Stage(-1, shape),),

@@ -149,8 +149,9 @@ class DistillTask(TrainingTask):
         """The student's classes and the width of the teacher's pre-logits, (K, D); None where no method needs means."""
         if not any(method.needs_class_means for method in self.module.methods.values()):
             return None
-        assert self.teacher is not None
-        return int(getattr(self.module.student, 'num_classes', 0)), self.teacher.pre_logits_channels
+        student = self.module.reader.spec
+        assert self.teacher is not None and student is not None
+        return student.num_classes, self.teacher.pre_logits_channels
 
     def set_class_means(self, means: torch.Tensor) -> None:
         """Give the methods that need them the teacher's mean pre-logits of every class, [K, D].

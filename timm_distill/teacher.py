@@ -17,6 +17,7 @@ from .errors import UsageError
 from .features import (
     Features,
     Stage,
+    classes_of,
     forward_with_stages,
     has_head,
     last_stage_feature,
@@ -27,7 +28,16 @@ from .features import (
 from .fusing import FuseReport, fuse_batch_norms
 from .heads import HeadInput, find_head_input
 from .layouts import FeatureLayout
-from .probing import CANNOT_RUN, RawFeature, evaluation_mode, random_images, resize_images, runnable_size
+from .preprocessing import InputRecord, first_record, renormalization, resolve_preprocessing
+from .probing import (
+    CANNOT_RUN,
+    RawFeature,
+    evaluation_mode,
+    random_images,
+    reason_not_to_run,
+    resize_images,
+    runnable_size,
+)
 from .sharding import count_local_parameters, find_parts, shard
 from .taps import classifier_linear, classifier_reads_pre_logits, last_linear
 from .teacher_weights import load_teacher_model
@@ -68,13 +78,18 @@ class Teacher(nn.Module):
             on the CPU, where it is faster whatever order the images have, and as it comes elsewhere.
         own_stream: On CUDA, run in a stream of its own; see `start`.
         copy_model: Keep a copy, so that `model` stays as it is; else it is frozen and changed.
+        records: What is said of its own normalisation, input size and interpolation, the one that counts most first;
+            the model's `pretrained_cfg`, its size apart, stands behind them.
 
     Attributes:
+        preprocessing: What is done to its images, and where that was taken from.
+        input_size: What it is fed, (channels, height, width), whatever the student is fed.
+        num_classes: Columns of its logits, 0 where these are nothing but its pre-logits.
         fused: Which batch norms were folded.
         digest: SHA-256 of the weights as they came, before folding and rounding.
 
     Raises:
-        UsageError: If the model runs neither at the student's input size nor at its own.
+        UsageError: If the model runs neither at the student's input size nor at its own, or not at that of a record.
     """
 
     input_scale: torch.Tensor
@@ -93,14 +108,16 @@ class Teacher(nn.Module):
             channels_last: Optional[bool] = None,
             own_stream: bool = False,
             copy_model: bool = True,
+            records: Sequence[InputRecord] = (),
     ):
         super().__init__()
         self.model = (copy.deepcopy(model) if copy_model else model).to(device=device).requires_grad_(False)
         self.eval()
         self.digest = hash_weights(self.model)
-        self.resize_to = self._resolve_size(input_size)
+        self.resize_to, size_source = self._resolve_size(input_size, records)
         own_input = (input_size[0], *(self.resize_to or input_size[1:]))
-        self._own_input = own_input
+        self.preprocessing = resolve_preprocessing([*records, model_record(self.model)], own_input, size_source)
+        self.input_size = self.preprocessing.input_size
         self._reader: List[_Reader] = []  # of a sharded teacher; in a list, as it contains the model again
         self._read_structure(own_input)
         self.fused = fuse_batch_norms(self.model, own_input, self._read_all) if fuse else FuseReport(0, 0)
@@ -116,11 +133,7 @@ class Teacher(nn.Module):
         self.autocast = autocast
         self.own_stream = own_stream
         self._stream: Optional[torch.cuda.Stream] = None
-        self._register_normalization(input_size[0], student_mean, student_std)
-
-    @property
-    def num_classes(self) -> int:
-        return int(getattr(self.model, 'num_classes', 0))
+        self._register_normalization(student_mean, student_std)
 
     def tap_channels(self, point: str) -> int:
         """Return the channels of the counterpart of a student's tap point, 'features' or 'pre_logits'."""
@@ -166,7 +179,7 @@ class Teacher(nn.Module):
             raise UsageError('--teacher-fsdp spreads the teacher over processes: start them with torchrun.')
         for parameter in self.model.parameters():
             parameter.data = parameter.data.contiguous()  # shards know no other memory order
-        images = random_images(self.model, self._own_input)
+        images = random_images(self.model, self.input_size)
         with torch.no_grad():
             expected = self._read(self.model, images, TEACHER_OUTPUTS).tensors()
         classifier = classifier_linear(self.model) or last_linear(self.model, images)
@@ -274,7 +287,9 @@ class Teacher(nn.Module):
         if self.renormalize:
             images = images * self.input_scale + self.input_shift
         images = images.to(self.dtype)
-        return images if self.resize_to is None else resize_images(images, self.resize_to)
+        if self.resize_to is None:
+            return images
+        return resize_images(images, self.resize_to, self.preprocessing.interpolation)
 
     def _order_channels_last(self, own_input: Sequence[int]) -> None:
         """Bring the convolutions into channels_last order, unless the model has operations that need another."""
@@ -290,13 +305,8 @@ class Teacher(nn.Module):
             for weight, data in zip(weights, before):
                 weight.data = data
 
-    def _register_normalization(
-            self,
-            channels: int,
-            student_mean: Sequence[float],
-            student_std: Sequence[float],
-    ) -> None:
-        scale, shift = _renormalize(self.model, channels, student_mean, student_std)
+    def _register_normalization(self, student_mean: Sequence[float], student_std: Sequence[float]) -> None:
+        scale, shift = renormalization(self.preprocessing, student_mean, student_std)
         self.renormalize = bool((scale != 1).any() or (shift != 0).any())
         weight = next(self.model.parameters())
         self.dtype = weight.dtype
@@ -304,15 +314,26 @@ class Teacher(nn.Module):
         self.register_buffer('input_scale', scale.to(weight.device, precise), persistent=False)
         self.register_buffer('input_shift', shift.to(weight.device, precise), persistent=False)
 
-    def _resolve_size(self, input_size: Sequence[int]) -> Optional[Tuple[int, int]]:
-        """Return the size to resize to, None where the teacher runs at the student's."""
-        size, reason = runnable_size(self.model, input_size)
+    def _resolve_size(
+            self,
+            input_size: Sequence[int],
+            records: Sequence[InputRecord],
+    ) -> Tuple[Optional[Tuple[int, int]], str]:
+        """Return the size to resize to, None where the teacher runs at the student's; and where that comes from."""
+        name, student_size = type(self.model).__name__, (input_size[1], input_size[2])
+        said = first_record([*records, InputRecord('')], 'size')
+        if said.size is not None:
+            size = (int(said.size[0]), int(said.size[1]))
+            reason = reason_not_to_run(self.model, (input_size[0], *size))
+            if reason:
+                raise UsageError(f'The teacher {name} cannot run at {size[0]}x{size[1]} ({said.source}): {reason}. '
+                                 'Change --teacher-img-size, --in-chans or --teacher-kwargs img_size=N.')
+            return (None if size == student_size else size), said.source
+        own_size, reason = runnable_size(self.model, input_size)
         if reason:
-            raise UsageError(f'The teacher {type(self.model).__name__} cannot run on the input {list(input_size)}: '
-                             f'{reason}. Change --img-size, --in-chans or --teacher-kwargs img_size=N.')
-        if size is not None:
-            _logger.info(f'Teacher input: {input_size[1]}x{input_size[2]} is resized to its own {size[0]}x{size[1]}.')
-        return size
+            raise UsageError(f'The teacher {name} cannot run on the input {list(input_size)}: '
+                             f'{reason}. Change --img-size, --in-chans or --teacher-img-size.')
+        return own_size, "the student's size" if own_size is None else 'the size that it was built for'
 
     def _read_structure(self, own_input: Sequence[int]) -> None:
         """Find the features of the model, once."""
@@ -331,6 +352,7 @@ class Teacher(nn.Module):
                 self._classifier_input = next(n for n, m in self.model.named_modules() if m is classifier)
                 logits, pre_logits = self._read_whole(self.model, images)
                 self.pre_logits_channels = pre_logits.shape[1]
+                self.num_classes = classes_of(logits, pre_logits)
                 if torch.equal(_first(classifier(pre_logits)), logits):
                     self.head_input = HeadInput(
                         'pre_logits', shape=(self.pre_logits_channels,), classifier=self._classifier_input)
@@ -339,6 +361,7 @@ class Teacher(nn.Module):
             raw = self.model.forward_features(images)
             pre_logits = self._run_head(raw)
             self.pre_logits_channels = pre_logits.flatten(1).shape[1]
+            self.num_classes = classes_of(_first(self.model.forward_head(raw)), pre_logits)
             self._reuse_pre_logits = classifier_reads_pre_logits(self.model, raw)
             self.head_input = find_head_input(self.model, raw, self.layout, pre_logits, self._reuse_pre_logits)
             self.stages = resolve_stages(self.model, own_input)
@@ -416,23 +439,9 @@ def create_teacher(
         model, input_size, student_mean, student_std, device, dtype, copy_model=False, **teacher_kwargs)
 
 
-def _renormalize(
-        model: nn.Module,
-        channels: int,
-        student_mean: Sequence[float],
-        student_std: Sequence[float],
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Return (scale, shift), [1, C, 1, 1]: the map from the student's normalised input to the teacher's."""
+def model_record(model: nn.Module) -> InputRecord:
+    """Return what a model's `pretrained_cfg` says; its size is left out, as many models take any."""
     config = getattr(model, 'pretrained_cfg', None) or {}
-    own_mean = _per_channel(config.get('mean', IMAGENET_DEFAULT_MEAN), channels)
-    own_std = _per_channel(config.get('std', IMAGENET_DEFAULT_STD), channels)
-    mean, std = _per_channel(student_mean, channels), _per_channel(student_std, channels)
-    scale, shift = std / own_std, (mean - own_mean) / own_std
-    return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
-
-
-def _per_channel(values: Sequence[float], channels: int) -> torch.Tensor:
-    """Return one value per channel; where the counts differ, the average for all, as timm's loader does."""
-    if len(values) != channels:
-        values = [sum(values) / len(values)] * channels
-    return torch.tensor(values, dtype=torch.float64)
+    return InputRecord(
+        "the architecture's default", config.get('mean'), config.get('std'),
+        interpolation=config.get('interpolation'), assumed=True)

@@ -97,6 +97,10 @@ class SRRL(_Matching):
         self.logit_weight = float(logit_weight)
 
     def build(self, pair: PairSpec) -> None:
+        if not pair.teacher.num_classes:
+            raise UsageError("--kd srrl matches logits of the teacher's classifier, but this teacher has none: what "
+                             'its head makes of a feature is that feature again. Use --kd fm, which matches the '
+                             'feature alone, or a --teacher that classifies.')
         if not pair.teacher.head:
             raise UsageError("--kd srrl runs the teacher's head on the student's feature, but this head takes neither "
                              "the teacher's last feature map nor its pre-logits alone. Use --kd fm, which matches the "

@@ -1,0 +1,153 @@
+"""Preprocessing of a teacher's images: mean, standard deviation, size and interpolation, and where each was taken from.
+
+Knows neither models nor files: what they say comes as records, the one that counts most first.
+"""
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from .errors import UsageError
+
+RESIZE_MODES = ('bicubic', 'bilinear', 'nearest')  # of those that timm knows, what resizes tensors
+
+
+@dataclass(frozen=True)
+class InputRecord:
+    """What one source says of the images that a model was trained on; None where it says nothing.
+
+    Attributes:
+        source: Its name, for messages: 'the args in last.pth.tar'.
+        mean: Normalisation per channel, or one value for all.
+        std: Likewise.
+        size: (height, width) that the model is to be fed.
+        interpolation: Filter of resizing, under timm's name.
+        assumed: Nobody said so of these weights: a default.
+    """
+    source: str
+    mean: Optional[Sequence[float]] = None
+    std: Optional[Sequence[float]] = None
+    size: Optional[Tuple[int, int]] = None
+    interpolation: Optional[str] = None
+    assumed: bool = False
+
+
+DEFAULT_RECORD = InputRecord(
+    "timm's default", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, interpolation='bicubic', assumed=True)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to the images that a teacher is fed. Equal where the numbers are, wherever these came from.
+
+    Attributes:
+        mean: Normalisation, one value per channel.
+        std: Likewise.
+        input_size: What the teacher is fed, (channels, height, width).
+        interpolation: How images of another size are resized to it.
+        sources: Where each of these was taken from, by attribute.
+        assumed: Which of them nobody said of these weights.
+    """
+    mean: Tuple[float, ...]
+    std: Tuple[float, ...]
+    input_size: Tuple[int, int, int]
+    interpolation: str
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    assumed: Tuple[str, ...] = field(default=(), compare=False)
+
+    def values(self) -> Dict[str, Any]:
+        """Return what the teacher's outputs depend on as plain values, for fingerprints."""
+        return {name: value for name, value in asdict(self).items() if name not in ('sources', 'assumed')}
+
+    def __str__(self) -> str:
+        texts = {
+            'input_size': 'x'.join(str(n) for n in self.input_size[1:]),
+            'mean': f'mean {_format(self.mean)}',
+            'std': f'std {_format(self.std)}',
+            'interpolation': self.interpolation,
+        }
+        by_source: Dict[str, List[str]] = {}
+        for name, text in texts.items():
+            by_source.setdefault(self.sources.get(name, ''), []).append(text)
+        return '; '.join(', '.join(items) + (f' ({source})' if source else '') for source, items in by_source.items())
+
+
+def resolve_preprocessing(
+        records: Sequence[InputRecord],
+        input_size: Sequence[int],
+        size_source: str,
+) -> Preprocessing:
+    """Return the preprocessing that records name, each value from the first of them that has it.
+
+    Args:
+        records: The one that counts most first; timm's defaults stand behind them.
+        input_size: What the teacher is fed, (channels, height, width).
+        size_source: Where that size comes from.
+
+    Raises:
+        UsageError: If a normalisation is none: not one finite number for all channels or for each, or divided by 0.
+    """
+    chosen = {name: first_record([*records, DEFAULT_RECORD], name) for name in ('mean', 'std', 'interpolation')}
+    interpolation = str(chosen['interpolation'].interpolation)
+    sources = {name: record.source for name, record in chosen.items()}
+    if interpolation not in RESIZE_MODES:
+        sources['interpolation'] += f': {interpolation}, which resizes no tensors'
+    return Preprocessing(
+        mean=_check_channels('mean', chosen['mean'], input_size[0]),
+        std=_check_channels('std', chosen['std'], input_size[0]),
+        input_size=tuple(input_size),  # type: ignore[arg-type]
+        interpolation=interpolation if interpolation in RESIZE_MODES else 'bicubic',
+        sources={**sources, 'input_size': size_source},
+        assumed=tuple(name for name, record in chosen.items() if record.assumed),
+    )
+
+
+def first_record(records: Sequence[InputRecord], name: str) -> InputRecord:
+    """Return the first record that has a value; the last of all where none has."""
+    return next((record for record in records if getattr(record, name) is not None), records[-1])
+
+
+def _check_channels(name: str, record: InputRecord, channels: int) -> Tuple[float, ...]:
+    values = getattr(record, name)
+    try:
+        numbers = per_channel(values, channels)
+    except (TypeError, ValueError):
+        numbers = torch.empty(0)
+    if not numbers.numel() or not numbers.isfinite().all() or name == 'std' and not (numbers > 0).all():
+        raise UsageError(f'The teacher\'s {name} {str(values)[:80]!r} ({record.source}) must be numbers'
+                         f'{" above 0" if name == "std" else ""}, one or one for each of {channels} channels: give '
+                         f'--teacher-{name}.')
+    return tuple(numbers.tolist())
+
+
+def renormalization(
+        preprocessing: Preprocessing,
+        student_mean: Sequence[float],
+        student_std: Sequence[float],
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return (scale, shift), [1, C, 1, 1]: the map from the student's normalised input to the teacher's."""
+    channels = preprocessing.input_size[0]
+    own_mean, own_std = per_channel(preprocessing.mean, channels), per_channel(preprocessing.std, channels)
+    mean, std = per_channel(student_mean, channels), per_channel(student_std, channels)
+    scale, shift = std / own_std, (mean - own_mean) / own_std
+    return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
+
+
+def is_same_normalization(preprocessing: Preprocessing, mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Whether a model's images have the teacher's mean and standard deviation."""
+    scale, shift = renormalization(preprocessing, mean, std)
+    return bool(((scale - 1).abs() < 1e-6).all() and (shift.abs() < 1e-6).all())
+
+
+def per_channel(values: Sequence[float], channels: int) -> torch.Tensor:
+    """Return one value per channel; where the counts differ, the average for all, as timm's loader does."""
+    numbers = [float(value) for value in values]
+    if len(numbers) != channels:
+        numbers = [math.fsum(numbers) / len(numbers)] * channels if numbers else []
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _format(values: Sequence[float]) -> str:
+    return ' '.join(f'{value:.4g}' for value in (values if len(set(values)) > 1 else values[:1]))
