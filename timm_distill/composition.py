@@ -171,6 +171,9 @@ def _resolve_weights(
     for name, weight in (kd_weight or {}).items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise UsageError(f'--kd-weight {name}={weight} must be a number, 0 or more.')
+    for flag, factor in (('--task-loss-weight', task_loss_weight), ('--distill-loss-weight', distill_loss_weight)):
+        if factor is not None and not 0 <= factor < math.inf:
+            raise UsageError(f'{flag} {factor} must be a finite number from 0.')
     if distill_loss_weight is None:
         complementary = task_loss_weight is not None and not kd_weight and bool(default_weights)
         distill_loss_weight = 1. - task_loss_weight if complementary else 1.

@@ -14,6 +14,7 @@ from typing import Any, Callable, Dict, List, Mapping
 from .errors import UsageError
 
 _logger = logging.getLogger(__name__)
+_LARGEST = 10 ** 8  # no weight, width or count of a method is as large
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,10 @@ def _distribution(entry_point: EntryPoint) -> str:
 
 
 def _check_type(option: str, value: Any, default: Any) -> None:
-    """Raise a UsageError where a switch or number is given something else; other options check their own values."""
+    """Raise a UsageError where a switch or number is given something else, or a number without measure.
+
+    Ranges and all other options are checked by the class.
+    """
     if isinstance(default, bool):
         expected, fits = 'True or False', isinstance(value, bool)
     elif isinstance(default, int):
@@ -138,6 +142,8 @@ def _check_type(option: str, value: Any, default: Any) -> None:
         return
     if not fits:
         raise UsageError(f'{option}={value!r} must be {expected} (--kd-kwargs {option}={default}).')
+    if not -_LARGEST <= value <= _LARGEST:  # nan too
+        raise UsageError(f'{option}={value!r} must be a number of at most {_LARGEST:g} (--kd-kwargs {option}={default}).')
 
 
 def _closest(word: str, known: Mapping[str, Any]) -> str:

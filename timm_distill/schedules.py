@@ -23,8 +23,8 @@ class WeightSchedule:
     def __init__(self, steps: Steps):
         epochs = [epoch for epoch, _ in steps]
         increasing = epochs[:1] == [0] and all(a < b for a, b in zip(epochs, epochs[1:]))
-        if not increasing or not all(math.isfinite(weight) for _, weight in steps):
-            raise UsageError(f'A weight schedule is {_FORMS}, with increasing epochs and finite weights, not {steps}.')
+        if not increasing or not all(0 <= weight < math.inf for _, weight in steps):
+            raise UsageError(f'A weight schedule is {_FORMS}, with increasing epochs and weights from 0, not {steps}.')
         self.steps = steps
         self._epochs = epochs
 
@@ -64,8 +64,8 @@ class CosineSchedule:
     """
 
     def __init__(self, start: float, end: float, num_epochs: int):
-        if not (math.isfinite(start) and math.isfinite(end)):
-            raise UsageError(f'cosine:{start:g}:{end:g} must have finite weights.')
+        if not (0 <= start < math.inf and 0 <= end < math.inf):
+            raise UsageError(f'cosine:{start:g}:{end:g} must have finite weights from 0.')
         self.start, self.end, self.num_epochs = start, end, num_epochs
 
     def __call__(self, epoch: int) -> float:

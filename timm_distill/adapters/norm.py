@@ -83,8 +83,8 @@ class NToOneTransform(Adapter):
             side: bool = False,
     ):
         super().__init__(student_channels, teacher_channels)
-        if segments < 1:
-            raise UsageError(f'norm.segments={segments} must be at least 1 (--kd-kwargs norm.segments=8).')
+        if not 1 <= segments <= 1024:
+            raise UsageError(f'norm.segments={segments} must be from 1 to 1024 (--kd-kwargs norm.segments=8).')
         for option, value, known in (('pool', pool, _POOLS), ('form', form, _FORMS)):
             if value not in known:
                 raise UsageError(f"norm.{option}={value!r} must be one of {', '.join(known)} "

@@ -79,8 +79,8 @@ class AB(DistillMethod):
 
     def __init__(self, margin: float = 1., stages: StageChoice = 'all'):
         super().__init__()
-        if not 0 < margin < math.inf:
-            raise UsageError(f'ab.margin={margin!r} must be positive (--kd-kwargs ab.margin=1).')
+        if not 0 < margin <= 1000:
+            raise UsageError(f'ab.margin={margin!r} must be above 0 and at most 1000 (--kd-kwargs ab.margin=1).')
         self.margin = float(margin)
         self.stages = check_stage_choice(stages, 'ab.stages')
         self.pairs: StagePairs = ()

@@ -67,8 +67,8 @@ class AT(DistillMethod):
 
     def __init__(self, power: float = 2., stages: StageChoice = 'all'):
         super().__init__()
-        if not 1 < power < math.inf:
-            raise UsageError(f'at.power={power!r} must be more than 1 (--kd-kwargs at.power=2).')
+        if not 1 < power <= 16:
+            raise UsageError(f'at.power={power!r} must be more than 1 and at most 16 (--kd-kwargs at.power=2).')
         self.power = float(power)
         self.stages = check_stage_choice(stages, 'at.stages')
         self.pairs: StagePairs = ()

@@ -8,12 +8,24 @@ from typing import Any, Callable, ClassVar, Dict, FrozenSet, Mapping, Optional
 import torch
 import torch.nn as nn
 
+from ..errors import UsageError
 from ..features import Features
 from ..reading import PairSpec
 from ..registry import Registry
 from ..schedules import Steps
 
 METHODS = Registry('method', '--kd', __package__, entry_points='timm_distill.methods')
+
+
+def check_temperature(method: str, temperature: float) -> None:
+    """Raise a UsageError for a temperature at which float32 keeps nothing of the logits.
+
+    Far above 1 the distributions are equal up to rounding, which the squared temperature then magnifies; far below they
+    are one-hot whatever the logits.
+    """
+    if not 0.01 <= temperature <= 1000:
+        raise UsageError(f'{method}.temperature={temperature!r} must be from 0.01 to 1000 '
+                         f'(--kd-kwargs {method}.temperature=4).')
 
 
 def register_method(name: str) -> Callable[[type], type]:

@@ -9,7 +9,6 @@ the teacher each question too; it is for teachers whose own training was binary 
 logits of a softmax teacher have no scale of their own. Both are means over samples and classes, as timm's binary
 cross-entropy is; `reduction='sum'` sums over classes (`--bce-sum`).
 """
-import math
 from typing import Dict
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from ..errors import UsageError
 from ..features import Features
 from ..losses import to_full_precision
-from .base import DistillMethod, register_method
+from .base import DistillMethod, check_temperature, register_method
 
 TARGETS = ('softmax', 'sigmoid')
 REDUCTIONS = ('mean', 'sum')
@@ -71,8 +70,7 @@ class BinaryKD(DistillMethod):
             if value not in allowed:
                 raise UsageError(f'bce_kd.{name}={value!r} must be one of {", ".join(allowed)} '
                                  f'(--kd-kwargs bce_kd.{name}={allowed[0]}).')
-        if not 0 < temperature < math.inf:
-            raise UsageError(f'bce_kd.temperature={temperature!r} must be positive (--kd-kwargs bce_kd.temperature=1).')
+        check_temperature('bce_kd', temperature)
         self.target, self.temperature, self.reduction = target, float(temperature), reduction
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:

@@ -50,8 +50,8 @@ class CC(DistillMethod):
 
     def __init__(self, width: int = 128):
         super().__init__()
-        if width < 1:
-            raise UsageError(f'cc.width={width!r} must be 1 or more (--kd-kwargs cc.width=128).')
+        if not 1 <= width <= 65536:
+            raise UsageError(f'cc.width={width!r} must be from 1 to 65536 (--kd-kwargs cc.width=128).')
         self.width = width
 
     def build(self, pair: PairSpec) -> None:

@@ -24,9 +24,10 @@ from ..errors import UsageError
 from ..features import Features
 from ..losses import to_full_precision
 from ..reading import PairSpec
-from .base import DistillMethod, register_method
+from .base import DistillMethod, check_temperature, register_method
 
 _MODES = ('exact', 'relax', 'instance')
+_MOST_NUMBERS = 2 ** 27  # half a gigabyte for each image of a batch
 _MANY = 2 ** 62  # a remainder of a number below this is as good as uniform
 
 
@@ -103,8 +104,11 @@ class CRD(DistillMethod):
         for name, value in (('embed_dim', embed_dim), ('negatives', negatives)):
             if value < 1:
                 raise UsageError(f'crd.{name}={value!r} must be 1 or more.')
-        if not 0 < temperature < math.inf:
-            raise UsageError(f'crd.temperature={temperature!r} must be positive (--kd-kwargs crd.temperature=0.07).')
+        if embed_dim * negatives > _MOST_NUMBERS:
+            raise UsageError(f'crd.negatives={negatives} of crd.embed_dim={embed_dim} are {embed_dim * negatives:.3g} '
+                             f'numbers for every image of a batch, of which {_MOST_NUMBERS:.3g} are allowed '
+                             '(--kd-kwargs crd.negatives=16384 crd.embed_dim=128).')
+        check_temperature('crd', temperature)
         if not 0 <= momentum < 1:
             raise UsageError(f'crd.momentum={momentum!r} must be from 0 to below 1 (--kd-kwargs crd.momentum=0.5).')
         if mode not in _MODES:

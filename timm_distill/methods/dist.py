@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ..errors import UsageError
 from ..features import Features
 from ..losses import to_full_precision
-from .base import DistillMethod, register_method
+from .base import DistillMethod, check_temperature, register_method
 
 EPS = 1e-8  # added to the product of the norms
 
@@ -70,8 +70,7 @@ class DIST(DistillMethod):
         for name, value in (('beta', beta), ('gamma', gamma)):
             if not 0 <= value < math.inf:
                 raise UsageError(f'dist.{name}={value!r} must be 0 or more (--kd-kwargs dist.{name}=1).')
-        if not 0 < temperature < math.inf:
-            raise UsageError(f'dist.temperature={temperature!r} must be positive (--kd-kwargs dist.temperature=1).')
+        check_temperature('dist', temperature)
         self.beta, self.gamma, self.temperature = float(beta), float(gamma), float(temperature)
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ..errors import UsageError
 from ..features import Features
 from ..losses import to_full_precision
-from .base import DistillMethod, register_method
+from .base import DistillMethod, check_temperature, register_method
 
 
 def decoupled_divergences(
@@ -117,8 +117,7 @@ class DKD(DistillMethod):
         for name, value in (('alpha', alpha), ('beta', beta)):
             if not 0 <= value < math.inf:
                 raise UsageError(f'dkd.{name}={value!r} must be 0 or more (--kd-kwargs dkd.{name}=1).')
-        if not 0 < temperature < math.inf:
-            raise UsageError(f'dkd.temperature={temperature!r} must be positive (--kd-kwargs dkd.temperature=4).')
+        check_temperature('dkd', temperature)
         self.alpha, self.beta, self.temperature = float(alpha), float(beta), float(temperature)
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:

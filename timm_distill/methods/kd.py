@@ -6,16 +6,14 @@ Distilling the Knowledge in a Neural Network (Hinton et al., 2015), https://arxi
 distillation of DeiT (Touvron et al., ICML 2021, https://arxiv.org/abs/2012.12877): cross-entropy with the teacher's
 decision. Teacher and student see the same, possibly mixed, images, so mixup and cutmix are safe.
 """
-import math
 from typing import Dict
 
 import torch
 import torch.nn.functional as F
 
-from ..errors import UsageError
 from ..features import Features
 from ..losses import kl_divergence, to_full_precision
-from .base import DistillMethod, register_method
+from .base import DistillMethod, check_temperature, register_method
 
 
 def hard_label_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
@@ -38,8 +36,7 @@ class KD(DistillMethod):
 
     def __init__(self, temperature: float = 4., hard: bool = False):
         super().__init__()
-        if not 0 < temperature < math.inf:
-            raise UsageError(f'kd.temperature={temperature!r} must be positive (--kd-kwargs kd.temperature=4).')
+        check_temperature('kd', temperature)
         self.temperature = float(temperature)
         self.hard = hard
 

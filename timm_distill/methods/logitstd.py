@@ -7,7 +7,6 @@ divergence, so that the student need not copy the teacher's logit range. The pap
 temperature 2, weight 9 and 0.1 times the cross-entropy of the raw logits:
 `--kd logitstd --kd-weight logitstd=9 --task-loss-weight 0.1`.
 """
-import math
 from typing import Dict
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from ..errors import UsageError
 from ..features import Features
 from ..losses import kl_divergence, to_full_precision
-from .base import DistillMethod, register_method
+from .base import DistillMethod, check_temperature, register_method
 
 EPS = 1e-7  # added to the standard deviation
 
@@ -47,9 +46,9 @@ class LogitStandardization(DistillMethod):
 
     def __init__(self, temperature: float = 2., eps: float = EPS):
         super().__init__()
-        for name, value in (('temperature', temperature), ('eps', eps)):
-            if not 0 < value < math.inf:
-                raise UsageError(f'logitstd.{name}={value!r} must be positive (--kd-kwargs logitstd.temperature=2).')
+        check_temperature('logitstd', temperature)
+        if not 0 < eps <= 1:
+            raise UsageError(f'logitstd.eps={eps!r} must be above 0 and at most 1 (--kd-kwargs logitstd.eps=1e-7).')
         self.temperature, self.eps = float(temperature), float(eps)
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:

@@ -64,8 +64,8 @@ class NORM(DistillMethod):
             logit_scale: float = 0.,
     ):
         super().__init__()
-        if not 0 <= logit_scale < math.inf:
-            raise UsageError(f'norm.logit_scale={logit_scale!r} must be 0 (off) or positive, e.g. 2.5.')
+        if not 0 <= logit_scale <= 1000:
+            raise UsageError(f'norm.logit_scale={logit_scale!r} must be 0 (off) or up to 1000, e.g. 2.5.')
         self.schedule = create_weight_schedule(schedule, SCHEDULES, option='norm.schedule')
         self.logit_scale = float(logit_scale)
         self._adapter_options = dict(

@@ -20,7 +20,7 @@ from ..errors import UsageError
 from ..features import Features, Stage
 from ..losses import to_full_precision
 from ..reading import PairSpec
-from .base import DistillMethod, register_method
+from .base import DistillMethod, check_temperature, register_method
 
 
 def ofa_loss(
@@ -98,8 +98,7 @@ class OFA(DistillMethod):
         super().__init__()
         if stages < 1:
             raise UsageError(f'ofa.stages={stages} must be 1 or more (--kd-kwargs ofa.stages=4).')
-        if not 0 < temperature < math.inf:
-            raise UsageError(f'ofa.temperature={temperature!r} must be positive (--kd-kwargs ofa.temperature=1).')
+        check_temperature('ofa', temperature)
         self.eps = _check_eps('ofa.eps', eps)
         self.stage_eps = stage_eps
         self.temperature = float(temperature)
@@ -131,6 +130,6 @@ class OFA(DistillMethod):
 
 
 def _check_eps(option: str, eps: Optional[float]) -> float:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
-        raise UsageError(f'{option}={eps!r} must be positive (--kd-kwargs {option}=1.5).')
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps <= 100:
+        raise UsageError(f'{option}={eps!r} must be above 0 and at most 100 (--kd-kwargs {option}=1.5).')
     return float(eps)

@@ -98,8 +98,8 @@ class ReviewKD(DistillMethod):
         super().__init__()
         if stages < 1:
             raise UsageError(f'reviewkd.stages={stages} must be 1 or more (--kd-kwargs reviewkd.stages=4).')
-        if mid_channels < 0:
-            raise UsageError(f'reviewkd.mid_channels={mid_channels} must be 0 (chosen by the student) or more.')
+        if not 0 <= mid_channels <= 65536:
+            raise UsageError(f'reviewkd.mid_channels={mid_channels} must be 0 (chosen by the student) or up to 65536.')
         self.stages = stages
         self.mid_channels = mid_channels
         self.pairs: StagePairs = ()

@@ -8,16 +8,14 @@ labels, the distillation token from the teacher: from its decision (`hard=True`,
 distribution. DeiT gives both losses the weight 1/2: `--task-loss-weight 0.5`. In evaluation the student's logits are
 the average of both classifiers, as timm computes them.
 """
-import math
 from typing import Dict
 
 import torch
 import torch.nn.functional as F
 
-from ..errors import UsageError
 from ..features import Features
 from ..losses import kl_divergence, to_full_precision
-from .base import DistillMethod, register_method
+from .base import DistillMethod, check_temperature, register_method
 
 
 @register_method('token')
@@ -36,8 +34,7 @@ class TokenDistillation(DistillMethod):
 
     def __init__(self, hard: bool = True, temperature: float = 1.):
         super().__init__()
-        if not 0 < temperature < math.inf:
-            raise UsageError(f'token.temperature={temperature!r} must be positive (--kd-kwargs token.temperature=1).')
+        check_temperature('token', temperature)
         self.hard = hard
         self.temperature = float(temperature)
 

@@ -95,8 +95,8 @@ class VID(DistillMethod):
 
     def __init__(self, width: int = 0, initial_variance: float = 5., stages: StageChoice = 'all'):
         super().__init__()
-        if width < 0:
-            raise UsageError(f"vid.width={width!r} must be 0 (the teacher's channels) or more.")
+        if not 0 <= width <= 65536:
+            raise UsageError(f"vid.width={width!r} must be 0 (the teacher's channels) or up to 65536.")
         if not 1e-3 <= initial_variance <= 100:
             raise UsageError(f'vid.initial_variance={initial_variance!r} must be from 0.001 to 100 '
                              '(--kd-kwargs vid.initial_variance=5).')
