@@ -143,7 +143,8 @@ def _check_type(option: str, value: Any, default: Any) -> None:
     if not fits:
         raise UsageError(f'{option}={value!r} must be {expected} (--kd-kwargs {option}={default}).')
     if not -_LARGEST <= value <= _LARGEST:  # nan too
-        raise UsageError(f'{option}={value!r} must be a number of at most {_LARGEST:g} (--kd-kwargs {option}={default}).')
+        raise UsageError(f'{option}={value!r} must be a number of at most {_LARGEST:g} '
+                         f'(--kd-kwargs {option}={default}).')
 
 
 def _closest(word: str, known: Mapping[str, Any]) -> str:

@@ -60,8 +60,10 @@ def test_a_number_beyond_what_the_pair_can_have_is_named(method: str, options: A
             num_classes=5, sample_labels=torch.arange(10) % 5, input_size=(3, 32, 32), verbose=False)
 
 
-@pytest.mark.parametrize('spec', ['0:-1', '0:1,5:-0.5', '0:nan', '0:1e999', 'cosine:1:-1', 'cosine:-1:0', 'cosine:nan:0',
-                                  'warmup:0', 'warmup:-3', 'stop:-2', 'stop:0', '-1:1', {0: -1.}])
+@pytest.mark.parametrize('spec', [
+    '0:-1', '0:1,5:-0.5', '0:nan', '0:1e999', 'cosine:1:-1', 'cosine:-1:0', 'cosine:nan:0', 'warmup:0', 'warmup:-3',
+    'stop:-2', 'stop:0', '-1:1', {0: -1.},
+])
 def test_no_schedule_makes_a_weight_negative_or_endless(spec: Any) -> None:
     with pytest.raises(UsageError):
         create_weight_schedule(spec, num_epochs=10)

@@ -11,7 +11,6 @@ Published is a first phase of this loss alone, then training on labels; here it 
 `--kd-schedule ab=initialize` keeps it to the first 30 epochs. The scale is that of the common implementation: summed
 over neurons, mean over samples, times 0.003, halved for each stage up from the deepest.
 """
-import math
 from typing import Dict, Sequence, Tuple
 
 import torch

@@ -6,7 +6,6 @@ Paying More Attention to Attention: Improving the Performance of Convolutional N
 The attention map of a feature is its energy at each position, scaled to unit length. `power=2` is the published
 variant. The scale is that of the common implementation, a mean over samples and positions; its weight is 1000.
 """
-import math
 from typing import Dict, Sequence
 
 import torch

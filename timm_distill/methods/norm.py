@@ -12,7 +12,6 @@ feature, times N, so that this term with weight w is the paper's with alpha = N 
 well as in KD). It is off by default because it trains logits whose scale the model's softmax never sees: the released
 student's accuracy is kept but its confidence is not calibrated.
 """
-import math
 from typing import Any, Dict
 
 import torch

@@ -8,7 +8,6 @@ the teacher's final logits by a loss that enhances the target class. The officia
 separable convolutions for convolutional students and transformer blocks for others; here every stage is a map, so that
 the former serve all. All three official weights (label, final logits, stages) are 1, and the stage losses are summed.
 """
-import math
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
