@@ -90,7 +90,7 @@ def test_file_loads_into_the_plain_timm_model_and_weights_only(tmp_path):
     model = timm.create_model('test_resnet', num_classes=4, checkpoint_path=path)
     torch.testing.assert_close(model.state_dict(), task.get_trainable_module(ema=True).module.state_dict())
     assert set(read_checkpoint(path)) == {
-        'epoch', 'version', 'arch', 'args', 'optimizer', 'amp_scaler', 'metric', 'saver', 'ranks',
+        'epoch', 'version', 'arch', 'args', 'optimizer', 'hidden', 'amp_scaler', 'metric', 'saver', 'ranks',
         'state_dict', 'task_state', 'state_dict_ema', 'task_state_ema'}
 
 

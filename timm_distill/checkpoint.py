@@ -16,6 +16,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import CheckpointSaver, unwrap_model
 
 from .errors import MergeError
+from .optimizer_state import get_hidden_state
 from .rng import get_rng_state, unchanged_randomness
 from .storage import flush, put_in_place, write_checkpoint
 
@@ -191,6 +192,7 @@ class DistillCheckpointSaver(CheckpointSaver):
         with unchanged_randomness():  # verifying a merge may draw random numbers
             state = {**self._run_state(epoch), **self._task_state(epoch)}
         state['optimizer'] = self.optimizer.state_dict()
+        state['hidden'] = self._hidden_state()
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
         if self.lr_scheduler is not None:
@@ -200,6 +202,11 @@ class DistillCheckpointSaver(CheckpointSaver):
         state['saver'] = self.state_dict(None if recovery else epoch, metric)
         state['ranks'] = self.ranks or [get_rank_state(self.task, None)]
         write_checkpoint(state, save_path)
+
+    def _hidden_state(self) -> Dict[str, Any]:
+        """What optimizer and EMA remember outside of their state dicts."""
+        holders = {'optimizer': self.optimizer, 'ema': getattr(self.task, 'trainable_module_ema', None)}
+        return {name: get_hidden_state(holder) for name, holder in holders.items() if holder is not None}
 
     def _run_state(self, epoch: int) -> Dict[str, Any]:
         """Entries that say what the file is."""

@@ -17,6 +17,7 @@ from timm.task import TrainingTask
 
 from .checkpoint import PLATEAU_COUNTERS, get_rank_buffers
 from .errors import UsageError
+from .optimizer_state import load_optimizer_state, set_hidden_state
 from .rng import set_rng_state
 from .storage import DamagedFileError, read_checkpoint, read_metadata
 
@@ -146,6 +147,9 @@ def check_same_run(args: argparse.Namespace, checkpoint: Dict[str, Any], teacher
     if saved_hash and teacher_hash and saved_hash != teacher_hash:
         raise UsageError(f'{args.resume!r} was distilled from a teacher with other weights (SHA-256 {saved_hash[:12]}, '
                          f'here {teacher_hash[:12]}). Give its --teacher-checkpoint.')
+    if 'opt' in differing and not args.no_resume_opt:
+        raise UsageError(f"{args.resume!r} holds the state of another optimizer: --opt {saved['opt']} -> {now['opt']}. "
+                         'Give the flag of that run, or --no-resume-opt to start the optimizer afresh.')
     changed = [name for name in differing if name not in _WITHOUT_EFFECT and not name.startswith(('log_', 'wandb_'))]
     if changed:
         _logger.warning(f'Flags differ from those of the checkpoint: {_differences(changed, saved, now)}. The run goes '
@@ -251,11 +255,12 @@ def _load_weights(task: TrainingTask, checkpoint: Dict[str, Any], path: str) -> 
 
 
 def _group_keys(group: Dict[str, Any]) -> List[str]:
-    # switches (bool or None) come and go with torch versions, the numbers belong to the kind of optimizer
+    # switches (bool or None) come and go with torch versions, the numbers belong to the kind of optimizer; 'step' is
+    # counted by some from their first update on
     return sorted(
         k for k, v in group.items()
-        if k not in ('params', 'initial_lr', 'lr_scale', 'param_names') and isinstance(v, (float, int, tuple, list))
-        and not isinstance(v, bool))
+        if k not in ('params', 'initial_lr', 'lr_scale', 'param_names', 'step')
+        and isinstance(v, (float, int, tuple, list)) and not isinstance(v, bool))
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: Dict[str, Any], path: str) -> None:
@@ -269,7 +274,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: Dict[str, Any], pat
         if keys != saved_keys:
             raise UsageError(
                 f'The optimizer in {path!r} is of another kind, it has {saved_keys} and here it is {keys}: {advice}')
-    optimizer.load_state_dict(state)
+    load_optimizer_state(optimizer, state)
 
 
 def _has(checkpoint: Dict[str, Any], key: str, missing: List[str]) -> bool:
@@ -309,6 +314,9 @@ def resume_task(
     missing = _load_weights(task, checkpoint, path)
     if optimizer is not None and _has(checkpoint, 'optimizer', missing):
         _load_optimizer(optimizer, checkpoint['optimizer'], path)
+        set_hidden_state(optimizer, checkpoint.get('hidden', {}).get('optimizer', {}))
+    if task.has_ema():
+        set_hidden_state(task.get_trainable_module(ema=True), checkpoint.get('hidden', {}).get('ema', {}))
     if loss_scaler is not None and _has(checkpoint, loss_scaler.state_dict_key, missing):
         loss_scaler.load_state_dict(checkpoint[loss_scaler.state_dict_key])
     if lr_scheduler is not None and _has(checkpoint, 'lr_scheduler', missing):

@@ -231,12 +231,13 @@ def _create_train_loader(
     collate_fn, mixup_fn = create_mixup(args, num_classes)
     if args.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
+    reads_ahead = args.use_multi_epochs_loader and args.workers > 0  # without workers there is nothing to keep alive
     try:
         loader = create_loader(
             dataset,  # type: ignore[arg-type]
             input_size=data_config['input_size'],
             collate_fn=collate_fn,
-            use_multi_epochs_loader=args.use_multi_epochs_loader,
+            use_multi_epochs_loader=reads_ahead,
             **_size_schedule_kwargs(args),
             **kwargs,
         )
@@ -244,8 +245,11 @@ def _create_train_loader(
         if args.train_img_sizes is None:
             raise
         raise UsageError(f'--train-img-sizes cannot be scheduled like this: {error}') from error
-    # the iterator of timm's multi-epochs loader reads beyond the end of an epoch, which no resumed run can repeat
-    return (loader if args.use_multi_epochs_loader else make_resumable(loader)), mixup_fn
+    if reads_ahead:
+        _logger.warning('--use-multi-epochs-loader reads beyond the end of an epoch, which no resumed run can repeat: '
+                        'after a stop this run goes on, but not as if it had never stopped. Loader processes live as '
+                        'long as the run without it, too.')
+    return (loader if reads_ahead else make_resumable(loader)), mixup_fn
 
 
 def _train_kwargs(args: Namespace, data_config: Dict[str, Any]) -> Dict[str, Any]:
