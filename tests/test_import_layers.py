@@ -17,7 +17,7 @@ LAYERS = {
     'precision': -2, 'products': -2, 'moments': -1, 'segments': -1,
     'registry': 0, 'losses': 0, 'expansion': 0, 'linalg': 0, 'layouts': 0, 'probing': 0, 'schedules': 0,
     'connectors': 0, 'provenance': 0, 'model_card': 0, 'analysis': 0, 'tracking': 0, 'preprocessing': 0,
-    'sharding': 0,
+    'sharding': 0, 'models': 0,
     'args': 0, 'device': 0, 'guard': 0, 'progress': 0, 'replay': 0, 'storage': 0,
     'teacher_weights': 1, 'adapters': 1, 'checkpoint': 1, 'data': 1, 'engine': 1, 'folding': 1, 'summary': 1,
     'features': 1, 'heads': 1, 'report_figures': 1, 'batch_norms': 1,

@@ -4,6 +4,7 @@ from .class_means import compute_class_means
 from .errors import MergeError, UsageError
 from .factory import create_distill_task
 from .methods import create_method, list_methods
+from .models import CifarNet
 from .pair import PairReport, check_pair
 from .task import DistillTask, merge_student
 from .teacher import Teacher, create_teacher
@@ -11,6 +12,7 @@ from .teacher import Teacher, create_teacher
 __version__ = '0.1.0'
 
 __all__ = [
+    'CifarNet',
     'DistillTask',
     'MergeError',
     'PairReport',
