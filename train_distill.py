@@ -9,6 +9,7 @@ run on data that it brings along.
 """
 import argparse
 import json
+import os
 import sys
 import time
 from typing import List, Optional, Sequence
@@ -25,6 +26,7 @@ from timm_distill.args import (
     translate_timm_distillation,
 )
 from timm_distill.composition import check_mixing
+from timm_distill.console import run_script
 from timm_distill.data import user_message
 from timm_distill.demo import run_demo
 from timm_distill.meters import NonFiniteLossError
@@ -44,6 +46,7 @@ from timm_distill.run import (
     write_run_report,
 )
 from timm_distill.stopping import StopSignals, exit_code
+from timm_distill.storage import check_folder
 
 
 def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
@@ -59,6 +62,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
         print(describe_methods())
         return None
     if args.demo:
+        check_folder(args.demo_dir, '--demo-dir')
         run_demo(main, args.demo_dir)
         return None
     translate_timm_distillation(args, list_methods())
@@ -67,6 +71,8 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
     if args.dry_run:
         dry_run(args)
         return None
+    if int(os.environ.get('RANK', 0)) == 0:  # the one that writes
+        check_folder(os.path.join(args.output or './output/train', args.experiment), '--output')
     return train(args)
 
 
@@ -124,4 +130,4 @@ def cli() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(cli())
+    sys.exit(run_script(cli))

@@ -20,9 +20,11 @@ from timm.models import is_model, list_models
 from timm.utils import check_batch_size_retry, decay_batch_step, natural_key, setup_default_logging
 
 from timm_distill.args import check_validate_args, create_validate_parser, parse_args
+from timm_distill.console import run_script
 from timm_distill.data import user_message
 from timm_distill.errors import UsageError
 from timm_distill.evaluation import describe_results, evaluate_model
+from timm_distill.storage import check_file
 
 _logger = logging.getLogger('validate')
 
@@ -38,7 +40,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(create_validate_parser(), argv)
     try:
         check_validate_args(args)
-        check_results_file(args.results_file)
+        if args.results_file:
+            check_file(args.results_file, '--results-file')  # before the evaluation, not after it
         jobs = list_jobs(args)
         results: Results = validate_many(args, jobs) if jobs else validate(args)
     except UsageError as e:
@@ -120,13 +123,6 @@ def validate(args: Namespace) -> Dict[str, Any]:
         return row
 
 
-def check_results_file(path: str) -> None:
-    """Find out before the evaluation, not after it."""
-    folder = os.path.dirname(path) or '.'
-    if path and (os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK)):
-        raise UsageError(f"--results-file '{path}' cannot be written: its folder has to exist and be writable")
-
-
 def write_results(path: str, results: Results, format: str = 'csv') -> None:
     """Write one row or several."""
     with open(path, 'w', newline='') as f:
@@ -140,4 +136,4 @@ def write_results(path: str, results: Results, format: str = 'csv') -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(run_script(main))

@@ -2,6 +2,7 @@
 import argparse
 import json
 import pickle
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +11,21 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
+from timm.data import AugMixDataset, ImageDataset
 
 import train_distill
 from timm_distill import UsageError
-from timm_distill.export import export_onnx, load_release, main, push_to_hub
+from timm_distill.data import IndexedDataset, label_names
+from timm_distill.export import (
+    Release,
+    export_hub,
+    export_onnx,
+    export_weights,
+    load_release,
+    main,
+    push_to_hub,
+)
 from timm_distill.model_card import create_model_card
 from timm_distill.run import RunResult
 
@@ -30,6 +42,11 @@ def run(digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult
         '--img-size', '32', '--mean', *map(str, MEAN), '-b', '30', '--epochs', '1', '--warmup-epochs', '0', '--opt',
         'adamw', '--lr', '1e-3', '-j', '0', '--device', 'cpu', '--student', 'test_efficientnet', '--teacher',
         'test_resnet', '--teacher-checkpoint', str(teacher), '--kd', 'norm', '--model-ema', '--model-ema-decay', '0.5'])
+
+
+def run_data(run: RunResult) -> str:
+    """Return the data folder of a run."""
+    return str(torch.load(run.checkpoint, weights_only=False)['args'].data_dir)
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
@@ -135,10 +152,61 @@ def test_averaged_weights_that_are_not_there_are_an_error(run: Any, tmp_path: Pa
 
 def test_a_card_without_provenance_is_still_a_card() -> None:
     card = create_model_card('resnet18', {}, {'input_size': (3, 224, 224)})
-    assert card.startswith('---\ntags:') and '# resnet18\n' in card and 'without a teacher' in card
+    assert card.data.to_dict() == {
+        'tags': ['image-classification', 'timm', 'knowledge-distillation'],
+        'pipeline_tag': 'image-classification', 'library_name': 'timm'}
+    assert card.text.startswith('\n# resnet18\n') and 'without a teacher' in card.text
+
+
+def test_the_card_s_metadata_hold_the_measured_metric_where_the_hub_looks_for_it(run: Any) -> None:
+    card = ModelCard.load(Path(run.output_dir) / 'hub' / 'README.md')
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.metric_type) == ('image-classification', 'accuracy')
+    assert result.metric_value == pytest.approx(run.best_metric, abs=1e-3)
+    assert card.data.model_name == 'test_efficientnet' and card.data.library_name == 'timm'
+
+
+@pytest.mark.parametrize('kind', ['stock', 'of_its_own_classes'])
+def test_the_hub_config_says_nothing_of_the_weights_that_timm_offers(kind: str, tmp_path: Path) -> None:
+    classes = 1000 if kind == 'stock' else 10
+    model = timm.create_model('test_resnet', num_classes=classes)
+    tag = model.pretrained_cfg['tag']
+    model.pretrained_cfg = {**model.pretrained_cfg, 'license': 'cc-by-nc-4.0', 'label_names': ['a'] * 1000,
+                            'paper_ids': 'arXiv:1', 'url': 'https://x', 'description': 'of others'}
+    names = [f'class {i}' for i in range(classes)]
+    export_hub(Release(model, 'test_resnet', {'input_size': (3, 32, 32)}, label_names=names), str(tmp_path))
+    config = json.loads((tmp_path / 'config.json').read_text())
+    assert config['label_names'] == names and config['architecture'] == 'test_resnet'
+    assert not {'tag', 'url', 'license', 'label_names', 'paper_ids', 'description'} & set(config['pretrained_cfg'])
+    assert tag and tag not in (tmp_path / 'config.json').read_text()
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert loaded.num_classes == classes and loaded.pretrained_cfg['input_size'] == (3, 32, 32)
+
+
+def test_class_folders_name_the_labels_in_the_hub_config(run: Any) -> None:
+    config = json.loads((Path(run.output_dir) / 'hub' / 'config.json').read_text())
+    folders = sorted(path.name for path in (Path(run_data(run)) / 'train').iterdir())
+    assert config['label_names'] == folders
+
+
+def test_released_files_can_be_read_by_those_who_may_read_other_files(run: Any, tmp_path: Path) -> None:
+    weights = tmp_path / 'w.safetensors'
+    export_weights(load_release(run.checkpoint), str(weights))
+    usual = tmp_path / 'usual'
+    usual.write_text('')
+    hub = Path(run.output_dir) / 'hub'
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (*hub.iterdir(), weights, usual)}
+    assert set(modes.values()) == {modes['usual']}, modes
 
 
 def test_the_hub_config_names_the_architecture_and_the_classes(run: Any) -> None:
     config = json.loads((Path(run.output_dir) / 'hub' / 'config.json').read_text())
     assert config['architecture'] == 'test_efficientnet' and config['num_classes'] == 10
     assert isinstance(torch.load(run.checkpoint, weights_only=False)['args'], argparse.Namespace)
+
+
+def test_labels_are_known_through_views_of_a_dataset_and_unknown_where_a_class_has_no_name(digits_dir: Path) -> None:
+    dataset = ImageDataset(str(digits_dir / 'train'))
+    folders = sorted(path.name for path in (digits_dir / 'train').iterdir())
+    assert label_names(IndexedDataset(dataset), 10) == label_names(AugMixDataset(dataset), 10) == folders
+    assert label_names(dataset, 11) is None and label_names(torch.utils.data.TensorDataset(), 10) is None

@@ -12,7 +12,7 @@ SCRIPTS = ('train_distill', 'validate')
 
 # A file imports only from lower numbers.
 LAYERS = {
-    'errors': -1, 'rng': -1, 'stopping': -1, 'gradients': -1, 'meters': -1,
+    'console': -1, 'errors': -1, 'rng': -1, 'stopping': -1, 'gradients': -1, 'meters': -1,
     'optimizer_state': -1,
     'precision': -2, 'products': -2, 'moments': -1, 'segments': -1,
     'registry': 0, 'losses': 0, 'expansion': 0, 'linalg': 0, 'layouts': 0, 'probing': 0, 'schedules': 0,

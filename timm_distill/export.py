@@ -21,9 +21,10 @@ from timm.models import clean_state_dict, save_for_hf
 from timm.utils import setup_default_logging
 
 from .args import create_export_parser
+from .console import run_script
 from .errors import UsageError
 from .model_card import create_model_card
-from .storage import read_checkpoint
+from .storage import check_file, check_folder, read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ ONNX_TOLERANCE = 1e-3  # largest logit difference, relative to the logits' sprea
 _ONNX_BATCH = 3  # an exported graph with a fixed batch would not take it
 _MODEL_ARGS = (
     'num_classes', 'in_chans', 'global_pool', 'drop_rate', 'drop_path_rate', 'drop_block_rate', 'bn_momentum', 'bn_eps')
+_OF_OTHER_WEIGHTS = (
+    'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag', 'label_names', 'label_descriptions',
+    'label_offset', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
 
 @dataclass
@@ -43,12 +47,14 @@ class Release:
         data_config: What its input looks like: input_size, mean, std, interpolation, crop_pct, crop_mode.
         provenance: Where it comes from, plain values by name.
         ema: Whether the weights are the averaged ones.
+        label_names: Name of every class in label order, None where they are not known.
     """
     model: nn.Module
     architecture: str
     data_config: Dict[str, Any]
     provenance: Dict[str, Any] = field(default_factory=dict)
     ema: bool = False
+    label_names: Optional[Sequence[str]] = None
 
 
 def load_release(checkpoint: str, use_ema: Optional[bool] = None) -> Release:
@@ -75,7 +81,7 @@ def load_release(checkpoint: str, use_ema: Optional[bool] = None) -> Release:
                          f'builds it: {str(e).splitlines()[-1].strip()}') from e
     data_config = state.get('data_config') or resolve_data_config(vars(args), model=model, use_test_size=False)
     provenance = {**(state.get('provenance') or {}), 'metrics': _metrics(state)}
-    return Release(model.float().eval(), args.model, dict(data_config), provenance, ema)
+    return Release(model.float().eval(), args.model, dict(data_config), provenance, ema, state.get('label_names'))
 
 
 def _metrics(state: Dict[str, Any]) -> Dict[str, Any]:
@@ -121,11 +127,31 @@ def export_hub(release: Release, folder: str) -> str:
     Returns:
         The folder.
     """
-    save_for_hf(release.model, folder, safe_serialization=True, data_config=release.data_config)
+    forget_source(release.model)
+    model_config = {'label_names': list(release.label_names)} if release.label_names else None
+    save_for_hf(
+        release.model, folder, model_config=model_config, safe_serialization=True, data_config=release.data_config)
+    _make_readable(os.path.join(folder, 'model.safetensors'))
     card = create_model_card(release.architecture, release.provenance, release.data_config, release.ema)
-    with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
-        f.write(card)
+    card.save(os.path.join(folder, 'README.md'))
     return folder
+
+
+def forget_source(model: nn.Module) -> None:
+    """Take out of a model's config what it says of the weights that timm offers for the architecture.
+
+    Their tag, address, licence, papers and labels are not those of the weights that were trained here.
+    """
+    config: Any = model.pretrained_cfg
+    model.pretrained_cfg = {  # type: ignore[assignment]
+        name: value for name, value in config.items() if name not in _OF_OTHER_WEIGHTS}
+
+
+def _make_readable(path: str) -> None:
+    """Give a file the permissions of one that `open` made; safetensors leaves it to its owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
 
 
 def export_weights(release: Release, path: str) -> str:
@@ -137,6 +163,7 @@ def export_weights(release: Release, path: str) -> str:
     tensors = {name: tensor.contiguous() for name, tensor in release.model.state_dict().items()}
     if path.endswith('.safetensors'):
         save_file(tensors, path)
+        _make_readable(path)
     else:
         torch.save(tensors, path)
     return path
@@ -227,8 +254,14 @@ def main(argv: Optional[Sequence[str]] = None) -> Tuple[str, ...]:
         UsageError: For anything that the user can put right.
     """
     args = create_export_parser().parse_args(argv)
-    release = load_release(args.checkpoint, args.use_ema)
+    for flag, path in (('--weights', args.weights), ('--onnx', args.onnx)):
+        if path:
+            check_file(path, flag)
     folder = args.output or os.path.join(os.path.dirname(os.path.abspath(args.checkpoint)), 'hub')
+    check_folder(folder, '--output')
+    if args.onnx:
+        _require('onnx', 'onnxscript', 'onnxruntime')
+    release = load_release(args.checkpoint, args.use_ema)
     written = [export_hub(release, folder)]
     _logger.info(f"Hub folder {folder}: timm.create_model('local-dir:{folder}', pretrained=True)")
     if args.weights:
@@ -255,4 +288,4 @@ def cli() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(cli())
+    sys.exit(run_script(cli))

@@ -1,6 +1,8 @@
 """The README of a released student: what it is, where it comes from, how to load it."""
 from typing import Any, Dict, List, Mapping, Optional
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 _USAGE = '''```python
 import timm
 import torch
@@ -18,6 +20,14 @@ _SECTIONS = (
     ('Metrics', 'metrics'),
     ('Versions', 'versions'),
 )
+_TASK = 'image-classification'
+# How the hub calls the metrics of validation.
+_HUB_METRICS = {
+    'top1': ('accuracy', 'Top-1 accuracy, %'),
+    'top5': ('accuracy', 'Top-5 accuracy, %'),
+    'map': ('map', 'Mean average precision, %'),
+    'loss': ('loss', 'Loss'),
+}
 
 
 def create_model_card(
@@ -26,8 +36,8 @@ def create_model_card(
         data_config: Mapping[str, Any],
         ema: bool = False,
         repo_id: Optional[str] = None,
-) -> str:
-    """Return a model card as Markdown with the hub's front matter.
+) -> ModelCard:
+    """Return a model card of the hub; `str()` of it is Markdown with front matter.
 
     Args:
         architecture: timm name.
@@ -39,8 +49,6 @@ def create_model_card(
     teacher = provenance.get('teacher', {}).get('name')
     source = f'hf-hub:{repo_id}' if repo_id else 'local-dir:THIS_FOLDER'
     lines = [
-        '---', 'tags:', '- image-classification', '- timm', '- knowledge-distillation',
-        'pipeline_tag: image-classification', 'library_name: timm', '---', '',
         f'# {architecture}' + (f' distilled from {teacher}' if teacher else ''), '',
         _describe(architecture, provenance, ema), '',
         '## Use', '', _USAGE.format(source=source), '',
@@ -50,7 +58,34 @@ def create_model_card(
         facts = provenance.get(key)
         if facts:
             lines += [f'## {title}', '', *_items(facts), '']
-    return '\n'.join(lines)
+    text = '\n'.join(lines)
+    return ModelCard(f'---\n{_metadata(architecture, provenance).to_yaml()}\n---\n\n{text}')
+
+
+def _metadata(architecture: str, provenance: Mapping[str, Any]) -> ModelCardData:
+    """Return the front matter, with what was measured as the hub's model-index."""
+    dataset = str(provenance.get('data', {}).get('name') or 'unknown')
+    results = []
+    for name, value in provenance.get('metrics', {}).items():
+        key = name.rpartition(' ')[2]
+        if name.startswith('validation ') and isinstance(value, (int, float)):
+            kind, title = _HUB_METRICS.get(key, (key, key))
+            results.append(EvalResult(
+                task_type=_TASK,
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_split='validation',
+                metric_type=kind,
+                metric_name=title,
+                metric_value=round(float(value), 4),
+            ))
+    return ModelCardData(
+        tags=[_TASK, 'timm', 'knowledge-distillation'],
+        pipeline_tag=_TASK,
+        library_name='timm',
+        model_name=architecture if results else None,
+        eval_results=results or None,
+    )
 
 
 def _describe(architecture: str, provenance: Mapping[str, Any], ema: bool) -> str:
@@ -67,13 +102,14 @@ def _input_facts(data_config: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def _items(facts: Mapping[str, Any]) -> List[str]:
-    return [f'- **{name}:** {_value(value)}' for name, value in facts.items() if value not in (None, '', {}, [])]
+    return [f'- **{name}:** {format_fact(value)}' for name, value in facts.items() if value not in (None, '', {}, [])]
 
 
-def _value(value: Any) -> str:
+def format_fact(value: Any) -> str:
+    """Return a value of the provenance in words: lists and mappings without brackets and quotes."""
     if isinstance(value, Mapping):
-        return ', '.join(f'{key} {_value(v)}' for key, v in value.items())
+        return ', '.join(f'{key} {format_fact(v)}' for key, v in value.items())
     if isinstance(value, (list, tuple)):
         separator = ' x ' if all(isinstance(v, int) for v in value) else ', '
-        return separator.join(str(v) for v in value)
+        return separator.join(format_fact(v) for v in value)
     return f'{value:.6g}' if isinstance(value, float) else str(value)

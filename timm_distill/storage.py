@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import os
 import pickle
+import tempfile
 from typing import Any, BinaryIO, Dict, Optional
 
 import torch
@@ -15,8 +16,8 @@ import torch
 from .errors import UsageError
 
 __all__ = [
-    'DamagedFileError', 'flush', 'put_in_place', 'read_checkpoint', 'read_metadata', 'verify', 'write_checkpoint',
-    'write_text',
+    'DamagedFileError', 'check_file', 'check_folder', 'flush', 'put_in_place', 'read_checkpoint', 'read_metadata',
+    'verify', 'write_checkpoint', 'write_text',
 ]
 
 _PREFIX = b'sha256:'
@@ -103,6 +104,47 @@ def write_text(text: str, path: str) -> None:
         file.write(text)
     flush(temporary)
     put_in_place(temporary, path)
+
+
+def check_folder(path: str, flag: str) -> None:
+    """Find out whether files can be written to a folder, or it can be made; nothing is left behind.
+
+    Raises:
+        UsageError: If it cannot; names the path, the reason and the flag.
+    """
+    existing = os.path.abspath(path)
+    try:
+        while not _exists(existing):
+            existing = os.path.dirname(existing)
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except (OSError, ValueError) as e:  # ValueError: a name that holds NUL
+        reason = f'{existing} is a file' if os.path.isfile(existing) else getattr(e, 'strerror', None) or str(e)
+        raise UsageError(f'{flag} {path!r} cannot be written: {reason}. Give another folder.') from e
+
+
+def check_file(path: str, flag: str) -> None:
+    """Find out whether a file can be written, as `check_folder`; its folder has to exist.
+
+    Raises:
+        UsageError: If it cannot.
+    """
+    folder = os.path.dirname(path) or '.'
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        reason = 'it is a folder' if os.path.isdir(path) else f'there is no folder {folder}'
+        raise UsageError(f'{flag} {path!r} cannot be written: {reason}. Give a file in an existing folder.')
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise UsageError(f'{flag} {path!r} cannot be written: no permission. Give another file.')
+    check_folder(folder, flag)
+
+
+def _exists(path: str) -> bool:
+    """As `os.path.exists`, but errors other than a missing name (one too long, no permission) are raised."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def verify(path: str) -> None:

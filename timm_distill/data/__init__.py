@@ -4,7 +4,7 @@ Takes the parsed arguments read-only and knows neither the parser nor models. On
 images (missing split, shifted labels, unreadable file) stop the run with one line that says what to change, where
 timm would go on with other data than the user meant.
 """
-from .datasets import class_names, create_datasets, create_eval_dataset
+from .datasets import class_names, create_datasets, create_eval_dataset, label_names
 from .images import StrictImageDataset, user_message
 from .indexing import IndexedDataset, index_samples, read_labels
 from .loaders import DataLoaders, create_eval_loader, create_loaders, create_pass_loader, set_loader_epoch
@@ -24,6 +24,7 @@ __all__ = [
     'create_train_loss',
     'index_samples',
     'is_mixup_active',
+    'label_names',
     'read_labels',
     'set_loader_epoch',
     'user_message',

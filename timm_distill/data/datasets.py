@@ -211,6 +211,16 @@ def class_names(dataset: Dataset, num_classes: int) -> List[str]:
     return names
 
 
+def label_names(dataset: Dataset, num_classes: int) -> Optional[List[str]]:
+    """Return the name of every class in label order; None where the dataset does not name them all."""
+    while not hasattr(dataset, 'reader') and hasattr(dataset, 'dataset'):  # views of it
+        dataset = dataset.dataset
+    classes = _class_to_idx(dataset) or {}
+    if set(classes.values()) != set(range(num_classes)):
+        return None
+    return class_names(dataset, num_classes)
+
+
 def _check_class_count(args: Namespace, dataset: Dataset, num_classes: int) -> None:
     classes = _class_to_idx(dataset) if _is_folder_dataset(args.dataset) else None
     if classes is None:

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
-from ..data import DataLoaders
+from ..data import DataLoaders, label_names
 from ..device import Precision
 from ..progress import StepTiming
 from ..provenance import collect_provenance
@@ -78,9 +78,11 @@ class Run:
 
 def describe_run(run: Run, version: str) -> Dict[str, Any]:
     """Return what exporting a checkpoint needs to know: plain values."""
+    train = run.loaders.train.dataset
     teacher_hash = getattr(run.task.teacher, 'digest', '')
-    num_samples = len(run.loaders.train.dataset) if hasattr(run.loaders.train.dataset, '__len__') else None
+    num_samples = len(train) if hasattr(train, '__len__') else None
     return {
         'data_config': dict(run.data_config),
+        'label_names': label_names(train, run.args.num_classes),
         'provenance': collect_provenance(run.args, version, teacher_hash, num_samples),
     }

@@ -1,0 +1,87 @@
+"""Where nothing can be written, a script says so before it computes anything, and leaves nothing behind."""
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import train_distill
+import validate
+from timm_distill import UsageError, export
+from timm_distill.storage import check_file, check_folder
+
+
+def fail(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError('computed something')
+
+
+@pytest.fixture()
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / 'file'
+    path.write_text('mine')
+    return path
+
+
+def bad_folders(file: Path) -> list:
+    return [str(file), str(file / 'below'), str(file.parent / ('x' * 300)), str(file.parent / 'a\0b'),
+            '/proc/nothing/here']
+
+
+@pytest.mark.parametrize('index', range(5), ids=['file', 'below_a_file', 'long_name', 'nul', 'read_only'])
+def test_a_folder_that_cannot_be_made_is_named_with_its_flag(file: Path, index: int) -> None:
+    path = bad_folders(file)[index]
+    with pytest.raises(UsageError, match='--output .* cannot be written') as error:
+        check_folder(path, '--output')
+    assert '\n' not in str(error.value)
+    assert os.listdir(file.parent) == ['file'] and file.read_text() == 'mine'
+
+
+@pytest.mark.skipif(os.name != 'posix' or os.geteuid() == 0, reason='permissions do not bind this user')
+def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(UsageError, match='--output'):
+        check_folder(str(tmp_path / 'run'), '--output')
+
+
+def test_a_check_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_folder(str(tmp_path / 'a' / 'b'), '--output')
+    check_folder(str(tmp_path), '--output')
+    check_file(str(tmp_path / 'w.pth'), '--weights')
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'argv', [['--output', 'FILE'], ['--output', 'FILE/run'], ['--output', '.', '--experiment', 'file']])
+def test_training_finds_out_before_it_builds_anything(
+        argv: list,
+        file: Path,
+        monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(file.parent)
+    monkeypatch.setattr(train_distill, 'build_run', fail)
+    with pytest.raises(UsageError, match='--output'):
+        train_distill.main(['--data-dir', 'data', *[arg.replace('FILE', str(file)) for arg in argv]])
+    assert os.listdir(file.parent) == ['file']
+
+
+def test_validation_finds_out_before_it_evaluates(
+        file: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(validate, 'evaluate_model', fail)
+    for path in (str(file.parent), str(file / 'results.csv'), 'no/such/folder/results.csv'):
+        assert validate.main(['--data-dir', 'data', '--results-file', path]) == 2
+        assert '--results-file' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('flag', ['--output', '--weights', '--onnx'])
+def test_export_finds_out_before_it_reads_the_checkpoint(
+        flag: str,
+        file: Path,
+        monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(export, 'load_release', fail)
+    with pytest.raises(UsageError, match=flag):
+        export.main(['last.pth.tar', flag, str(file / 'below')])
