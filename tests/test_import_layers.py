@@ -12,10 +12,10 @@ SCRIPTS = ('train_distill', 'validate')
 
 # A file imports only from lower numbers.
 LAYERS = {
-    'console': -1, 'errors': -1, 'rng': -1, 'stopping': -1, 'gradients': -1, 'meters': -1,
+    'errors': -3, 'console': -1, 'rng': -1, 'stopping': -1, 'gradients': -1, 'meters': -1,
     'optimizer_state': -1,
     'precision': -2, 'products': -2, 'moments': -1, 'segments': -1,
-    'registry': 0, 'losses': 0, 'expansion': 0, 'linalg': 0, 'layouts': 0, 'probing': 0, 'schedules': 0,
+    'registry': 0, 'losses': 0, 'expansion': 0, 'linalg': 0, 'layouts': -1, 'probing': -1, 'grids': 0, 'schedules': 0,
     'connectors': 0, 'provenance': 0, 'model_card': 0, 'analysis': 0, 'tracking': 0, 'preprocessing': 0,
     'sharding': 0, 'models': 0,
     'args': 0, 'device': 0, 'guard': 0, 'progress': 0, 'replay': 0, 'storage': 0,

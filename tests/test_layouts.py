@@ -1,5 +1,5 @@
 """Layouts of features, compared with timm's own NCHW intermediates."""
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Tuple
 
 import pytest
 import timm
@@ -7,7 +7,8 @@ import torch
 import torch.nn as nn
 
 from timm_distill.features import resolve_feature_layout
-from timm_distill.layouts import FeatureLayout, candidate_layouts, token_grid
+from timm_distill.grids import candidate_layouts
+from timm_distill.layouts import FeatureLayout
 
 SWIN = dict(img_size=64, window_size=2, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 MODELS = [
@@ -22,7 +23,8 @@ MODELS = [
 ]
 IDS = ['resnet', 'convnext', 'swin', 'mambaout', 'vit', 'vit_registers', 'vit_no_class_token', 'deit_distilled']
 LAYOUTS = [
-    FeatureLayout('NCHW', 6), FeatureLayout('NHWC', 6), FeatureLayout('NLC', 6, 1), FeatureLayout('NCL', 6, 2),
+    FeatureLayout('NCHW', 6), FeatureLayout('NHWC', 6), FeatureLayout('NLC', 6, 1, (3, 3)),
+    FeatureLayout('NCL', 6, 2, (3, 3)),
     FeatureLayout('NC', 6),
 ]
 SHAPES = {'NCHW': (2, 6, 3, 3), 'NHWC': (2, 3, 3, 6), 'NLC': (2, 10, 6), 'NCL': (2, 6, 11), 'NC': (2, 6)}
@@ -73,13 +75,6 @@ def test_map_takes_other_channel_counts_and_drops_prefix_tokens(layout: FeatureL
     assert layout.to_map(expanded).shape == (2, 12, *grid)
 
 
-@pytest.mark.parametrize('tokens,aspect,grid', [
-    (16, 1., (4, 4)), (8, 2., (4, 2)), (8, 0.5, (2, 4)), (17, 1., None), (1, 1., (1, 1)), (0, 1., None),
-])
-def test_token_grid(tokens: int, aspect: float, grid: Optional[Tuple[int, int]]) -> None:
-    assert token_grid(tokens, aspect) == grid
-
-
 @pytest.mark.parametrize('shape', [(2,), (2, 3, 4, 5, 6)])
 def test_features_of_other_dimensions_have_no_layout(shape: Tuple[int, ...]) -> None:
-    assert candidate_layouts(nn.Identity(), torch.zeros(shape)) == []
+    assert candidate_layouts(nn.Identity(), torch.zeros(shape), (32, 32)) == []

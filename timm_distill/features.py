@@ -3,17 +3,23 @@
 Stages and layouts are read off a forward of random images, not off names. Knows nothing of what is done with them.
 """
 import logging
-from dataclasses import dataclass
-from typing import Callable, List, Optional, Sequence, Tuple
+from dataclasses import dataclass, replace
+from typing import Callable, Dict, List, MutableMapping, Optional, Sequence, Tuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
 
 from .errors import UsageError
-from .layouts import FeatureLayout, candidate_layouts, layout_of_map
+from .grids import candidate_layouts, patch_grid
+from .layouts import FeatureLayout, GridSize, layout_of_map
 from .probing import CANNOT_RUN, RawFeature, evaluation_mode, random_images
 
 _logger = logging.getLogger(__name__)
+
+# Grids of models whose patch embedding does not tell them, by input size and tensor.
+_MEASURED_GRIDS: MutableMapping[nn.Module, Dict[Tuple[GridSize, Optional[int]], Optional[GridSize]]] = (
+    WeakKeyDictionary())
 
 
 @dataclass
@@ -139,21 +145,79 @@ def resolve_feature_layout(model: nn.Module, input_size: Sequence[int]) -> Featu
     with evaluation_mode(model):
         images = random_images(model, input_size)
         feature = last_stage_feature(model.forward_features(images), model)
-        layouts = candidate_layouts(model, feature, input_size[1] / input_size[2])
-        if not layouts:
-            raise UsageError(f'{type(model).__name__} gives a last-stage feature of shape {list(feature.shape)}; '
-                             'a map [B, C, H, W], tokens [B, L, C] or a vector [B, C] is needed.')
-        if len(layouts) > 1 and feature.shape[layouts[0].channel_dim] != getattr(model, 'num_features', None):
-            return layout_of_map(layouts, feature, _last_map(model, images))
+        maps = [] if feature.ndim == 2 else intermediate_maps(model, images)
+        layouts = candidate_layouts(model, feature, (input_size[1], input_size[2]), maps)
+    if not layouts:
+        raise UsageError(f'{type(model).__name__} gives a last-stage feature of shape {list(feature.shape)}; '
+                         'a map [B, C, H, W], tokens [B, L, C] or a vector [B, C] is needed.')
+    if len(layouts) > 1 and feature.shape[layouts[0].channel_dim] != getattr(model, 'num_features', None):
+        return layout_of_map(layouts, feature, maps[-1] if maps else None)
     return layouts[0]
 
 
-def _last_map(model: nn.Module, images: torch.Tensor) -> Optional[torch.Tensor]:
+def intermediate_maps(model: nn.Module, images: torch.Tensor) -> List[torch.Tensor]:
+    """Return the intermediate features that a model gives as maps, [B, C, H, W], shallow to deep; [] for none."""
+    if not hasattr(model, 'forward_intermediates'):
+        return []
     try:
-        maps = model.forward_intermediates(images, indices=1, output_fmt='NCHW', intermediates_only=True)
-    except CANNOT_RUN:
-        return None
-    return maps[-1] if maps and isinstance(maps[-1], torch.Tensor) and maps[-1].ndim == 4 else None
+        maps = model.forward_intermediates(images, output_fmt='NCHW', intermediates_only=True)
+    except CANNOT_RUN as e:
+        _logger.debug(f'{type(model).__name__} gives no intermediate features: {e}')
+        return []
+    return [map_ for map_ in maps if isinstance(map_, torch.Tensor) and map_.ndim == 4]
+
+
+def layout_for(
+        model: nn.Module,
+        layout: FeatureLayout,
+        images: torch.Tensor,
+        index: Optional[int] = None,
+) -> FeatureLayout:
+    """Return a layout of tokens with the grid that the model gives these very images; others as they are.
+
+    Args:
+        model: timm model that the layout was found for.
+        layout: Layout of its last-stage feature, or of the tensor `index` of what `forward_features` returns.
+        images: What the model is run on, [B, C, H, W].
+        index: Which tensor, None for the last-stage feature.
+    """
+    if not layout.has_tokens or tuple(images.shape[-2:]) == layout.input_size:
+        return layout
+    return _layout_at(model, layout, (int(images.shape[1]), int(images.shape[2]), int(images.shape[3])), index)
+
+
+@torch.compiler.disable
+def _layout_at(
+        model: nn.Module,
+        layout: FeatureLayout,
+        input_size: Tuple[int, int, int],
+        index: Optional[int],
+) -> FeatureLayout:
+    assert layout.input_size is not None
+    size = input_size[1], input_size[2]
+    if layout.grid is not None and patch_grid(model, layout.input_size) == layout.grid:
+        return replace(layout, grid=patch_grid(model, size), input_size=size)
+    known = _MEASURED_GRIDS.setdefault(model, {})
+    if (size, index) not in known:
+        known[size, index] = _measure_grid(model, layout, input_size, index)
+    return replace(layout, grid=known[size, index], input_size=size)
+
+
+def _measure_grid(
+        model: nn.Module,
+        layout: FeatureLayout,
+        input_size: Tuple[int, int, int],
+        index: Optional[int],
+) -> Optional[GridSize]:
+    """Return the grid at another input size, from a forward of random images in eval mode."""
+    with evaluation_mode(model):
+        images = random_images(model, input_size)
+        raw = model.forward_features(images)
+        feature = last_stage_feature(raw, model) if index is None else raw[index]
+        layouts = candidate_layouts(model, feature, input_size[1:], intermediate_maps(model, images))
+    found = [found for found in layouts if found.fmt == layout.fmt]
+    agrees = bool(found) and found[0].num_prefix_tokens == layout.num_prefix_tokens
+    return found[0].grid if agrees else None
 
 
 def resolve_stages(model: nn.Module, input_size: Sequence[int]) -> Tuple[Stage, ...]:

@@ -59,7 +59,7 @@ def find_head_input(
         pre_logits: Its pre-logits for the same images, as `forward_head` gives them.
         reads_pre_logits: Whether its classifier maps them to the logits.
     """
-    if isinstance(raw, torch.Tensor):
+    if isinstance(raw, torch.Tensor) and layout.is_map:
         feature = layout.to_map(layout.to_positions(raw))
         if _restores(layout, feature, raw):
             grid = (int(feature.shape[2]), int(feature.shape[3]))

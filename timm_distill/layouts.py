@@ -1,15 +1,15 @@
 """How a timm model lays out the positions of a feature: NCHW maps, NHWC maps, tokens, vectors.
 
-Knows shapes and the few attributes that timm's models share; never a model's name.
+Knows shapes alone; which grid a model's tokens form is found in `grids.py`.
 """
-import math
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
-import torch.nn as nn
 
-_MAX_PREFIX_TOKENS = 16
+from .errors import UsageError
+
+GridSize = Tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -19,18 +19,32 @@ class FeatureLayout:
     Attributes:
         fmt: 'NCHW', 'NHWC', 'NLC' (tokens), 'NCL' (tokens behind channels) or 'NC' (a vector).
         channels: C.
-        num_prefix_tokens: Class and register tokens in front of the grid's tokens.
-        aspect: Height over width of the model's input, which a grid of tokens follows.
+        num_prefix_tokens: Class and register tokens in front of the patches' tokens.
+        grid: Grid (height, width) of the patches' tokens at `input_size`; None where the model tells none.
+        input_size: Height and width of the input that has this grid.
+        ordered: Whether the tokens are positions of the input at all; class tokens alone are not.
     """
     fmt: str
     channels: int
     num_prefix_tokens: int = 0
-    aspect: float = 1.
+    grid: Optional[GridSize] = None
+    input_size: Optional[GridSize] = None
+    ordered: bool = True
 
     @property
     def channel_dim(self) -> int:
         """Dimension of the channels in the feature tensor."""
         return self.fmt.index('C')
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the positions are tokens that a grid gives their place."""
+        return self.fmt in ('NLC', 'NCL') and self.ordered
+
+    @property
+    def is_map(self) -> bool:
+        """Whether `to_map` knows where every position belongs."""
+        return not self.has_tokens or self.grid is not None
 
     def to_positions(self, x: torch.Tensor) -> torch.Tensor:
         """Return all positions, prefix tokens included, as [B, C, H, W]; tokens as [B, C, L, 1]. A view."""
@@ -55,44 +69,37 @@ class FeatureLayout:
     def to_map(self, positions: torch.Tensor) -> torch.Tensor:
         """Return the spatial part of what `to_positions` returned as [B, C', H, W], prefix tokens dropped.
 
-        C' may differ from C: an adapter expands the channels between the two calls.
+        C' may differ from C: an adapter expands the channels between the two calls. Tokens that are no positions are
+        averaged, [B, C', 1, 1].
+
+        Raises:
+            UsageError: If the tokens are not those of the grid.
         """
         if self.fmt not in ('NLC', 'NCL'):
             return positions
-        tokens = positions[:, :, self.num_prefix_tokens:, 0]  # [B, C', H * W]
-        return tokens.unflatten(2, token_grid(tokens.shape[2], self.aspect) or (tokens.shape[2], 1))
+        if not self.ordered:
+            return positions.mean(2, keepdim=True)
+        tokens = self.drop_prefix(positions)[:, :, :, 0]  # [B, C', H * W]
+        if self.grid is None or tokens.shape[2] != self.grid[0] * self.grid[1]:
+            raise UsageError(self._explain(tokens.shape[2]))
+        return tokens.unflatten(2, self.grid)
+
+    def drop_prefix(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return the patches' tokens of what `to_positions` returned, [B, C', L, 1]. A view."""
+        return positions[:, :, self.num_prefix_tokens:]
 
     def from_map(self, x: torch.Tensor) -> torch.Tensor:
         """Return a map, [B, C, H, W], as positions without prefix tokens: what `to_map` undoes where there are none."""
         return x.flatten(2).unsqueeze(-1) if self.fmt in ('NLC', 'NCL') else x
 
-
-def token_grid(num_tokens: int, aspect: float = 1.) -> Optional[Tuple[int, int]]:
-    """Return the grid (height, width) of `num_tokens` whose aspect is that of the input, None where there is none."""
-    height = round(math.sqrt(num_tokens * aspect))
-    for candidate in (height, height - 1, height + 1):
-        width = num_tokens // candidate if candidate > 0 else 0
-        if width and candidate * width == num_tokens and 0.5 < candidate / width / aspect < 2.:
-            return candidate, width
-    return None
-
-
-def candidate_layouts(model: nn.Module, feature: torch.Tensor, aspect: float = 1.) -> List[FeatureLayout]:
-    """Return the layouts that a feature of `model` may have, the likeliest first.
-
-    Args:
-        model: timm model that the feature comes from.
-        feature: Output of its `forward_features`, [B, ...] of 2 to 4 dimensions.
-        aspect: Height over width of the input.
-    """
-    formats = {2: ['NC'], 3: ['NLC', 'NCL'], 4: ['NCHW', 'NHWC']}.get(feature.ndim, [])
-    num_features = getattr(model, 'num_features', None)
-    declared = str(getattr(model, 'output_fmt', '')).split('.')[-1]
-
-    def _rank(fmt: str) -> Tuple[bool, bool]:
-        return fmt != declared, feature.shape[fmt.index('C')] != num_features
-
-    return [_create_layout(model, fmt, feature, aspect) for fmt in sorted(formats, key=_rank)]
+    def _explain(self, num_tokens: int) -> str:
+        if self.grid is None:
+            found = f'The model gives {num_tokens} tokens and does not tell on which grid of the input they lie'
+        else:
+            found = (f'The model gives {num_tokens} tokens for an input whose grid is {self.grid[0]}x{self.grid[1]}: '
+                     'positions were dropped or added')
+        return (f'{found}, so they cannot be compared with a feature map. Leave patch_drop_rate at 0 in '
+                '--model-kwargs, choose another model, or --kd methods that read no feature maps (--list-kd).')
 
 
 def layout_of_map(
@@ -102,22 +109,7 @@ def layout_of_map(
 ) -> FeatureLayout:
     """Return the layout under which a feature has the shape of a known map, [B, C, H, W]; the first without one."""
     for layout in layouts if map_ is not None else ():
-        if layout.to_map(layout.to_positions(feature)).shape[1:] == map_.shape[1:]:
+        positions = layout.to_positions(feature)
+        if layout.is_map and layout.to_map(positions).shape[1:] == map_.shape[1:]:
             return layout
     return layouts[0]
-
-
-def _create_layout(model: nn.Module, fmt: str, feature: torch.Tensor, aspect: float) -> FeatureLayout:
-    prefix = 0
-    if fmt in ('NLC', 'NCL'):
-        prefix = _count_prefix_tokens(model, feature.shape[fmt.index('L')], aspect)
-    return FeatureLayout(fmt, feature.shape[fmt.index('C')], prefix, aspect)
-
-
-def _count_prefix_tokens(model: nn.Module, num_tokens: int, aspect: float) -> int:
-    """Return how many tokens stand in front of the grid: as declared if the rest is a grid, else as few as it takes."""
-    declared = getattr(model, 'num_prefix_tokens', 0)
-    for prefix in (declared, *range(min(_MAX_PREFIX_TOKENS, num_tokens))):
-        if token_grid(num_tokens - prefix, aspect):
-            return prefix
-    return 0

@@ -16,6 +16,7 @@ from .features import (
     forward_with_stages,
     has_head,
     last_stage_feature,
+    layout_for,
     resolve_feature_layout,
     resolve_stages,
     stages_share_trunk,
@@ -117,7 +118,7 @@ class FeatureReader:
         """Run the model once and note the shapes of all features."""
         wanted, self.outputs = self.outputs, STUDENT_OUTPUTS - {'token_logits'}
         features, raw = self.run_trunk(model, images)
-        self.read_feature(features, raw, model)
+        self.read_feature(features, raw, model, images)
         self.run_head(model, raw, features)
         self.outputs = wanted
         assert features.logits is not None and features.feature is not None and features.pre_logits is not None
@@ -143,11 +144,16 @@ class FeatureReader:
             return features, raw
         return features, model.forward_features(images)
 
-    def read_feature(self, features: Features, raw: RawFeature, model: nn.Module) -> None:
-        """Note the last-stage feature as a map; it is the one stage of a model that gives no other."""
+    def read_feature(self, features: Features, raw: RawFeature, model: nn.Module, images: torch.Tensor) -> None:
+        """Note the last-stage feature of these images as a map; it is the one stage of a model that gives no other.
+
+        Raises:
+            UsageError: If the feature's tokens are not those of the images' grid.
+        """
         if self.layout is None or not self.outputs & {'feature', 'stages'}:
             return
-        features.feature = self.layout.to_map(self.layout.to_positions(last_stage_feature(raw, model)))
+        layout = layout_for(model, self.layout, images)
+        features.feature = layout.to_map(layout.to_positions(last_stage_feature(raw, model)))
         features.stages = features.stages or (features.feature,)
 
     def run_head(self, model: nn.Module, raw: RawFeature, features: Features) -> None:

@@ -11,7 +11,7 @@ from timm.models import group_parameters
 
 from .adapters import Adapter, AdapterOutput, Match
 from .errors import UsageError
-from .features import Features
+from .features import Features, layout_for
 from .layouts import FeatureLayout
 from .merge import (
     AdaptedLinear,
@@ -24,7 +24,7 @@ from .merge import (
 )
 from .probing import RawFeature, resize_images
 from .reading import FeatureReader
-from .taps import StudentTap
+from .taps import StudentTap, TapSite
 
 MethodTerms = Dict[str, Dict[str, torch.Tensor]]  # unweighted terms by method
 
@@ -113,7 +113,7 @@ class AdaptedStudent(nn.Module):
             teacher.wait()
         linear.match_with(None if teacher is None else teacher.tap)
         features, raw = reader.run_trunk(self.student, images)
-        reader.read_feature(features, raw, self.student)
+        reader.read_feature(features, raw, self.student, images)
         reader.run_head(self.student, raw, features)
         loss = linear.pop_loss()
         features.matched = () if loss is None else (loss,)
@@ -123,18 +123,24 @@ class AdaptedStudent(nn.Module):
         features, raw = reader.run_trunk(self.student, images)
         at_pre_logits = self.tap is not None and self.tap.point == 'pre_logits'
         if not at_pre_logits:
-            raw = self._adapt(features, raw, teacher)
-        reader.read_feature(features, raw, self.student)
+            raw = self._adapt(features, raw, images, teacher)
+        reader.read_feature(features, raw, self.student, images)
         if not at_pre_logits:
             reader.run_head(self.student, raw, features)
             return features
-        pre_logits = self._adapt(features, self.student.forward_head(raw, pre_logits=True), teacher)
+        pre_logits = self._adapt(features, self.student.forward_head(raw, pre_logits=True), images, teacher)
         reader.note_pre_logits(features, pre_logits)  # type: ignore[arg-type]
         reader.note_logits(features, self.student.get_classifier()(pre_logits))
         return features
 
-    def _adapt(self, features: Features, feature: RawFeature, teacher: Optional[Features]) -> RawFeature:
-        """Run the adapters on the feature at the tap and note their losses."""
+    def _adapt(
+            self,
+            features: Features,
+            feature: RawFeature,
+            images: torch.Tensor,
+            teacher: Optional[Features],
+    ) -> RawFeature:
+        """Run the adapters on the feature of these images at the tap and note their losses."""
         if self.tap is None:
             return feature
         target = None
@@ -142,12 +148,17 @@ class AdaptedStudent(nn.Module):
             teacher.wait()
             target = teacher.tap
         adapted = [
-            adapter(site.layout.to_positions(tensor), None if target is None else Match(target, site.layout.to_map))
+            adapter(site.layout.to_positions(tensor), None if target is None else self._match(site, images, target))
             for adapter, site, tensor in zip(self.adapters, self.tap.sites, self.tap.read(feature))
         ]
         features.matched = tuple(a.loss for a in adapted if a.loss is not None)
         outputs = [site.layout.from_positions(a.output) for site, a in zip(self.tap.sites, adapted)]
         return self.tap.write(feature, outputs)
+
+    def _match(self, site: TapSite, images: torch.Tensor, target: torch.Tensor) -> Match:
+        """Return what a site's adapter is matched with, on the grid that the student gives these images."""
+        layout = layout_for(self.student, site.layout, images, site.index)
+        return Match(target, layout.to_map)
 
     def transform_logits(self, logits: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
         """Apply the methods' maps of the logits, which the task loss and all methods see."""

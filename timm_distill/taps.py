@@ -14,9 +14,10 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import UsageError
-from .features import has_head, last_stage_feature, resolve_feature_layout
+from .features import has_head, intermediate_maps, last_stage_feature, resolve_feature_layout
 from .folding import Consumer, fold_affine
-from .layouts import FeatureLayout, candidate_layouts
+from .grids import candidate_layouts
+from .layouts import FeatureLayout
 from .linalg import AffineMap
 from .probing import (
     CANNOT_RUN,
@@ -197,46 +198,70 @@ def _measure_point(student: nn.Module, input_size: Sequence[int], point: str) ->
             raise _NoTap('the model has no forward_features() and forward_head()')
         return _measure_inside(student, images)
     raw = student.forward_features(images)
-    aspect = input_size[1] / input_size[2]
     if point == 'side':
         layout = resolve_feature_layout(student, input_size)
         feature = last_stage_feature(raw, student)
         return StudentTap(point, (TapSite(_last_index(raw), layout, tuple(feature.shape[1:])),))
     if point == 'features':
-        return StudentTap(point, _measure_sites(student, Head(student, point), raw, aspect))
+        layouts = _feature_layouts(student, raw, images)
+        return StudentTap(point, _measure_sites(student, Head(student, point), raw, layouts))
     if not classifier_reads_pre_logits(student, raw):
         return _measure_inside(student, images)
     pre_logits = student.forward_head(raw, pre_logits=True)
     try:
-        return StudentTap(point, _measure_sites(student, Head(student, point), pre_logits, 1.))
+        return StudentTap(point, _measure_sites(student, Head(student, point), pre_logits, _vector_layouts(pre_logits)))
     except _NoTap:  # something other than a linear layer comes first in the classifier
         return _measure_inside(student, images)
+
+
+def _feature_layouts(student: nn.Module, raw: RawFeature, images: torch.Tensor) -> List[List[FeatureLayout]]:
+    """Return the layouts that each tensor of what `forward_features` returned may have."""
+    size = int(images.shape[2]), int(images.shape[3])
+    parts = [raw] if isinstance(raw, torch.Tensor) else raw
+    if not all(isinstance(part, torch.Tensor) for part in parts):
+        raise _NoTap(f'forward_features() returns {type(raw).__name__} of other things than tensors')
+    maps = intermediate_maps(student, images) if any(part.ndim == 3 for part in parts) else []
+    return [candidate_layouts(student, part, size, maps) for part in parts]
+
+
+def _vector_layouts(pre_logits: torch.Tensor) -> List[List[FeatureLayout]]:
+    """Return the layouts of pre-logits, which are matched with a vector: no position of theirs has a place."""
+    if pre_logits.ndim == 3:
+        return [[FeatureLayout('NLC', pre_logits.shape[2], ordered=False)]]
+    formats = {2: ['NC'], 4: ['NCHW', 'NHWC']}.get(pre_logits.ndim, [])
+    return [[FeatureLayout(fmt, pre_logits.shape[fmt.index('C')]) for fmt in formats]]
 
 
 def _last_index(raw: RawFeature) -> Optional[int]:
     return None if isinstance(raw, torch.Tensor) else len(raw) - 1
 
 
-def _measure_sites(student: nn.Module, head: Head, raw: RawFeature, aspect: float) -> Tuple[TapSite, ...]:
-    """Return a site for every tensor of the feature whose map folds away."""
-    if not isinstance(raw, torch.Tensor) and not all(isinstance(part, torch.Tensor) for part in raw):
-        raise _NoTap(f'forward_features() returns {type(raw).__name__} of other things than tensors')
+def _measure_sites(
+        student: nn.Module,
+        head: Head,
+        raw: RawFeature,
+        layouts: Sequence[Sequence[FeatureLayout]],
+) -> Tuple[TapSite, ...]:
+    """Return a site for every tensor of the feature whose map folds away and whose positions have their place."""
     calls = trace(head, raw)
     tensors = random_tensors(student, calls)
     probe = random_like(raw)
     sites: List[TapSite] = []
+    without_place: List[TapSite] = []
     best = float('inf')
-    for index in [None] if isinstance(raw, torch.Tensor) else range(len(raw)):
+    for index, possible in zip([None] if isinstance(raw, torch.Tensor) else range(len(raw)), layouts):
         feature = raw if index is None else raw[index]
-        for layout in candidate_layouts(student, feature, aspect):  # type: ignore[arg-type]
+        for layout in possible:
             site = TapSite(index, layout, tuple(feature.shape[1:]))
             site, error = _best_site(site, head, calls, tensors, probe)
             best = min(best, error)
             if error < TAP_TOLERANCE:
-                sites.append(site)
+                (sites if layout.is_map else without_place).append(site)
                 break
     if sites:
         return tuple(sites)
+    if without_place:
+        raise _NoTap(f'the model does not tell on which grid its {without_place[0].shape[0]} tokens lie')
     if best == float('inf'):
         raise _NoTap('no linear layer that can take the map reads this feature')
     raise _NoTap(f'an affine map does not fold into the next linear layer (measured error {best:.1e})')
@@ -367,9 +392,8 @@ def _measure_inside(student: nn.Module, images: torch.Tensor) -> StudentTap:
         handle.remove()
     if len(inputs) != 1 or inputs[0].ndim not in (2, 3):
         raise _NoTap(f'the classifier {name} is not run once on vectors or tokens')
-    channels = inputs[0].shape[-1]
-    site = TapSite(None, FeatureLayout('NC' if inputs[0].ndim == 2 else 'NLC', channels), tuple(inputs[0].shape[1:]),
-                   (Consumer(name),))
+    layout = _vector_layouts(inputs[0])[0][0]
+    site = TapSite(None, layout, tuple(inputs[0].shape[1:]), (Consumer(name),))
     error = _inside_error(student, images, site)
     if not error < TAP_TOLERANCE:
         raise _NoTap(f'an affine map does not fold into the classifier {name} (measured error {error:.1e})')

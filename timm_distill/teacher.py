@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 from contextlib import nullcontext
-from typing import AbstractSet, Any, ContextManager, Dict, List, Optional, Sequence, Tuple, Union
+from typing import AbstractSet, Any, ContextManager, Dict, FrozenSet, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from .features import (
     forward_with_stages,
     has_head,
     last_stage_feature,
+    layout_for,
     resolve_feature_layout,
     resolve_stages,
     stages_share_trunk,
@@ -135,6 +136,11 @@ class Teacher(nn.Module):
         self._stream: Optional[torch.cuda.Stream] = None
         self._register_normalization(student_mean, student_std)
 
+    @property
+    def outputs(self) -> FrozenSet[str]:
+        """Which of `TEACHER_OUTPUTS` the model gives: no map where it does not tell on which grid its tokens lie."""
+        return TEACHER_OUTPUTS if self.layout is None or self.layout.is_map else TEACHER_OUTPUTS - {'feature'}
+
     def tap_channels(self, point: str) -> int:
         """Return the channels of the counterpart of a student's tap point, 'features' or 'pre_logits'."""
         if point == 'pre_logits' or self.layout is None:
@@ -181,7 +187,7 @@ class Teacher(nn.Module):
             parameter.data = parameter.data.contiguous()  # shards know no other memory order
         images = random_images(self.model, self.input_size)
         with torch.no_grad():
-            expected = self._read(self.model, images, TEACHER_OUTPUTS).tensors()
+            expected = self._read(self.model, images, self.outputs).tensors()
         classifier = classifier_linear(self.model) or last_linear(self.model, images)
         parts = find_parts(self.model, [] if classifier is None else [classifier])
         self._reader = [_Reader(self)]
@@ -189,7 +195,7 @@ class Teacher(nn.Module):
         self.input_scale, self.input_shift = self.input_scale.to(device), self.input_shift.to(device)
         try:
             with torch.no_grad():
-                actual = self._read_sharded(images.to(device), TEACHER_OUTPUTS).tensors()
+                actual = self._read_sharded(images.to(device), self.outputs).tensors()
             wrong = max(((a.cpu() - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected))
         except CANNOT_RUN as e:
             raise UsageError(f'--teacher-fsdp: the teacher {type(self.model).__name__} does not run in shards: '
@@ -263,7 +269,8 @@ class Teacher(nn.Module):
             raw = model.forward_features(images)
         if 'feature' in outputs:
             assert self.layout is not None
-            features.feature = self.layout.to_map(self.layout.to_positions(last_stage_feature(raw, model)))
+            layout = layout_for(model, self.layout, images)
+            features.feature = layout.to_map(layout.to_positions(last_stage_feature(raw, model)))
         if 'pre_logits' in outputs:
             pre_logits = model.forward_head(raw, pre_logits=True)
             features.pre_logits = pre_logits.flatten(1)
@@ -275,7 +282,7 @@ class Teacher(nn.Module):
     def _read_all(self, model: nn.Module, images: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return all that can be asked for, logits by every way to them."""
         logits = self._read(model, images, frozenset({'logits'})).tensors()
-        features = self._read(model, images, TEACHER_OUTPUTS)
+        features = self._read(model, images, self.outputs)
         if self.head_input is not None:
             taken = features.feature if self.head_input.output == 'feature' else features.pre_logits
             assert taken is not None

@@ -40,7 +40,7 @@ class Grid:
 
 
 def tokens(grid: Tuple[int, int], prefix: int) -> FeatureLayout:
-    return FeatureLayout('NLC', CS, prefix, aspect=grid[0] / grid[1])
+    return FeatureLayout('NLC', CS, prefix, grid=grid)
 
 
 GRIDS = {
