@@ -23,6 +23,7 @@ from timm_distill.preprocessing import InputRecord
 from timm_distill.teacher import hash_weights
 
 SIZE = (3, 32, 32)
+UNREADABLE = 'Cannot read .* check --teacher-checkpoint|is refused: .* Check --teacher-checkpoint'
 OUTPUTS = frozenset({'logits', 'feature', 'pre_logits'})
 SWIN = dict(img_size=32, window_size=1, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 ARCHITECTURES = [
@@ -256,7 +257,7 @@ def test_truncated_file_is_a_usage_error(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f'teacher.{suffix}'
     (write_safetensors if suffix == 'safetensors' else write_pth)(create_model(), path)
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(UsageError, match='is not a readable checkpoint'):
+    with pytest.raises(UsageError, match=UNREADABLE):
         create_teacher('test_resnet', SIZE, 5, checkpoint=str(path))
 
 
@@ -264,7 +265,7 @@ def test_truncated_file_is_a_usage_error(suffix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize('suffix', ['safetensors', 'pth'])
 def test_garbage_is_a_usage_error(content: bytes, suffix: str, tmp_path: Path) -> None:
     (tmp_path / f'teacher.{suffix}').write_bytes(content)
-    with pytest.raises(UsageError, match='is not a readable checkpoint'):
+    with pytest.raises(UsageError, match=UNREADABLE):
         create_teacher('test_resnet', SIZE, 5, checkpoint=str(tmp_path / f'teacher.{suffix}'))
 
 
@@ -289,7 +290,7 @@ def test_code_in_a_file_is_not_run(plain_pickle: bool, tmp_path: Path) -> None:
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path)
-    with pytest.raises(UsageError, match='is not a readable checkpoint'):
+    with pytest.raises(UsageError, match=UNREADABLE):
         create_teacher('test_resnet', SIZE, 5, checkpoint=str(path))
     assert not planted.exists()
 
@@ -315,7 +316,8 @@ def test_random_teacher_warns_and_has_the_students_classes(caplog: pytest.LogCap
 def test_teacher_with_weights_does_not_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_random_teacher(tmp_path / 'teacher.safetensors')
     with caplog.at_level(logging.WARNING):
-        create_teacher('test_resnet', SIZE, 5, checkpoint=str(tmp_path / 'teacher.safetensors'))
+        create_teacher('test_resnet', SIZE, 5, checkpoint=str(tmp_path / 'teacher.safetensors'),
+                       **own_normalisation(create_model()))
     assert not caplog.records
 
 
@@ -511,7 +513,7 @@ def test_first_record_that_names_a_value_counts() -> None:
     assert preprocessing.mean == (0.1, 0.1, 0.1) and preprocessing.std == (0.5, 0.6, 0.7)
     assert preprocessing.input_size == (3, 48, 64)
     assert preprocessing.sources['mean'] == 'flag' and preprocessing.sources['std'] == 'file'
-    assert preprocessing.sources['interpolation'] == "the architecture's default"
+    assert preprocessing.sources['interpolation'] == 'its pretrained_cfg'
 
 
 @pytest.mark.parametrize('mode', ['bicubic', 'bilinear', 'nearest'])

@@ -1,5 +1,6 @@
 """Builds a distillation task from two names: student, tap and adapter, teacher, methods."""
 import logging
+import math
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
@@ -12,7 +13,7 @@ from .composition import Composition, create_composition
 from .errors import UsageError
 from .features import Stage, count_classes
 from .methods import DistillMethod
-from .probing import random_images, runnable_size
+from .probing import count_flops, evaluation_mode, random_images, runnable_size
 from .reading import FeatureReader, FeatureSpec, PairSpec
 from .schedules import ScheduleSpec
 from .student import AdaptedStudent
@@ -21,6 +22,8 @@ from .task import DistillTask
 from .teacher import Teacher, create_teacher
 
 _logger = logging.getLogger(__name__)
+
+_UNEXPECTED = 1.5  # how far apart two sizes are, as the ratio of their sides, before somebody should be told
 
 
 def create_distill_task(
@@ -46,6 +49,10 @@ def create_distill_task(
         teacher_checkpoint: Optional[str] = None,
         teacher_pretrained: bool = True,
         teacher_kwargs: Optional[Dict[str, Any]] = None,
+        teacher_weights: Optional[str] = None,
+        teacher_mean: Optional[Sequence[float]] = None,
+        teacher_std: Optional[Sequence[float]] = None,
+        teacher_img_size: Optional[int] = None,
         teacher_dtype: Optional[torch.dtype] = None,
         teacher_stream: bool = False,
         teacher_device: Optional[torch.device] = None,
@@ -82,6 +89,11 @@ def create_distill_task(
         teacher_checkpoint: Weights of a teacher that is built by name.
         teacher_pretrained: Load timm's pretrained weights for it otherwise.
         teacher_kwargs: More arguments of `timm.create_model` for the teacher.
+        teacher_weights: 'raw' or 'ema' of a training checkpoint; None takes the averaged ones where there are any.
+        teacher_mean: The teacher's own normalisation, where it is not the one that its weights say; so for a teacher
+            that is built by name, as the next two.
+        teacher_std: Likewise.
+        teacher_img_size: Height and width that the teacher is fed, likewise.
         teacher_dtype: Precision that the teacher computes in; that of the run, autocast included, by default.
         teacher_stream: Run the teacher in a CUDA stream of its own, beside the student's forward.
         teacher_device: Where the teacher is built, `device` by default; the CPU for one that `Teacher.shard` moves.
@@ -105,11 +117,14 @@ def create_distill_task(
             teacher, input_size, int(getattr(model, 'num_classes', 0)),
             mean or config.get('mean', IMAGENET_DEFAULT_MEAN), std or config.get('std', IMAGENET_DEFAULT_STD),
             checkpoint=teacher_checkpoint, pretrained=teacher_pretrained, model_kwargs=teacher_kwargs, verbose=verbose,
+            source=dict(weights=teacher_weights, mean=teacher_mean, std=teacher_std, img_size=teacher_img_size),
             device=teacher_device or device, dtype=teacher_dtype or dtype, autocast=teacher_dtype is None,
             own_stream=teacher_stream)
         _check_class_counts(model, teacher_model, methods, input_size)
     module = _adapt_student(model, teacher_model, methods, input_size, kd_tap, verbose)
     if teacher_model is not None:
+        if verbose:
+            _report_teacher_input(teacher_model, module, input_size)
         _build_methods(module, teacher_model, num_samples, sample_labels)
     if verbose and methods:
         _log_composition(kd, composition)
@@ -139,6 +154,7 @@ def _resolve_teacher(
         pretrained: bool,
         model_kwargs: Optional[Dict[str, Any]],
         verbose: bool,
+        source: Mapping[str, Any],
         **kwargs: Any,
 ) -> Teacher:
     if teacher is None:
@@ -148,7 +164,7 @@ def _resolve_teacher(
     if isinstance(teacher, nn.Module):
         return Teacher(teacher, input_size, mean, std, **kwargs)
     return create_teacher(teacher, input_size, num_classes, checkpoint, pretrained, model_kwargs, mean, std,
-                          verbose=verbose, **kwargs)
+                          verbose=verbose, **source, **kwargs)
 
 
 def _check_class_counts(
@@ -239,6 +255,31 @@ def _log_composition(kd: str, composition: Composition) -> None:
         if composition.weights[name] == 1 != method.published_weight:
             _logger.info(f'The weight of {name} in the published code is {method.published_weight:g}, not 1 '
                          f'(--kd-weight {name}={method.published_weight:g}).')
+
+
+def _report_teacher_input(teacher: Teacher, module: AdaptedStudent, input_size: Sequence[int]) -> None:
+    """Say what the teacher is fed and where that was taken from, and warn of a size that nobody may have meant."""
+    fed, said = teacher.preprocessing.input_size[1:], teacher.trained_size
+    _logger.info(f'Teacher input: {teacher.preprocessing}.')
+    if teacher.preprocessing.sources['input_size'] == '--teacher-img-size':
+        return
+    if said is not None and not 1 / _UNEXPECTED < math.sqrt(math.prod(fed) / math.prod(said)) < _UNEXPECTED:
+        _logger.warning(
+            f'The teacher was trained on {said[0]}x{said[1]} images and is fed {fed[0]}x{fed[1]}: its features may be '
+            f'far from those it learnt. --teacher-img-size {said[0]} resizes its images.')
+    if math.sqrt(math.prod(fed) / math.prod(input_size[1:])) > _UNEXPECTED:
+        share = _teacher_share(teacher, module, input_size)
+        _logger.warning(
+            f'The teacher is fed {fed[0]}x{fed[1]}, the student {input_size[1]}x{input_size[2]}: the teacher takes '
+            f"{100 * share:.0f} % of a step's operations. --teacher-img-size N feeds it another size.")
+
+
+def _teacher_share(teacher: Teacher, module: AdaptedStudent, input_size: Sequence[int]) -> float:
+    """Return the teacher's part of a step's multiply-adds; those of a backward pass are twice the forward pass's."""
+    images = random_images(module, input_size, batch_size=1)
+    with evaluation_mode(module):
+        teacher_flops, student_flops = (count_flops(model, images) for model in (teacher, module))
+    return teacher_flops / max(teacher_flops + 3 * student_flops, 1)
 
 
 def _build_methods(

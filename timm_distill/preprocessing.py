@@ -25,6 +25,8 @@ class InputRecord:
         size: (height, width) that the model is to be fed.
         interpolation: Filter of resizing, under timm's name.
         assumed: Nobody said so of these weights: a default.
+        trained_size: (height, width) of the images that the weights were trained on, where the model need not be fed
+            that.
     """
     source: str
     mean: Optional[Sequence[float]] = None
@@ -32,6 +34,7 @@ class InputRecord:
     size: Optional[Tuple[int, int]] = None
     interpolation: Optional[str] = None
     assumed: bool = False
+    trained_size: Optional[Tuple[int, int]] = None
 
 
 DEFAULT_RECORD = InputRecord(
@@ -147,6 +150,12 @@ def per_channel(values: Sequence[float], channels: int) -> torch.Tensor:
     if len(numbers) != channels:
         numbers = [math.fsum(numbers) / len(numbers)] * channels if numbers else []
     return torch.tensor(numbers, dtype=torch.float64)
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two means or standard deviations are the same, each given for all channels or for every one."""
+    a, b = (list(values) if isinstance(values, (tuple, list)) else [values] for values in (one, other))
+    return a * (len(b) if len(a) == 1 else 1) == b * (len(a) if len(b) == 1 else 1)
 
 
 def _format(values: Sequence[float]) -> str:

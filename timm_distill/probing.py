@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import UsageError
 
@@ -187,6 +188,13 @@ def reason_not_to_run(model: nn.Module, input_size: Sequence[int]) -> str:
     except CANNOT_RUN as e:
         return ' '.join(str(e).split())[:200] or type(e).__name__
     return ''
+
+
+def count_flops(model: nn.Module, images: torch.Tensor) -> int:
+    """Return the floating-point operations of the matrix products and convolutions that a forward pass runs."""
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops()
 
 
 def own_size(model: nn.Module) -> Optional[Tuple[int, int]]:

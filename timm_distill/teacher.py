@@ -29,7 +29,13 @@ from .features import (
 from .fusing import FuseReport, fuse_batch_norms
 from .heads import HeadInput, find_head_input
 from .layouts import FeatureLayout
-from .preprocessing import InputRecord, first_record, renormalization, resolve_preprocessing
+from .preprocessing import (
+    InputRecord,
+    first_record,
+    is_same_normalization,
+    renormalization,
+    resolve_preprocessing,
+)
 from .probing import (
     CANNOT_RUN,
     RawFeature,
@@ -41,7 +47,7 @@ from .probing import (
 )
 from .sharding import count_local_parameters, find_parts, shard
 from .taps import classifier_linear, classifier_reads_pre_logits, last_linear
-from .teacher_weights import load_teacher_model
+from .teacher_weights import TeacherSource, load_teacher_model
 
 _logger = logging.getLogger(__name__)
 
@@ -84,6 +90,8 @@ class Teacher(nn.Module):
 
     Attributes:
         preprocessing: What is done to its images, and where that was taken from.
+        trained_size: (height, width) of the images that its weights were trained on, where it need not be fed that and
+            its weights say so.
         input_size: What it is fed, (channels, height, width), whatever the student is fed.
         num_classes: Columns of its logits, 0 where these are nothing but its pre-logits.
         fused: Which batch norms were folded.
@@ -119,6 +127,7 @@ class Teacher(nn.Module):
         own_input = (input_size[0], *(self.resize_to or input_size[1:]))
         self.preprocessing = resolve_preprocessing([*records, model_record(self.model)], own_input, size_source)
         self.input_size = self.preprocessing.input_size
+        self.trained_size = first_record([*records, InputRecord('')], 'trained_size').trained_size
         self._reader: List[_Reader] = []  # of a sharded teacher; in a list, as it contains the model again
         self._read_structure(own_input)
         self.fused = fuse_batch_norms(self.model, own_input, self._read_all) if fuse else FuseReport(0, 0)
@@ -131,6 +140,7 @@ class Teacher(nn.Module):
             self._order_channels_last(own_input)
         if own_stream and device_type != 'cuda':
             _logger.warning(f'--teacher-stream has no effect: the teacher runs on the device {device_type}.')
+        self._warn_of_assumptions(student_mean, student_std)
         self.autocast = autocast
         self.own_stream = own_stream
         self._stream: Optional[torch.cuda.Stream] = None
@@ -312,6 +322,14 @@ class Teacher(nn.Module):
             for weight, data in zip(weights, before):
                 weight.data = data
 
+    def _warn_of_assumptions(self, student_mean: Sequence[float], student_std: Sequence[float]) -> None:
+        own = self.preprocessing
+        said_by_nobody = set(own.assumed) & {'mean', 'std'}
+        if said_by_nobody and not is_same_normalization(own, student_mean, student_std):
+            _logger.warning(
+                f'Nothing says with which normalisation the teacher was trained. Its images get {own}, those of the '
+                "student others. A wrong one costs the teacher's accuracy: give --teacher-mean and --teacher-std.")
+
     def _register_normalization(self, student_mean: Sequence[float], student_std: Sequence[float]) -> None:
         scale, shift = renormalization(self.preprocessing, student_mean, student_std)
         self.renormalize = bool((scale != 1).any() or (shift != 0).any())
@@ -419,36 +437,48 @@ def create_teacher(
         device: Union[str, torch.device, None] = None,
         dtype: Optional[torch.dtype] = None,
         verbose: bool = True,
+        weights: Optional[str] = None,
+        mean: Optional[Sequence[float]] = None,
+        std: Optional[Sequence[float]] = None,
+        img_size: Optional[int] = None,
         **teacher_kwargs: Any,
 ) -> Teacher:
     """Create a teacher by name, with its weights.
+
+    Its normalisation, input size and interpolation are those that the user names, else those that its weights say of
+    themselves (a checkpoint's data config or flags, a folder's config), else the architecture's.
 
     Args:
         name: timm architecture, `hf-hub:REPO` or `local-dir:FOLDER`.
         input_size: What the student is fed, (channels, height, width).
         num_classes: Class count of the student; used only for a teacher without weights.
-        checkpoint: Weights (.safetensors, .pth or a training checkpoint, whose EMA weights are taken where it has
-            them); loaded weights-only. The class count is the file's own.
+        checkpoint: Weights (.safetensors, .pth or a training checkpoint); loaded weights-only, through timm's filter
+            for the architecture where they are not in its own form. The class count is the file's own.
         pretrained: Load timm's pretrained weights when there is no `checkpoint`.
         model_kwargs: More arguments of `timm.create_model`.
         student_mean: Normalisation of the student's input.
         student_std: Likewise.
         device: Where the teacher lives.
         dtype: Its precision, float32 by default.
-        verbose: Warn of a teacher without weights.
+        verbose: Log what was loaded, warn of a teacher without weights.
+        weights: 'raw' or 'ema' of a training checkpoint; None takes the averaged ones where there are any.
+        mean: The teacher's own normalisation.
+        std: Likewise.
+        img_size: Height and width that it is fed.
         teacher_kwargs: More arguments of `Teacher`.
 
     Raises:
         UsageError: If the name is unknown, or the weights are missing, unreadable or of another architecture.
     """
-    model = load_teacher_model(name, input_size[0], num_classes, checkpoint, pretrained, model_kwargs, verbose)
+    source = TeacherSource(name, checkpoint or '', pretrained, model_kwargs, weights, mean, std, img_size)
+    model, records = load_teacher_model(source, input_size[0], num_classes, verbose)
     return Teacher(
-        model, input_size, student_mean, student_std, device, dtype, copy_model=False, **teacher_kwargs)
+        model, input_size, student_mean, student_std, device, dtype, copy_model=False, records=records,
+        **teacher_kwargs)
 
 
 def model_record(model: nn.Module) -> InputRecord:
     """Return what a model's `pretrained_cfg` says; its size is left out, as many models take any."""
     config = getattr(model, 'pretrained_cfg', None) or {}
     return InputRecord(
-        "the architecture's default", config.get('mean'), config.get('std'),
-        interpolation=config.get('interpolation'), assumed=True)
+        'its pretrained_cfg', config.get('mean'), config.get('std'), interpolation=config.get('interpolation'))

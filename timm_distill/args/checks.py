@@ -41,6 +41,10 @@ _NEEDS_KD: Dict[str, Any] = {
     'teacher': None,
     'teacher_checkpoint': '',
     'teacher_kwargs': {},
+    'teacher_weights': None,
+    'teacher_mean': None,
+    'teacher_std': None,
+    'teacher_img_size': None,
     'teacher_dtype': None,
     'teacher_stream': False,
     'task_loss_weight': None,
@@ -87,8 +91,8 @@ def _check_values(args: argparse.Namespace) -> None:
         raise UsageError(f'--model-dtype {args.model_dtype} does not go with --amp, which needs float32 weights: '
                          'leave out one of the two')
     channels = args.input_size[0] if args.input_size else args.in_chans or 3
-    for name in ('mean', 'std'):
-        value = getattr(args, name)
+    for name in ('mean', 'std', 'teacher_mean', 'teacher_std'):
+        value = getattr(args, name, None)
         if value is not None and len(value) not in (1, channels):
             raise UsageError(f'{_flag(name)} has {len(value)} values: give one, or one for each of {channels} channels')
 

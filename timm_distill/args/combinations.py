@@ -134,6 +134,7 @@ def _warn_of_flags_without_effect(args: argparse.Namespace) -> None:
             ('--train-batch-sizes', args.train_batch_sizes, '--train-img-sizes', args.train_img_sizes),
             ('--naflex-patch-sizes', args.naflex_patch_sizes, '--naflex-loader', args.naflex_loader),
             ('--wandb-project', args.wandb_project, '--log-wandb', args.log_wandb),
+            ('--teacher-weights', args.teacher_weights, '--teacher-checkpoint', args.teacher_checkpoint),
     ):
         if given and not present:
             _logger.warning(f'{flag} has no effect without {needed}.')

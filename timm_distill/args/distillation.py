@@ -10,6 +10,16 @@ def add_distillation_args(parser: ArgumentParser) -> None:
                        help='teacher: a timm model name, hf-hub:org/name or local-dir:/path')
     group.add_argument('--teacher-checkpoint', metavar='FILE', default='',
                        help='teacher weights (.safetensors, .pth or a training checkpoint) instead of pretrained ones')
+    group.add_argument('--teacher-weights', default=None, choices=['raw', 'ema'],
+                       help='which weights of a training checkpoint teach; None: the averaged ones where there are any')
+    group.add_argument('--teacher-mean', type=float, nargs='+', default=None, metavar='MEAN',
+                       help='pixel mean that the teacher was trained with; None: what its weights say of themselves '
+                            '(a checkpoint\'s flags, a folder\'s config), else its architecture\'s')
+    group.add_argument('--teacher-std', type=float, nargs='+', default=None, metavar='STD',
+                       help='pixel deviation that the teacher was trained with, likewise')
+    group.add_argument('--teacher-img-size', type=int, default=None, metavar='N',
+                       help='height and width that the teacher is fed; None: what its weights say, else the '
+                            'student\'s size where the teacher runs at it')
     group.add_argument('--teacher-kwargs', nargs='*', default={}, action=ParseKeyValues, metavar='KEY=VALUE',
                        help='extra arguments for the teacher\'s constructor, e.g. img_size=256')
     group.add_argument('--teacher-pretrained', action=argparse.BooleanOptionalAction, default=True,

@@ -60,7 +60,7 @@ RANGES: Dict[Range, Tuple[str, ...]] = {
         'batch_size', 'checkpoint_hist', 'epochs', 'grad_accum_steps', 'img_size', 'in_chans', 'input_size',
         'kd_student_feature_dim', 'kd_teacher_feature_dim', 'log_freq', 'log_interval', 'lr_base_size',
         'lr_cycle_limit', 'naflex_max_seq_len', 'naflex_patch_sizes', 'naflex_train_seq_lens', 'num_classes',
-        'num_gpu', 'num_samples', 'recount', 'save_epochs', 'stop_epoch', 'train_batch_sizes',
+        'num_gpu', 'num_samples', 'recount', 'save_epochs', 'stop_epoch', 'teacher_img_size', 'train_batch_sizes',
         'train_batches_per_epoch', 'train_img_sizes', 'train_num_samples', 'val_interval', 'val_num_samples',
         'validation_batch_size'),
     _COUNT_OR_NONE: (
@@ -78,11 +78,11 @@ RANGES: Dict[Range, Tuple[str, ...]] = {
         'color_jitter_prob', 'cutmix_minmax', 'gaussian_blur_prob', 'grayscale_prob', 'hflip', 'layer_decay_min_scale',
         'layer_decay_no_opt_scale', 'lr_noise', 'mixup_prob', 'mixup_switch_prob', 'multilabel_threshold', 'reprob',
         'train_size_random_mix', 'vflip',
-        'mean'),  # pixels are 0 to 1
+        'mean', 'teacher_mean'),  # pixels are 0 to 1
     _PART: (
         'bn_momentum',  # that of torch: the part of the new statistics
         'layer_decay', 'lr_noise_pct',
-        'std'),
+        'std', 'teacher_std'),
     _BELOW_ONE: (
         'asl_clip', 'bce_target_thresh', 'drop', 'drop_block', 'drop_connect', 'drop_path', 'model_ema_decay',
         'momentum', 'opt_betas', 'smoothing'),
@@ -97,6 +97,8 @@ _HINTS = {
     'clip_grad': 'leave it out for no clipping',
     'mean': 'pixels are numbers from 0 to 1; divide what is meant for 0 to 255 by 255',
     'std': 'pixels are numbers from 0 to 1; divide what is meant for 0 to 255 by 255',
+    'teacher_mean': 'pixels are numbers from 0 to 1; divide what is meant for 0 to 255 by 255',
+    'teacher_std': 'pixels are numbers from 0 to 1; divide what is meant for 0 to 255 by 255',
     'model_ema_decay': 'with 1 the average would stay at the initial weights',
 }
 

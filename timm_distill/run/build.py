@@ -104,6 +104,7 @@ def build_task(
         teacher_checkpoint=args.teacher_checkpoint,
         teacher_pretrained=args.teacher_pretrained,
         teacher_kwargs=args.teacher_kwargs,
+        **teacher_input_kwargs(args),
         teacher_dtype=resolve_dtype(args.teacher_dtype),
         teacher_stream=args.teacher_stream,
         teacher_device=torch.device('cpu') if args.teacher_fsdp else None,
@@ -122,6 +123,12 @@ def build_task(
         args.dist_bn = ''  # synchronised statistics need no distribution after the epoch
         task.trainable_module = convert_sync_batchnorm(task.trainable_module)
     return task
+
+
+def teacher_input_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
+    """Map the flags that say which weights of the teacher are used and what it is fed to arguments of the task."""
+    names = ('teacher_weights', 'teacher_mean', 'teacher_std', 'teacher_img_size')
+    return {name: getattr(args, name) for name in names}
 
 
 def check_task(args: argparse.Namespace, task: DistillTask) -> None:

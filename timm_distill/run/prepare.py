@@ -39,8 +39,9 @@ def report_teacher(run: Run) -> None:
         accuracy = f'top-1: {top1:.3f}' if 'top1' in metrics else f"mAP: {metrics['map']:.3f}"
         _logger.info(f'Teacher {args.teacher} {accuracy}')
         if top1 < 200 / teacher.num_classes:
-            _logger.warning(f'That is near chance ({100 / teacher.num_classes:.3f}): are its weights right, and is the '
-                            'order of its classes that of the data?')
+            _logger.warning(f'That is near chance ({100 / teacher.num_classes:.3f}): are its weights right, is the '
+                            'order of its classes that of the data, and are its images what it was trained on '
+                            f'(--teacher-mean, --teacher-std, --teacher-img-size)? They are {teacher.preprocessing}.')
 
 
 class _TeacherLogits(nn.Module):

@@ -8,7 +8,7 @@ from timm.data import resolve_data_config
 from ..device import resolve_device_name, resolve_dtype
 from ..errors import UsageError
 from ..pair import check_pair
-from .build import count_epochs
+from .build import count_epochs, teacher_input_kwargs
 from .student import build_student, fit_input_size
 
 
@@ -29,6 +29,7 @@ def dry_run(args: argparse.Namespace) -> None:
         teacher_kwargs=args.teacher_kwargs,
         teacher_pretrained=args.teacher_pretrained,
         teacher_checkpoint=args.teacher_checkpoint,
+        **teacher_input_kwargs(args),
         teacher_dtype=resolve_dtype(args.teacher_dtype),
         kd_weight=args.kd_weight,
         kd_kwargs=args.kd_kwargs,
