@@ -10,8 +10,9 @@ import torch.nn as nn
 from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, ScaledStdConv2d, StdConv2d
 
 from timm_distill import fusing
-from timm_distill.batch_norms import Pair, find_pairs, is_batch_norm
+from timm_distill.batch_norms import Pair, find_pairs
 from timm_distill.fusing import fuse_batch_norms, settle_batch_norms
+from timm_distill.norm_statistics import is_batch_norm
 from timm_distill.probing import evaluation_mode, output_error
 
 SIZE = (3, 16, 16)

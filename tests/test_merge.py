@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from timm.layers import freeze_batch_norm_2d
 
 from timm_distill import DistillTask, create_distill_task, merge_student
 from timm_distill.merge import full_precision, merge_error, merged_copy, merged_state_dict, merged_tensors
@@ -99,6 +100,28 @@ def test_merged_state_is_exactly_a_stock_timm_models(kind: str, ema: bool) -> No
     images = torch.randn(2, *SIZE, dtype=torch.float64)
     with torch.no_grad():
         assert torch.equal(stock.eval()(images), merged(images))
+
+
+@pytest.mark.parametrize('form', ['direct', 'moments'])
+@pytest.mark.parametrize('kind', ['nchw_features', 'tokens_features', 'conv_after_pool'])
+def test_task_whose_batch_norms_are_frozen_on_the_way_trains_on_and_merges_exactly(kind: str, form: str) -> None:
+    task = copy.deepcopy(trained_task(kind))
+    images, target = torch.randn(4, *SIZE, dtype=torch.float64), torch.randint(CLASSES, (4,))
+    with torch.no_grad():
+        for _ in range(50):  # running statistics are the batch's then
+            task(images, target)
+    module = freeze_batch_norm_2d(task.module)
+    module.adapters[0].form = form
+    frozen = {name: tensor.clone() for name, tensor in module.named_buffers() if 'running' in name}
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+    task(images, target)['loss'].backward()
+    optimizer.step()
+    assert any('adapters' in name for name in frozen)
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in module.named_buffers() if name in frozen)
+    plain = create_student(kind).double()
+    plain.load_state_dict(task.get_checkpoint_state()['state_dict'], strict=True)
+    expected = unmerged_logits(task, images, ema=False)
+    torch.testing.assert_close(plain.eval()(images), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_half_precision_student_merges_in_its_own_dtype() -> None:

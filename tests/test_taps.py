@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from timm.layers import freeze_batch_norm_2d
 from tiny_models import Plain, TwoScales, WithClassifier, WithoutLinear
 
 from timm_distill import UsageError
@@ -134,6 +135,19 @@ def test_every_kind_of_consumer_takes_the_map_exactly(kind: str) -> None:
     tap = resolve_student_tap(net, SIZE)
     assert (tap.point, tap.consumers, tap.shape, tap.rejected) == ('features', consumers, (CHANNELS, 3, 3), '')
     assert fold_error(net, tap) < 1e-10
+
+
+@pytest.mark.parametrize('when', ['before', 'after'])
+@pytest.mark.parametrize('kind', [
+    'batch_norm_before_bias_free_conv_and_batch_norm', 'conv_without_bias_and_batch_norm_behind'])
+def test_frozen_batch_norms_take_the_map_like_others(kind: str, when: str) -> None:
+    factory, consumers = AFFINE_HEADS[kind]
+    net = create_net(factory)
+    if when == 'before':
+        net = freeze_batch_norm_2d(net)
+    tap = resolve_student_tap(net, SIZE)
+    assert (tap.point, tap.consumers) == ('features', consumers)
+    assert fold_error(freeze_batch_norm_2d(net), tap) < 1e-10
 
 
 def test_linear_consumer_becomes_w_m_and_b_plus_w_c() -> None:

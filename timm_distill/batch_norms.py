@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .linalg import AffineMap, batch_norm_affine, scale_shift, to_float64
+from .norm_statistics import is_batch_norm
 from .probing import CANNOT_RUN, output_error
 
 FUSE_TOLERANCE = 1e-9  # relative to each output's spread, in float64
@@ -28,12 +29,6 @@ class Pair:
     """A layer and the batch norm that alone reads what it writes, by name."""
     layer: str
     norm: str
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """Whether a module normalises with running statistics: batch norms of torch and timm, frozen ones included."""
-    return hasattr(module, 'eps') and all(
-        isinstance(getattr(module, name, None), torch.Tensor) for name in ('running_mean', 'running_var'))
 
 
 def fold_pair(layer: Any, norm: Any) -> nn.Module:

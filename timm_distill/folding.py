@@ -7,9 +7,9 @@ from typing import Dict, Mapping, Optional, Sequence
 
 import torch
 import torch.nn as nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .linalg import AffineMap, batch_norm_affine, compose, fold_into_weight, to_float64
+from .norm_statistics import is_batch_norm
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,20 @@ def _norm_as_map(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: st
         tensors[f'{name}.running_var'],
         tensors.get(f'{name}.weight'),
         tensors.get(f'{name}.bias'),
-        _batch_norm(model, name).eps,
+        _eps(model, name),
     )
     return AffineMap(torch.diag(scale), shift)
 
 
 def _identity_norm(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> Dict[str, torch.Tensor]:
-    values = {'running_mean': 0., 'running_var': 1. - _batch_norm(model, name).eps, 'weight': 1., 'bias': 0.}
+    values = {'running_mean': 0., 'running_var': 1. - _eps(model, name), 'weight': 1., 'bias': 0.}
     return {
         f'{name}.{key}': torch.full_like(to_float64(tensors[f'{name}.{key}']), value)
         for key, value in values.items() if f'{name}.{key}' in tensors
     }
 
 
-def _batch_norm(model: nn.Module, name: str) -> _BatchNorm:
-    module = model.get_submodule(name)
-    assert isinstance(module, _BatchNorm)
-    return module
+def _eps(model: nn.Module, name: str) -> float:
+    norm = model.get_submodule(name)
+    assert is_batch_norm(norm)
+    return norm.eps  # type: ignore[return-value]

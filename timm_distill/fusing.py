@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 from timm.utils.model import reparameterize_model
 
-from .batch_norms import FUSE_TOLERANCE, Pair, Read, find_pairs, fold_pair, is_batch_norm
+from .batch_norms import FUSE_TOLERANCE, Pair, Read, find_pairs, fold_pair
+from .norm_statistics import is_batch_norm
 from .probing import (
     CANNOT_RUN,
     classifier_parameters,

@@ -11,7 +11,6 @@ from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import UsageError
 from .features import has_head, intermediate_maps, last_stage_feature, resolve_feature_layout
@@ -19,6 +18,7 @@ from .folding import Consumer, fold_affine
 from .grids import candidate_layouts
 from .layouts import FeatureLayout
 from .linalg import AffineMap
+from .norm_statistics import is_batch_norm
 from .probing import (
     CANNOT_RUN,
     Call,
@@ -346,8 +346,8 @@ def _create_consumer(calls: Sequence[Call], index: int, channels: int, with_pre_
 
 def _nearest_norm(calls: Iterator[Call], channels: int) -> Optional[str]:
     for call in calls:
-        if isinstance(call.module, _BatchNorm) and call.module.running_mean is not None:
-            return call.name if call.module.num_features == channels else None
+        if is_batch_norm(call.module):
+            return call.name if call.module.running_mean.numel() == channels else None
     return None
 
 

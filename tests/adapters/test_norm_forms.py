@@ -3,13 +3,15 @@ import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import pytest
 import timm
 import timm.data
 import torch
 import torch.nn as nn
+from timm.layers import freeze_batch_norm_2d
+from torchvision.ops import FrozenBatchNorm2d
 
 from timm_distill import DistillTask, UsageError, create_adapter, create_distill_task, products
 from timm_distill.adapters import AdapterOutput, Match
@@ -228,6 +230,131 @@ def test_moving_both_features_means_with_the_transforms_offset_changes_nothing(f
     adapter = create_random(form).train()
     x, match = create_batch(GRIDS['same'])
     torch.testing.assert_close(adapter(x + 2., match).loss, adapter(x, match).loss, rtol=1e-11, atol=0.)
+
+
+# Modes of the batch norms
+
+def freeze_norm(norm: nn.BatchNorm2d) -> nn.Module:
+    if norm.affine and norm.bias is not None:
+        return freeze_batch_norm_2d(norm)
+    frozen = FrozenBatchNorm2d(norm.num_features, norm.eps).to(norm.running_var.dtype)
+    frozen.load_state_dict({**frozen.state_dict(), **norm.state_dict()})
+    return frozen
+
+
+def replace_norm(norm: nn.BatchNorm2d, **options: Any) -> nn.Module:
+    other = nn.BatchNorm2d(norm.num_features, norm.eps, **options).to(norm.running_var.dtype)
+    if norm.bias is None:
+        other.register_parameter('bias', None)
+    state = norm.state_dict()
+    other.load_state_dict({name: state[name] for name in other.state_dict()})
+    return other
+
+
+def change(norm: nn.Module, **attributes: Any) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(norm, name, value)
+    return norm
+
+
+class Doubling(nn.BatchNorm2d):
+    """A batch norm with a forward of its own."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(2 * input)
+
+
+MODES: Dict[str, Callable[[nn.BatchNorm2d], nn.Module]] = {
+    'training': lambda norm: norm,
+    'eval': lambda norm: norm.eval(),
+    'frozen': freeze_norm,
+    'cumulative': lambda norm: change(norm, momentum=None),
+    'not tracking': lambda norm: change(norm, track_running_stats=False),
+    'not tracking, eval': lambda norm: change(norm, track_running_stats=False).eval(),
+    'without statistics': lambda norm: replace_norm(norm, track_running_stats=False),
+    'without statistics, eval': lambda norm: replace_norm(norm, track_running_stats=False).eval(),
+    'not affine': lambda norm: replace_norm(norm, affine=False),
+    'not affine, eval': lambda norm: replace_norm(norm, affine=False).eval(),
+}
+MODE_PAIRS = {f'{a}+{b}'.replace(', ', '_').replace(' ', '_'): (a, b) for a in MODES for b in MODES}
+each_mode_pair = pytest.mark.parametrize('modes', MODE_PAIRS.values(), ids=list(MODE_PAIRS))
+
+
+def create_in_modes(modes: Tuple[str, str], form: str = 'direct', **options: Any) -> NToOneTransform:
+    """Return an adapter in training with its two batch norms in modes of their own."""
+    adapter = create_random(form, **options).train()
+    for name, mode in zip(('expand_bn', 'contract_bn'), modes):
+        if hasattr(adapter, name):
+            setattr(adapter, name, MODES[mode](getattr(adapter, name)))
+    return adapter
+
+
+@pytest.mark.parametrize('options', [{}, dict(residual=False), dict(offset=False), dict(side=True)], ids=str)
+@each_mode_pair
+def test_both_forms_are_equal_in_every_mode_of_each_batch_norm(
+        modes: Tuple[str, str], options: Dict[str, bool]) -> None:
+    adapters = [create_in_modes(modes, form, **options) for form in ('moments', 'direct')]
+    for seed, grid in enumerate(('same', 'student larger', 'tokens with prefix', 'same')):
+        x, match = create_batch(GRIDS[grid], seed=seed)
+        assert_equal(*[run(adapter, x, match) for adapter in adapters])
+    assert_equal(*[run(adapter, x, None) for adapter in adapters])
+
+
+@each_mode_pair
+def test_merging_is_exact_in_every_mode_or_says_why_not(modes: Tuple[str, str]) -> None:
+    adapter, (x, match) = create_in_modes(modes, 'moments'), create_batch(GRIDS['same'])
+    adapter(x, match)
+    adapter.eval()
+    if any('without' in mode for mode in modes):
+        with pytest.raises(UsageError, match='track_running_stats'):
+            adapter.affine()
+    else:
+        torch.testing.assert_close(adapter.affine()(x), adapter(x).output, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize('mode', ['eval', 'frozen'])
+@pytest.mark.parametrize('form', ['direct', 'moments', 'auto'])
+def test_frozen_batch_norms_keep_their_statistics_in_training(form: str, mode: str) -> None:
+    adapter = create_in_modes((mode, mode), form)
+    before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    (x, match), (_, other) = create_batch(GRIDS['same']), create_batch(GRIDS['same'], seed=1)
+    adapter(x, match)
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapter.state_dict().items())
+    half = slice(0, 2)  # nothing of an image's output depends on the others
+    torch.testing.assert_close(adapter(x[half]).output, adapter(x, other).output[half], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize('form', ['direct', 'moments'])
+def test_offset_of_a_frozen_norm_does_not_make_a_linear_transform_affine(form: str) -> None:
+    adapter = create_in_modes(('frozen', 'frozen'), form, offset=False)
+    adapter.contract_bn.bias.add_(1.)
+    x, _ = create_batch(GRIDS['same'])
+    assert adapter(torch.zeros_like(x)).output.abs().max() < 1e-12
+    torch.testing.assert_close(adapter.affine()(x), adapter(x).output, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize('form', ['moments', 'auto'])
+def test_batch_norm_with_a_forward_of_its_own_is_run(form: str) -> None:
+    results = []
+    for named in (form, 'direct'):
+        adapter = create_random(named).train()
+        adapter.expand_bn.__class__ = Doubling
+        results.append(run(adapter, *create_batch(Grid((8, 8, 8), (8, 8, 8)))))
+    assert_equal(*results)
+    plain = run(create_random('direct').train(), *create_batch(Grid((8, 8, 8), (8, 8, 8))))
+    assert not torch.allclose(results[0]['expand_bn.running_mean'], plain['expand_bn.running_mean'])
+
+
+@pytest.mark.parametrize('form', ['direct', 'moments', 'auto'])
+def test_single_position_is_one_message_and_changes_no_statistics(form: str) -> None:
+    adapter, (x, match) = create_random(form).train(), create_batch(Grid((1, 1, 1), (1, 1, 1)))
+    before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+    with pytest.raises(UsageError, match='two positions.*--batch-size'):
+        adapter(x, match)
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapter.state_dict().items())
+    assert torch.isfinite(adapter.eval()(x, match).loss)
+    assert torch.isfinite(create_random(form, batch_norm=False).train()(x, match).loss)
+    assert torch.isfinite(create_in_modes(('frozen', 'eval'), form)(x, match).loss)
 
 
 # Gradients

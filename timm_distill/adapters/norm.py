@@ -8,12 +8,10 @@ the second contracts it back. `batch_norm=True, residual=True` is the published 
 residual connection around both); `batch_norm=False` is the plain linear pair of the paper's text.
 """
 import logging
-from typing import Optional, Tuple, Union
+from typing import NamedTuple, Optional, Tuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UsageError
 from ..expansion import Expansion, expand_moments
@@ -25,7 +23,17 @@ from ..moments import (
     compute_moments,
     map_rows,
     row_variances,
-    share_moments,
+)
+from ..norm_statistics import (
+    batch_statistics,
+    count_ranks,
+    is_batch_norm,
+    is_known_norm,
+    reads_batch,
+    running_scale_and_shift,
+    scale_and_bias,
+    update_running,
+    value_at_zero,
 )
 from ..products import from_rows
 from .base import Adapter, AdapterOutput, Match, register_adapter
@@ -38,13 +46,10 @@ _POOLS = ('avg', 'max')
 _DIRECT_BYTES = 2 ** 30  # activations of the direct form above which 'auto' leaves it
 
 
-def batch_norm_mean_response(norm: nn.Module, input: torch.Tensor) -> torch.Tensor:
-    """Return scale * mean, [C], of a batch norm for the statistics that it uses for this input, [B, C, H, W]."""
-    if norm.training:
-        var, mean = torch.var_mean(to_full_precision(input), dim=(0, 2, 3), correction=0)
-    else:
-        var, mean = norm.running_var, norm.running_mean  # type: ignore[assignment]
-    return norm.weight * mean * (var + norm.eps).rsqrt()
+class _Statistics(NamedTuple):
+    """What the two batch norms read of a batch; None for one that reads its running statistics, or is none."""
+    expand: Optional[BatchStatistics]
+    contract: Optional[BatchStatistics]
 
 
 @register_adapter('norm')
@@ -115,7 +120,11 @@ class NToOneTransform(Adapter):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def _norms(self) -> Tuple[nn.Module, ...]:
+        return (self.expand_bn,) if self.contract is None else (self.expand_bn, self.contract_bn)
+
     def forward(self, x: torch.Tensor, match: Optional[Match] = None) -> AdapterOutput:
+        self._check_positions(x)
         if self._choose_form(x, match) == 'moments':
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -128,7 +137,15 @@ class NToOneTransform(Adapter):
         student, teacher = match_grids(match.to_map(expanded), match.teacher, self.pool)
         return AdapterOutput(output, n_to_one_loss(student, teacher, self.segments))
 
+    def _check_positions(self, x: torch.Tensor) -> None:
+        """Reject a batch that has no variance, which a batch norm would divide by."""
+        if _count_positions(x) == 1 and any(reads_batch(norm) and count_ranks(norm) == 1 for norm in self._norms()):
+            raise UsageError("The batch norms of the N-to-one transform need two positions in a batch, of which this "
+                             'one has 1: give a larger --batch-size, or --kd-kwargs norm.batch_norm=False.')
+
     def _choose_form(self, x: torch.Tensor, match: Optional[Match]) -> str:
+        if self.batch_norm and not all(is_known_norm(norm) for norm in self._norms()):
+            return 'direct'  # runs a norm of whatever kind
         max_pooled = self.pool == 'max' and match is not None and _pools_student(match.to_map(x), match.teacher)
         form = self.form
         if not self.offset and isinstance(self.expand_bn, nn.SyncBatchNorm):
@@ -169,15 +186,13 @@ class NToOneTransform(Adapter):
             output = output - offset[:, None, None].to(output.dtype)
         contracted, output = output, self.contract_bn(output)
         if self.batch_norm and not self.offset:
-            response = batch_norm_mean_response(self.contract_bn, contracted)
-            output = output + response[:, None, None].to(output.dtype)
+            output = output - value_at_zero(self.contract_bn, contracted)[:, None, None].to(output.dtype)
         return x + output if self.residual else output, expanded
 
     def _expansion_offset(self, linear: torch.Tensor) -> torch.Tensor:
         """Return the offset of e, [N * Ct]: what it is for x = 0."""
         if self.batch_norm:
-            bias = to_full_precision(self.expand_bn.bias)  # type: ignore[arg-type]
-            return bias - batch_norm_mean_response(self.expand_bn, linear)
+            return value_at_zero(self.expand_bn, linear)
         assert self.expand.bias is not None
         return to_full_precision(self.expand.bias)
 
@@ -189,26 +204,26 @@ class NToOneTransform(Adapter):
         """
         moments = compute_moments(to_full_precision(x))
         matched, teacher = self._matched_moments(x, match, moments)
-        batch_stats = self._share(moments) if self.batch_norm and self.training else None
-        scale, offset = self._expansion_scale(batch_stats is not None)
+        stats = self._batch_statistics(moments)
+        scale, offset = self._expansion_scale(stats.expand is not None)
         expansion = expand_moments(
             _matrix(self.expand),
             None if self.contract is None else to_full_precision(self.contract.weight),
             scale,
             offset,
-            None if batch_stats is None else batch_stats.cov,
+            None if stats.expand is None else stats.expand.cov,
             float(self.expand_bn.eps) if self.batch_norm else 0.,  # type: ignore[arg-type]
             matched,
-            None if matched is None else _shift(matched, batch_stats),
+            None if matched is None else _shift(matched.mean, stats.expand),
             teacher,
         )
-        if batch_stats is not None:
-            mean = _matrix(self.expand).detach() @ batch_stats.mean.detach()
-            _update_running(self.expand_bn, mean, expansion.variance, batch_stats.num_positions)
+        if stats.expand is not None:
+            mean = _matrix(self.expand).detach() @ stats.expand.mean.detach()
+            update_running(self.expand_bn, mean, expansion.variance, stats.expand.num_positions)
         loss = None if matched is None else expansion.loss
         if self.contract is None:
             return AdapterOutput(x, loss)
-        weight, bias = self._contract(expansion, offset, batch_stats, moments)
+        weight, bias = self._contract(expansion, offset, stats, moments)
         rows = moments.centred.to(dtype)
         if self.residual and rows.dtype == x.dtype == moments.centred.dtype:  # no rounding of x to `dtype` then
             output = map_rows(rows, weight, bias + moments.mean, residual=True)
@@ -233,55 +248,76 @@ class NToOneTransform(Adapter):
             return moments, teacher
         return compute_moments(to_full_precision(student)), teacher
 
-    def _share(self, moments: Moments) -> BatchStatistics:
-        """Return the batch norms' statistics, over all ranks where they are synchronised."""
-        if isinstance(self.expand_bn, nn.SyncBatchNorm) and dist.is_initialized():
-            return share_moments(moments, self.expand_bn.process_group)
-        return BatchStatistics(moments.mean, moments.cov, moments.centred.shape[0])
-
-    def _expansion_scale(self, batch_stats: bool) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Return scale and offset of the expansion for `expand_moments`."""
-        norm = self.expand_bn
+    def _batch_statistics(self, moments: Moments) -> _Statistics:
+        """Return what each batch norm reads of the batch, over all ranks where it is synchronised."""
         if not self.batch_norm:
-            assert self.expand.bias is not None
-            bias = to_full_precision(self.expand.bias)
-            return torch.ones_like(bias), bias
-        weight, bias = to_full_precision(norm.weight), to_full_precision(norm.bias)  # type: ignore[arg-type]
-        if batch_stats:
-            return weight, bias
-        scale = weight * (to_full_precision(norm.running_var) + norm.eps).rsqrt()  # type: ignore[arg-type]
-        return scale, bias - scale * norm.running_mean
+            return _Statistics(None, None)
+        expand = batch_statistics(self.expand_bn, moments)
+        if self.contract is None:
+            return _Statistics(expand, None)
+        # most often both read the same: it is shared over the ranks once
+        same = expand is not None and reads_batch(self.contract_bn) and (
+            getattr(self.expand_bn, 'process_group', None) is getattr(self.contract_bn, 'process_group', None)
+            and count_ranks(self.expand_bn) == count_ranks(self.contract_bn))
+        return _Statistics(expand, expand if same else batch_statistics(self.contract_bn, moments))
+
+    def _expansion_scale(self, from_batch: bool) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return scale and offset of the expansion for `expand_moments`."""
+        if self.batch_norm:
+            if not from_batch:
+                return running_scale_and_shift(self.expand_bn)
+            return scale_and_bias(self.expand_bn, _matrix(self.expand)[:, 0])
+        assert self.expand.bias is not None
+        bias = to_full_precision(self.expand.bias)
+        return torch.ones_like(bias), bias
 
     def _contract(
             self,
             expansion: Expansion,
             offset: torch.Tensor,
-            batch_stats: Optional[BatchStatistics],
+            stats: _Statistics,
             moments: Moments,
     ) -> AffineMap:
         """Return the contracted map of the centred feature, with the second batch norm."""
         assert self.contract is not None
-        weight, norm = expansion.contracted, self.contract_bn
-        if batch_stats is not None:
-            variance = row_variances(weight, batch_stats.cov)
-            with torch.no_grad():
-                mean = _matrix(self.contract) @ offset if self.offset else weight @ batch_stats.mean
-                _update_running(norm, mean, variance.detach(), batch_stats.num_positions)
-            weight = (norm.weight * (variance + norm.eps).rsqrt())[:, None] * weight
-            if not self.offset:
-                return AffineMap(weight, weight @ moments.mean)
-            bias, shift = to_full_precision(norm.bias), _shift(moments, batch_stats)  # type: ignore[arg-type]
-            return AffineMap(weight, bias if shift is None else bias + weight @ shift)
-        bias = torch.zeros_like(weight[0])
-        if self.offset:
-            bias = _matrix(self.contract) @ offset
-        if self.batch_norm:
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight, norm, batch = expansion.contracted, self.contract_bn, stats.contract
+        if batch is None:
+            scale, shift = self._contraction_scale()
+            constant = self._contracted_constant(weight, offset, moments.mean, stats.expand)
             weight = scale[:, None] * weight
-            bias = scale * (bias - norm.running_mean) + norm.bias if self.offset else bias
-        elif self.offset:
-            bias = bias + self.contract.bias
-        return AffineMap(weight, bias + weight @ moments.mean)
+            return AffineMap(weight, scale * constant + shift if self.offset else weight @ moments.mean)
+        variance = row_variances(weight, batch.cov)
+        with torch.no_grad():
+            mean = self._contracted_constant(weight, offset, batch.mean, stats.expand)
+            update_running(norm, mean, variance.detach(), batch.num_positions)
+        scale, bias = scale_and_bias(norm, variance)
+        weight = (scale * (variance + norm.eps).rsqrt())[:, None] * weight
+        if not self.offset:
+            return AffineMap(weight, weight @ moments.mean)
+        shift_of_mean = _shift(moments.mean, batch)
+        return AffineMap(weight, bias if shift_of_mean is None else bias + weight @ shift_of_mean)
+
+    def _contraction_scale(self) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return scale and shift of what is behind the contraction, apart from a batch norm that reads the batch."""
+        assert self.contract is not None
+        if self.batch_norm:
+            return running_scale_and_shift(self.contract_bn)
+        ones = torch.ones_like(_matrix(self.contract)[:, 0])
+        return ones, to_full_precision(self.contract.bias) if self.contract.bias is not None else torch.zeros_like(ones)
+
+    def _contracted_constant(
+            self,
+            weight: torch.Tensor,
+            offset: torch.Tensor,
+            point: torch.Tensor,
+            expand_stats: Optional[BatchStatistics],
+    ) -> torch.Tensor:
+        """Return what the contraction gives where x is `point`, [Cs], without its own bias."""
+        assert self.contract is not None
+        if not self.offset:
+            return weight @ point
+        constant, shift = _matrix(self.contract) @ offset, _shift(point, expand_stats)
+        return constant if shift is None else constant + weight @ shift
 
     def affine(self) -> AffineMap:
         if self.contract is None:
@@ -299,6 +335,10 @@ def _layer_affine(conv: nn.Conv2d, norm: nn.Module) -> AffineMap:
     affine = AffineMap(*_conv_tensors(conv))
     if isinstance(norm, nn.Identity):
         return affine
+    if not is_batch_norm(norm):
+        raise UsageError(f"{type(norm).__name__} in the N-to-one transform has no running statistics, so that what it "
+                         'does depends on the batch at inference, too, and cannot be merged: leave '
+                         'track_running_stats of its batch norms on, or give --kd-kwargs norm.batch_norm=False.')
     return scale_shift(affine, *batch_norm_affine(
         norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps))  # type: ignore[arg-type]
 
@@ -327,23 +367,8 @@ def _pools_student(student: torch.Tensor, teacher: torch.Tensor) -> bool:
     return student.shape[-2] > teacher.shape[-2] or student.shape[-1] > teacher.shape[-1]
 
 
-def _shift(moments: Moments, batch_stats: Optional[BatchStatistics]) -> Optional[torch.Tensor]:
-    """Return a mean relative to the batch norms', or to zero; None where it is theirs."""
-    if batch_stats is None:
-        return moments.mean
-    return None if moments.mean is batch_stats.mean else moments.mean - batch_stats.mean
-
-
-@torch.no_grad()
-def _update_running(
-        norm: nn.Module,
-        mean: torch.Tensor,
-        variance: torch.Tensor,
-        num_positions: Union[int, torch.Tensor],
-) -> None:
-    """Update running statistics as a batch norm does, from a biased variance."""
-    assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
-    norm.num_batches_tracked.add_(1)
-    unbiased = variance * num_positions / (num_positions - 1)
-    for running, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-        running.lerp_(value.to(running.dtype), float(norm.momentum))  # type: ignore[arg-type]
+def _shift(mean: torch.Tensor, batch: Optional[BatchStatistics]) -> Optional[torch.Tensor]:
+    """Return a mean relative to a batch norm's, or to zero for None; None where it is the norm's."""
+    if batch is None:
+        return mean
+    return None if mean is batch.mean else mean - batch.mean
