@@ -1,13 +1,10 @@
-"""Products of matrices of positions, and the flags of their precision."""
-from contextlib import contextmanager
-from typing import Callable, Iterator, Tuple
+"""Products of matrices of positions."""
+from typing import Callable
 
 import pytest
 import torch
 
-from timm_distill import create_adapter, products
-from timm_distill.adapters import Match
-from timm_distill.precision import full_float32
+from timm_distill import products
 from timm_distill.products import (
     channel_means,
     from_rows,
@@ -102,43 +99,3 @@ def test_rows_are_the_positions_of_a_map_and_back(memory_format: torch.memory_fo
 def test_rows_of_tokens_are_a_view() -> None:
     tokens = draw(2, 6, 3)  # [B, L, C]
     assert to_rows(tokens.transpose(1, 2).unsqueeze(-1)).data_ptr() == tokens.data_ptr()
-
-
-# Flags
-
-@contextmanager
-def tf32(enabled: bool) -> Iterator[None]:
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = enabled
-    try:
-        yield
-    finally:
-        for backend, value in zip(backends, before):
-            backend.allow_tf32 = value
-
-
-def tf32_flags() -> Tuple[bool, bool]:
-    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-
-
-@pytest.mark.parametrize('enabled', [True, False])
-def test_tf32_is_off_inside_and_as_before_behind(enabled: bool) -> None:
-    with tf32(enabled):
-        with full_float32():
-            assert tf32_flags() == (False, False)
-        assert tf32_flags() == (enabled, enabled)
-        with pytest.raises(ZeroDivisionError), full_float32():
-            raise ZeroDivisionError
-        assert tf32_flags() == (enabled, enabled)
-
-
-@pytest.mark.parametrize('enabled', [True, False])
-def test_tf32_is_as_before_behind_a_step(enabled: bool) -> None:
-    with tf32(enabled):
-        adapter = create_adapter('norm', 3, 2, segments=2, form='moments')
-        result = adapter(draw(4, 3, 3, 3), Match(draw(4, 2, 3, 3), lambda positions: positions))
-        assert tf32_flags() == (enabled, enabled)
-        (result.loss + result.output.sum()).backward()
-        assert tf32_flags() == (enabled, enabled)
