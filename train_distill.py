@@ -36,9 +36,12 @@ from timm_distill.run import (
     Recorder,
     RunResult,
     build_run,
+    check_same_data,
+    check_same_teacher_input,
     describe_run,
     dry_run,
     fit,
+    forget_data,
     prepare_class_means,
     prepare_for_device,
     report_teacher,
@@ -91,9 +94,13 @@ def train(args: argparse.Namespace) -> RunResult:
     if checkpoint is not None:
         # weights that are not loaded are drawn by every rank and then the first one's
         check_same_run(args, checkpoint, getattr(run.task.teacher, 'digest', '') if args.rank == 0 else '')
+        check_same_teacher_input(run, checkpoint)
+    has_other_data = checkpoint is not None and check_same_data(run, checkpoint)
     report_teacher(run)
-    if checkpoint is None:
-        prepare_class_means(run)  # a checkpoint holds them
+    if checkpoint is None or has_other_data:
+        prepare_class_means(run)  # else the checkpoint holds them
+    if checkpoint is not None and has_other_data:
+        forget_data(run, checkpoint)
     start_epoch = resume(run, checkpoint)
     prepare_for_device(run)
     with StopSignals(args.distributed) as signals:

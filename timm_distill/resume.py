@@ -29,12 +29,12 @@ _EXTENSION = '.pth.tar'
 # What a checkpoint is about. Another value makes another run, which can start from the weights at most.
 _IDENTITY = ('model', 'model_kwargs', 'num_classes', 'in_chans', 'kd', 'kd_kwargs', 'kd_tap', 'teacher',
              'teacher_kwargs')
-_WITHOUT_EFFECT = {'resume', 'no_resume_opt', 'start_epoch', 'output', 'experiment', 'log_interval', 'device', 'rank',
-                   'local_rank', 'world_size', 'distributed', 'teacher_eval', 'recovery_interval', 'checkpoint_hist',
-                   'pin_mem', 'initial_checkpoint', 'pretrained', 'pretrained_path', 'dry_run', 'list_kd', 'demo',
-                   'demo_dir', 'config', 'max_bad_images', 'on_nan', 'teacher_checkpoint',
-                   'stop_epoch', 'save_epochs', 'report', 'push_to_hub', 'synchronize_step', 'save_images',
-                   'nd_class_means'}
+_WITHOUT_EFFECT = {'resume', 'resume_data_changed', 'no_resume_opt', 'start_epoch', 'output', 'experiment',
+                   'log_interval', 'device', 'rank', 'local_rank', 'world_size', 'distributed', 'teacher_eval',
+                   'recovery_interval', 'checkpoint_hist', 'pin_mem', 'initial_checkpoint', 'pretrained',
+                   'pretrained_path', 'dry_run', 'list_kd', 'demo', 'demo_dir', 'config', 'max_bad_images', 'on_nan',
+                   'teacher_checkpoint', 'stop_epoch', 'save_epochs', 'report', 'push_to_hub',
+                   'synchronize_step', 'save_images', 'nd_class_means'}
 
 
 def resolve_resume(args: argparse.Namespace) -> Optional[Dict[str, Any]]:

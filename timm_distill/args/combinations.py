@@ -129,6 +129,7 @@ def _check_run(args: argparse.Namespace) -> None:
 def _warn_of_flags_without_effect(args: argparse.Namespace) -> None:
     for flag, given, needed, present in (
             ('--no-resume-opt', args.no_resume_opt, '--resume', args.resume),
+            ('--resume-data-changed', args.resume_data_changed, '--resume', args.resume),
             ('--torchcompile-mode', args.torchcompile_mode, '--torchcompile', args.torchcompile),
             ('--resplit', args.resplit, '--reprob', args.reprob or args.split_bn),
             ('--train-batch-sizes', args.train_batch_sizes, '--train-img-sizes', args.train_img_sizes),

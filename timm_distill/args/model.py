@@ -64,6 +64,8 @@ def add_train_model_args(parser: ArgumentParser) -> None:
     group.add_argument('--resume', type=str, default='', metavar='PATH',
                        help='training checkpoint to go on from exactly; auto: the newest good one of this '
                             '--experiment or --output, if there is one')
+    group.add_argument('--resume-data-changed', action='store_true', default=False,
+                       help='with --resume: go on with other images or classes than those that it was trained on')
     group.add_argument('--no-resume-opt', action='store_true', default=False,
                        help='with --resume: leave out the optimizer\'s state')
     group.add_argument('-vb', '--validation-batch-size', type=int, default=None, metavar='N',

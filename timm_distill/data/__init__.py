@@ -5,6 +5,7 @@ images (missing split, shifted labels, unreadable file) stop the run with one li
 timm would go on with other data than the user meant.
 """
 from .datasets import class_names, create_datasets, create_eval_dataset, label_names
+from .fingerprint import class_indices, describe_changes, digest_fingerprint, fingerprint_dataset
 from .images import StrictImageDataset, user_message
 from .indexing import IndexedDataset, index_samples, read_labels
 from .loaders import DataLoaders, create_eval_loader, create_loaders, create_pass_loader, set_loader_epoch
@@ -15,6 +16,7 @@ __all__ = [
     'DataLoaders',
     'IndexedDataset',
     'StrictImageDataset',
+    'class_indices',
     'class_names',
     'create_datasets',
     'create_eval_dataset',
@@ -22,6 +24,9 @@ __all__ = [
     'create_loaders',
     'create_pass_loader',
     'create_train_loss',
+    'describe_changes',
+    'digest_fingerprint',
+    'fingerprint_dataset',
     'index_samples',
     'is_mixup_active',
     'label_names',

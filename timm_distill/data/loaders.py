@@ -2,7 +2,7 @@
 import copy
 import logging
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ..errors import UsageError
 from .batch_scale import BatchScale
 from .datasets import create_datasets
+from .fingerprint import Fingerprint, fingerprint_dataset
 from .indexing import IndexedDataset, index_samples
 from .mixing import create_mixup
 from .naflex import PatchSize, create_naflex_eval_loader, create_naflex_train_loader
@@ -31,12 +32,14 @@ class DataLoaders:
         mixup_fn: To call on each (input, target) of `train`; None where there is no mixup or the loader does it.
         batch_size: Images of a training batch, on average where batches differ.
         batch_scale: Factor on the loss of a batch by its size; None where all are alike.
+        fingerprints: What tells the 'training' and the 'validation' data from others.
     """
     train: Any
     eval: Optional[Any]
     mixup_fn: Optional[Callable] = None
     batch_size: float = 0.
     batch_scale: Optional[BatchScale] = None
+    fingerprints: Dict[str, Fingerprint] = field(default_factory=dict)
 
     def _resumable(self) -> Dict[str, ResumableLoader]:
         loaders = {'train': find_resumable(self.train), 'eval': find_resumable(self.eval)}
@@ -81,6 +84,8 @@ def create_loaders(
     if args.aug_repeats and not distributed:
         raise UsageError(f'--aug-repeats {args.aug_repeats:g} works in distributed training only: leave it out')
     dataset_train, dataset_eval = create_datasets(args, data_config, num_classes)
+    datasets = {'training': dataset_train, 'validation': dataset_eval}
+    fingerprints = {name: fingerprint_dataset(data) for name, data in datasets.items() if data is not None}
     if with_indices:
         dataset_train = index_samples(dataset_train)
     common: Dict[str, Any] = {'model_dtype': model_dtype, 'distributed': distributed, 'patch_size': patch_size}
@@ -95,7 +100,7 @@ def create_loaders(
         batch_size = args.validation_batch_size
         loader_eval = create_eval_loader(args, data_config, dataset_eval, device, batch_size=batch_size, **common)
     batch_size, batch_scale = _batch_sizes(args, loader_train, device, distributed)
-    return DataLoaders(loader_train, loader_eval, mixup_fn, batch_size, batch_scale)
+    return DataLoaders(loader_train, loader_eval, mixup_fn, batch_size, batch_scale, fingerprints)
 
 
 def _batch_sizes(

@@ -6,15 +6,19 @@ from .parts import Run, RunResult, describe_run
 from .prepare import prepare_class_means, prepare_for_device, report_teacher, resume
 from .preview import dry_run
 from .recorder import Recorder
+from .unchanged import check_same_data, check_same_teacher_input, forget_data
 
 __all__ = [
     'Recorder',
     'Run',
     'RunResult',
     'build_run',
+    'check_same_data',
+    'check_same_teacher_input',
     'describe_run',
     'dry_run',
     'fit',
+    'forget_data',
     'prepare_class_means',
     'prepare_for_device',
     'report_teacher',

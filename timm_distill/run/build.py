@@ -29,6 +29,7 @@ from ..sharding import share_weights
 from ..task import DistillTask
 from .parts import Run
 from .student import build_student, check_train_sizes, fit_input_size
+from .unchanged import check_equal_data
 
 _logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def build_run(args: argparse.Namespace) -> Run:
     patch_size = find_patch_size(student) if args.naflex_loader else None
     loaders = create_loaders(
         args, data_config, args.num_classes, device, precision.model_dtype, args.distributed, with_indices, patch_size)
+    check_equal_data(args, loaders.fingerprints)
     task = build_task(args, student, data_config, device, precision, loaders)
     optimizer = build_optimizer(args, task, loaders.batch_size)
     scheduler, num_epochs = build_scheduler(args, optimizer, loaders)

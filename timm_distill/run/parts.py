@@ -76,6 +76,15 @@ class Run:
         return {'auto': None, 'bar': True, 'lines': False}[self.args.log_style]
 
 
+def fingerprints(run: Run) -> Dict[str, Any]:
+    """Return what the run's results depend on beside flags and weights, to be compared when it is resumed."""
+    teacher = run.task.teacher
+    return {
+        'datasets': run.loaders.fingerprints,
+        'teacher_input': None if teacher is None else teacher.preprocessing.values(),
+    }
+
+
 def describe_run(run: Run, version: str) -> Dict[str, Any]:
     """Return what exporting a checkpoint needs to know: plain values."""
     train = run.loaders.train.dataset
@@ -85,4 +94,5 @@ def describe_run(run: Run, version: str) -> Dict[str, Any]:
         'data_config': dict(run.data_config),
         'label_names': label_names(train, run.args.num_classes),
         'provenance': collect_provenance(run.args, version, teacher_hash, num_samples),
+        **fingerprints(run),
     }

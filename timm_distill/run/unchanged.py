@@ -1,0 +1,91 @@
+"""Phases of a run: whether data and teacher are what they were when a checkpoint was written, on all processes."""
+import argparse
+import logging
+from typing import Any, Dict, List
+
+import torch.distributed as dist
+
+from ..data import describe_changes, digest_fingerprint
+from ..errors import UsageError
+from .parts import Run
+
+_logger = logging.getLogger(__name__)
+
+
+def check_equal_data(args: argparse.Namespace, fingerprints: Dict[str, Any]) -> None:
+    """Compare the data of all processes: with other files or labels each would train on something else.
+
+    Args:
+        args: Flags.
+        fingerprints: Of this process' datasets by name.
+
+    Raises:
+        UsageError: Names the process whose data differ from the first one's, and in what.
+    """
+    if not args.distributed:
+        return
+    ranks: List[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, {name: digest_fingerprint(value) for name, value in fingerprints.items()})
+    other = [str(rank) for rank, digests in enumerate(ranks) if digests != ranks[0]]
+    if other:
+        raise UsageError(f'--data-dir {args.data_dir or args.data} holds other images or classes for the '
+                         f'processes {", ".join(other)} than for process 0: give all the same data')
+
+
+def check_same_data(run: Run, checkpoint: Dict[str, Any]) -> bool:
+    """Compare this run's data with those of a checkpoint, as far as it knows of them.
+
+    Returns:
+        Whether the training data are others, which `--resume-data-changed` allows.
+
+    Raises:
+        UsageError: If the data are others and the flag is not given; names the difference.
+    """
+    saved = checkpoint.get('datasets') or {}
+    changes = {}
+    for name in [name for name in run.loaders.fingerprints if name in saved]:
+        words = describe_changes(saved[name], run.loaders.fingerprints[name])
+        if words:
+            changes[name] = '; '.join(words)
+    if not changes:
+        return False
+    text = '. '.join(f'The {name} data are not those of the checkpoint: {words}' for name, words in changes.items())
+    if not run.args.resume_data_changed:
+        raise UsageError(f'{text}. Put back what {run.args.resume!r} was trained on, or go on with what there is with '
+                         '--resume-data-changed.')
+    forgotten = ', what --kd keeps of single images and classes begins anew' if 'training' in changes else ''
+    ranked = ', the best metric until now was measured on other images' if 'validation' in changes else ''
+    _logger.warning(f'{text}. The run goes on with them, but not as if it had never stopped{forgotten}{ranked}.')
+    return 'training' in changes
+
+
+def check_same_teacher_input(run: Run, checkpoint: Dict[str, Any]) -> None:
+    """Compare what is done to the teacher's images with what was done when a checkpoint was written.
+
+    Raises:
+        UsageError: If it is something else; names the difference.
+    """
+    saved, teacher = checkpoint.get('teacher_input'), run.task.teacher
+    if not saved or teacher is None:
+        return
+    now = teacher.preprocessing.values()
+    if (checkpoint.get('data_config') or {}).get('input_size') != run.data_config['input_size']:
+        saved = {**saved, 'input_size': now['input_size']}  # may follow the student's, of which the flags warn
+    changes = [f'{name} {_text(saved[name])} -> {_text(value)}' for name, value in now.items()
+               if name in saved and _text(saved[name]) != _text(value)]
+    if changes:
+        raise UsageError(f'{run.args.resume!r} was distilled from a teacher with other preprocessing: '
+                         f'{", ".join(changes)}. Give the teacher as it was (its config.json, its checkpoint, '
+                         '--teacher-mean, --teacher-std, --teacher-img-size).')
+
+
+def _text(value: Any) -> str:
+    return ' '.join(f'{v:g}' for v in value) if isinstance(value, (list, tuple)) else str(value)
+
+
+def forget_data(run: Run, checkpoint: Dict[str, Any]) -> None:
+    """Replace in a checkpoint what methods keep of the training data (memory banks, class means) by what is new."""
+    for key in ('task_state', 'task_state_ema'):
+        if (checkpoint.get(key) or {}).get('memory'):
+            fresh = run.task.module.memory()
+            checkpoint[key]['memory'] = {name: tensor.detach().clone() for name, tensor in fresh.items()}
