@@ -29,19 +29,22 @@ from timm_distill.composition import check_mixing
 from timm_distill.console import run_script
 from timm_distill.data import user_message
 from timm_distill.demo import run_demo
+from timm_distill.locking import FolderLock
 from timm_distill.meters import NonFiniteLossError
 from timm_distill.methods import describe_methods, list_methods, load_method_file
-from timm_distill.resume import check_same_run, resolve_resume, restore_rank
+from timm_distill.resume import check_same_run, restore_rank
 from timm_distill.run import (
     Recorder,
     RunResult,
     build_run,
     check_same_data,
     check_same_teacher_input,
+    create_lock,
     describe_run,
     dry_run,
     fit,
     forget_data,
+    open_run,
     prepare_class_means,
     prepare_for_device,
     report_teacher,
@@ -76,7 +79,8 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
         return None
     if int(os.environ.get('RANK', 0)) == 0:  # the one that writes
         check_folder(os.path.join(args.output or './output/train', args.experiment), '--output')
-    return train(args)
+    with create_lock() as lock:
+        return train(args, lock)
 
 
 def mixing_flags(args: argparse.Namespace) -> List[str]:
@@ -85,11 +89,11 @@ def mixing_flags(args: argparse.Namespace) -> List[str]:
     return [f'{flag} {value}' for flag, value in values.items() if value]
 
 
-def train(args: argparse.Namespace) -> RunResult:
+def train(args: argparse.Namespace, lock: FolderLock) -> RunResult:
     """Train as the flags say. The output folder is made when everything else stands."""
     start = time.monotonic()
     args_text = args_to_yaml(args)
-    checkpoint = resolve_resume(args)
+    checkpoint = open_run(args, lock)
     run = build_run(args)
     if checkpoint is not None:
         # weights that are not loaded are drawn by every rank and then the first one's
@@ -105,7 +109,7 @@ def train(args: argparse.Namespace) -> RunResult:
     prepare_for_device(run)
     with StopSignals(args.distributed) as signals:
         recorder = Recorder(
-            run, args_text, checkpoint, start_epoch, signals, describe_run(run, __version__))
+            run, args_text, checkpoint, start_epoch, signals, describe_run(run, __version__), lock)
         position = restore_rank(run.task, run.loaders, checkpoint) if checkpoint is not None else None
         fit(run, recorder, start_epoch, position)
         if not recorder.result.stopped_by:

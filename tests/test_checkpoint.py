@@ -90,7 +90,7 @@ def test_file_loads_into_the_plain_timm_model_and_weights_only(tmp_path):
     model = timm.create_model('test_resnet', num_classes=4, checkpoint_path=path)
     torch.testing.assert_close(model.state_dict(), task.get_trainable_module(ema=True).module.state_dict())
     assert set(read_checkpoint(path)) == {
-        'epoch', 'version', 'arch', 'args', 'optimizer', 'hidden', 'amp_scaler', 'metric', 'saver', 'ranks',
+        'epoch', 'version', 'arch', 'args', 'optimizer', 'hidden', 'amp_scaler', 'metric', 'saver', 'ranks', 'run',
         'state_dict', 'task_state', 'state_dict_ema', 'task_state_ema'}
 
 
@@ -156,7 +156,7 @@ def test_files_are_on_disk_before_they_replace_others_and_never_unlinked(tmp_pat
     monkeypatch.setattr(os, 'unlink', lambda p: pytest.fail(f'unlinked {p}'))
     saver.save_checkpoint(1, metric=2.)
     assert events == [
-        'fsync', 'previous.pth.tar', 'fsync', 'last.pth.tar', 'fsync', 'checkpoint-1.pth.tar', 'fsync',
+        'fsync', 'last.pth.tar.previous', 'fsync', 'last.pth.tar', 'fsync', 'checkpoint-1.pth.tar', 'fsync',
         'model_best.pth.tar', 'fsync']
 
 
@@ -171,8 +171,8 @@ def test_history_keeps_the_best_and_no_temporary_files(tmp_path, monkeypatch, ha
     saver.save_milestone(3)
     saver.save_milestone(3)  # the same file again
     assert sorted(os.listdir(tmp_path)) == [
-        'checkpoint-0.pth.tar', 'checkpoint-2.pth.tar', 'last.pth.tar', 'milestone-3.pth.tar', 'model_best.pth.tar',
-        'previous.pth.tar']
+        'checkpoint-0.pth.tar', 'checkpoint-2.pth.tar', 'last.pth.tar', 'last.pth.tar.previous', 'milestone-3.pth.tar',
+        'model_best.pth.tar']
     assert read_checkpoint(str(tmp_path / 'model_best.pth.tar'))['epoch'] == 0
     assert read_checkpoint(str(tmp_path / 'last.pth.tar'))['epoch'] == 2
 
@@ -186,8 +186,8 @@ def test_failed_merge_writes_the_unmerged_tensors_and_keeps_last(tmp_path):
     with pytest.raises(MergeError, match=r'differ by 3 .*unmerged-1\.pth\.tar') as error:
         saver.save_checkpoint(1)
     raw = read_checkpoint(str(tmp_path / 'unmerged-1.pth.tar'))
-    torch.testing.assert_close(raw['state_dict'], dict(task.get_trainable_module().state_dict()))
-    assert raw['epoch'] == 1 and 'adapter' in raw['task_state'] and error.value.raw_state
+    torch.testing.assert_close(raw['unmerged_state_dict'], dict(task.get_trainable_module().state_dict()))
+    assert raw['epoch'] == 1 and 'adapter' in raw['unmerged_task_state'] and error.value.raw_state
     assert read_checkpoint(str(tmp_path / 'last.pth.tar'))['epoch'] == 0
     assert sorted(os.listdir(tmp_path)) == ['checkpoint-0.pth.tar', 'last.pth.tar', 'unmerged-1.pth.tar']
 
@@ -352,11 +352,12 @@ def test_any_flipped_bit_of_the_content_is_detected(tmp_path):
             verify(str(path))
 
 
-def save_epochs(folder: Any, epochs: int = 3) -> None:
+def save_epochs(folder: Any, epochs: int = 3) -> Any:
     task, optimizer = create_task()
     saver = create_saver(folder, task, optimizer)
     for epoch in range(epochs):
         saver.save_checkpoint(epoch, metric=float(epoch))
+    return saver
 
 
 @pytest.mark.parametrize('damage', ['truncate', 'flip'])
@@ -371,17 +372,15 @@ def test_resume_falls_back_from_a_damaged_file_with_a_warning(tmp_path, caplog, 
     args = argparse.Namespace(
         resume=resume if resume == 'auto' else str(path), output=str(tmp_path.parent), experiment=tmp_path.name)
     assert resolve_resume(args)['epoch'] == 1
-    assert args.resume == str(tmp_path / 'previous.pth.tar')
+    assert args.resume == str(tmp_path / 'last.pth.tar.previous')
     assert 'last.pth.tar' in caplog.text and any(word in caplog.text for word in ('checksum', 'truncated'))
 
 
 def test_the_newest_file_inside_an_epoch_wins_over_the_end_of_the_former(tmp_path):
-    save_epochs(tmp_path, 2)
-    task, optimizer = create_task()
-    saver = create_saver(tmp_path, task, optimizer)
+    saver = save_epochs(tmp_path, 2)
     for update in (3, 7, 11):
         position = {'data': {'num_batches': update + 1}}
-        saver.ranks = [get_rank_state(task, None, position)]
+        saver.ranks = [get_rank_state(saver.task, None, position)]
         saver.save_recovery(2, update)
     assert sorted(name for name in os.listdir(tmp_path) if 'recovery' in name) == [
         'recovery-2-11.pth.tar', 'recovery-2-7.pth.tar']
@@ -409,16 +408,16 @@ def test_save_that_a_kill_interrupted_is_finished_at_resume(tmp_path):
     save_epochs(tmp_path, 1)
     task, optimizer = create_task()
     saver = create_saver(tmp_path, task, optimizer)
-    saver.continue_from(saver.last_path, read_checkpoint(saver.last_path)['saver'])
+    saver.continue_from(saver.last_path, read_checkpoint(saver.last_path))
     saver._keep = lambda *args: None  # killed behind the replacement of `last`
     saver.save_checkpoint(1, metric=5.)
     (tmp_path / 'model_best.pth.tar.tmp').write_text('half')
     saver = create_saver(tmp_path, task, optimizer)
-    saver.continue_from(saver.last_path, read_checkpoint(saver.last_path)['saver'])
+    saver.continue_from(saver.last_path, read_checkpoint(saver.last_path))
     assert read_checkpoint(str(tmp_path / 'model_best.pth.tar'))['epoch'] == 1
     assert (saver.best_metric, saver.best_epoch) == (5., 1)
     assert sorted(os.listdir(tmp_path)) == [
-        'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar', 'model_best.pth.tar', 'previous.pth.tar']
+        'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar', 'last.pth.tar.previous', 'model_best.pth.tar']
 
 
 def test_flags_of_another_run_are_refused_with_the_difference():

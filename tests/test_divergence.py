@@ -1,5 +1,6 @@
 """What a run does whose updates are not finite, and files that nobody should load."""
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import yaml
 import train_distill
 from timm_distill.engine import NonFiniteLossError
 from timm_distill.errors import UsageError
+from timm_distill.export import load_release
+from timm_distill.resume import find_newest
+from timm_distill.run import epochs
 from timm_distill.storage import read_checkpoint
 
 DIVERGES = ['--opt', 'sgd', '--lr', '1e30', '--sched', 'none', '--warmup-epochs', '0']
@@ -37,11 +41,95 @@ def test_rollback_goes_back_to_the_newest_checkpoint_a_few_times(digits_dir, tmp
     assert len(rollbacks) == 3 and 'recovery-0-' in rollbacks[0]
 
 
-def test_skip_goes_on_to_the_end(digits_dir, tmp_path, caplog):
-    result = run(digits_dir, tmp_path, *DIVERGES, '--on-nan', 'skip')
+def test_skip_goes_on_to_the_end_and_a_student_that_is_no_good_is_not_released(digits_dir, tmp_path, caplog):
+    with pytest.raises(NonFiniteLossError, match='no good: .*No hub folder was written'):
+        run(digits_dir, tmp_path, *DIVERGES, '--on-nan', 'skip')
     assert 'were not finite and were skipped' in caplog.text
-    state = read_checkpoint(os.path.join(result.output_dir, 'last.pth.tar'))['state_dict']
-    assert all(tensor.isfinite().all() for tensor in state.values())
+    last = read_checkpoint(str(tmp_path / 'run' / 'last.pth.tar'))
+    assert all(tensor.isfinite().all() for tensor in last['state_dict'].values())
+    assert last['run']['diverged'] == 'the newest 14 updates were not finite'
+    assert not {'hub', 'model_best.pth.tar'} & set(os.listdir(tmp_path / 'run'))
+
+
+def test_streak_goes_on_over_epochs_that_are_shorter_than_it(digits_dir, tmp_path):
+    flags = [*DIVERGES, '-b', 60, '--epochs', 4]  # five updates each
+    with pytest.raises(NonFiniteLossError, match='diverged in epoch [12]: .*updates in a row'):
+        run(digits_dir, tmp_path, *flags)
+
+
+def test_rollback_never_takes_a_checkpoint_from_inside_a_streak(digits_dir, tmp_path, caplog, monkeypatch):
+    """Loss is nan from the second epoch on; every update is saved, and still the healthy state comes back."""
+    poison(monkeypatch, from_epoch=1)
+    flags = ['--opt', 'sgd', '--lr', 0.01, '--on-nan', 'rollback', '--recovery-interval', 1, '--epochs', 6,
+             '--log-interval', 1]
+    with pytest.raises(NonFiniteLossError, match='diverged'):
+        run(digits_dir, tmp_path, *flags)
+    rollbacks = [r.getMessage() for r in caplog.records if 'Rolling back to' in r.getMessage()]
+    assert len(rollbacks) == 3
+    names = [re.search(r'Rolling back to \S+/(\S+) ', text)[1] for text in rollbacks]
+    assert names[0] in ('last.pth.tar', 'recovery-0-14.pth.tar'), names
+    caplog.clear()
+    with pytest.raises(NonFiniteLossError):  # the number of rollbacks is that of the run, not of the process
+        run(digits_dir, tmp_path, *flags, '--resume', 'auto')
+    assert 'Rolling back to' not in caplog.text
+
+
+def test_rollback_that_leads_to_the_same_divergence_goes_further_back_the_next_time(digits_dir, tmp_path, caplog,
+                                                                                    monkeypatch):
+    poison(monkeypatch, from_epoch=2)
+    with pytest.raises(NonFiniteLossError):
+        run(digits_dir, tmp_path, '--opt', 'sgd', '--lr', 0.01, '--on-nan', 'rollback', '--epochs', 6,
+            '--log-interval', 1)
+    names = re.findall(r'Rolling back to \S+/(\S+) ', caplog.text)
+    assert names[:2] == ['last.pth.tar', 'checkpoint-0.pth.tar'], names
+
+
+def test_weights_that_are_not_finite_end_the_run_with_exit_code_1_and_are_no_good_for_anything(
+        digits_dir, tmp_path, caplog, monkeypatch):
+    forward = train_distill.fit
+
+    def spoil(run, recorder, *args):
+        save = recorder.save
+
+        def spoil_and_save(epoch, metric):
+            if epoch == 1:
+                with torch.no_grad():
+                    next(run.task.module.student.parameters()).fill_(float('nan'))
+            save(epoch, metric)
+        recorder.save = spoil_and_save
+        forward(run, recorder, *args)
+    monkeypatch.setattr(train_distill, 'fit', spoil)
+    flags = ['--opt', 'sgd', '--lr', 0.01, '--epochs', 2]
+    with pytest.raises(NonFiniteLossError, match=r'weights are not finite \(conv1'):
+        run(digits_dir, tmp_path, *flags)
+    folder = tmp_path / 'run'
+    assert 'hub' not in os.listdir(folder)
+    assert read_checkpoint(str(folder / 'model_best.pth.tar'))['epoch'] == 0
+    path = str(folder / 'last.pth.tar')
+    newest, checkpoint = find_newest(str(folder))
+    assert checkpoint['epoch'] == 0 and newest != path
+    with pytest.raises(UsageError, match='not finite'):
+        load_release(path)
+    with pytest.raises(UsageError, match='not finite'):
+        run(digits_dir, tmp_path, *flags, '--resume', path)
+
+
+def poison(monkeypatch, from_epoch):
+    """Let the loss of every batch be nan from an epoch on."""
+    train = epochs.train_one_epoch
+
+    def train_poisoned(task, *args, epoch, **kwargs):
+        def give_nan(input, target):
+            result = forward(input, target)
+            return {name: value * float('nan') if name == 'loss' else value for name, value in result.items()}
+        forward = task.forward
+        if epoch >= from_epoch:
+            task.forward = give_nan
+        try:
+            return train(task, *args, epoch=epoch, **kwargs)
+        finally:
+            task.forward = forward
+    monkeypatch.setattr(epochs, 'train_one_epoch', train_poisoned)
 
 
 class Bomb:

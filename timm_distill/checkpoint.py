@@ -4,9 +4,11 @@ The files are timm's: `state_dict` (and `state_dict_ema`) load into the plain ti
 `--resume`. Knows the task only through `get_checkpoint_state`.
 """
 import logging
+import math
 import os
-import re
 import shutil
+import uuid
+from dataclasses import replace
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
@@ -18,12 +20,27 @@ from timm.utils import CheckpointSaver, unwrap_model
 from .errors import MergeError
 from .optimizer_state import get_hidden_state
 from .rng import get_rng_state, unchanged_randomness
+from .run_files import (
+    PREVIOUS,
+    RunFile,
+    constant_infinities,
+    describe_checkpoint,
+    is_temporary,
+    list_run_files,
+    nonfinite_tensors,
+    set_aside,
+    weights_of,
+)
 from .storage import flush, put_in_place, write_checkpoint
 
 _logger = logging.getLogger(__name__)
 
 __all__ = ['PLATEAU_COUNTERS', 'DistillCheckpointSaver', 'gather_rank_states', 'get_rank_buffers', 'get_rank_state']
 
+_COUNTS = {  # attributes of the saver and their names in the 'run' entry
+    'streak': 'streak', 'num_rollbacks': 'rollbacks', 'rollback_origin': 'rollback_origin',
+    'rollback_end': 'rollback_end', 'copy_of': 'copy_of',
+}
 PLATEAU_COUNTERS = ('best', 'last_epoch', 'num_bad_epochs', 'cooldown_counter')
 
 
@@ -78,8 +95,9 @@ class DistillCheckpointSaver(CheckpointSaver):
     """timm's saver with files that survive a crash, all that an exact resume needs, and a rescue for failed merges.
 
     `last`, `model_best` and the numbered files are each replaced in one step by a file that is already on disk, so a
-    kill at any moment leaves either the former or the new one. `previous` is the `last` before. Where the disk is
-    full the files stay as they are and training goes on; the next save tries again.
+    kill at any moment leaves either the former or the new one. `last.pth.tar.previous` is the `last` before. Where the
+    disk is full the files stay as they are and training goes on; the next save tries again. A file written while the
+    run diverges is marked, ranks among no others and replaces no good one but `last`.
 
     Args:
         model: As for timm; names the architecture where `args` does not.
@@ -91,6 +109,14 @@ class DistillCheckpointSaver(CheckpointSaver):
     Attributes:
         ranks: States of all ranks (`gather_rank_states`) for the next save.
         unsaved: Why the newest save failed, '' where it did not.
+        run_id: Of the run, in all its files.
+        streak: Updates in a row that were not finite, up to the next save.
+        num_rollbacks: How often the run went back so far.
+        rollback_origin: Number of the save that it went back to the last time.
+        rollback_end: Number of the newest save at that time.
+        copy_of: `rollback_origin` too, until something was trained since.
+        diverged: Why the newest save is marked, '' where it is not.
+        finite: Whether the weights of the newest save were finite.
     """
 
     def __init__(
@@ -107,11 +133,23 @@ class DistillCheckpointSaver(CheckpointSaver):
         self.ranks: List[Dict[str, Any]] = []
         self.unsaved = ''
         self.info = dict(info or {})
+        self.run_id = uuid.uuid4().hex
+        self.num_saves = 0
+        self.streak = self.num_rollbacks = self.rollback_origin = self.rollback_end = self.copy_of = 0
+        self.diverged = ''
+        self.finite = True
+        self._constant = constant_infinities(model)
+        self._recoveries: List[RunFile] = []  # of this run, the oldest first
+        self._last_is_good = True
 
     @property
     def last_path(self) -> str:
         """Path of the newest checkpoint at the end of an epoch."""
         return self._path('last')
+
+    @property
+    def _path_of_previous(self) -> str:
+        return os.path.join(self.checkpoint_dir, PREVIOUS)
 
     def _path(self, name: str) -> str:
         return os.path.join(self.checkpoint_dir, name + self.extension)
@@ -119,38 +157,47 @@ class DistillCheckpointSaver(CheckpointSaver):
     def save_checkpoint(self, epoch: int, metric: Optional[float] = None) -> Tuple[Optional[float], Optional[int]]:
         """Save as `last` and, if it earns a place, as a numbered file and as the best; returns best metric and epoch.
 
-        As timm's, except that a file system that takes no more is reported and survived.
+        As timm's, except that a file system that takes no more is reported and survived, and that weights or a metric
+        that are not finite earn no place.
         """
         try:
-            self._save(self._path('tmp'), epoch, metric)
-            if os.path.exists(self.last_path):
-                self._duplicate(self.last_path, self._path('previous'))
+            saved = self._save(self._path('tmp'), epoch, metric)
+            if self._last_is_good and os.path.exists(self.last_path):
+                self._duplicate(self.last_path, self._path_of_previous)
             self._replace(self._path('tmp'), self.last_path)
-            self._keep(self.last_path, epoch, metric)
+            self._last_is_good = not saved.diverged
+            if self._earns_place(metric):
+                self._keep(self.last_path, epoch, metric)
             self.unsaved = ''
         except OSError as e:
             self._survive(e)
         return self.best_metric, self.best_epoch
 
+    def _earns_place(self, metric: Optional[float]) -> bool:
+        return self.finite and (metric is None or math.isfinite(metric))
+
     def save_recovery(self, epoch: int, batch_idx: int = 0) -> None:
-        """Save inside an epoch, after the update `batch_idx`; the two newest such files are kept."""
+        """Save inside an epoch, after the update `batch_idx`; the two newest such files that are good are kept."""
         path = os.path.join(self.recovery_dir, f'{self.recovery_prefix}-{epoch}-{batch_idx}{self.extension}')
         temporary = os.path.join(self.recovery_dir, f'recovery_tmp{self.extension}')
         try:
-            self._save(temporary, epoch, recovery=True)
+            saved = self._save(temporary, epoch, recovery=True)
             self._replace(temporary, path)
+            self._recoveries = [file for file in self._recoveries if file.path != path]
+            self._recoveries.append(replace(saved, path=path))
             self._remove_recoveries(keep=2)
             self.unsaved = ''
         except OSError as e:
             self._survive(e)
 
     def _remove_recoveries(self, keep: int, spare: str = '') -> None:
-        pattern = re.compile(rf'{self.recovery_prefix}-(\d+)-(\d+){re.escape(self.extension)}')
-        found = [match for match in map(pattern.fullmatch, os.listdir(self.recovery_dir)) if match]
-        found.sort(key=lambda match: (int(match[1]), int(match[2])), reverse=True)
-        for match in found[keep:]:
-            if match[0] != spare:
-                os.remove(os.path.join(self.recovery_dir, match[0]))
+        """Remove this run's older recoveries; of those from inside a streak the newest is kept beside the good ones."""
+        good = [file for file in self._recoveries if not file.diverged][-keep:]
+        kept = [file for file in self._recoveries if file in good or file is self._recoveries[-1] or file.path == spare]
+        for file in self._recoveries:
+            if file not in kept and os.path.exists(file.path):
+                os.remove(file.path)
+        self._recoveries = kept
 
     def _survive(self, error: OSError) -> None:
         self.unsaved = f'{error.strerror or error}'
@@ -172,36 +219,108 @@ class DistillCheckpointSaver(CheckpointSaver):
         if self.best_epoch == epoch:
             self._duplicate(path, self._path('model_best'))
 
-    def continue_from(self, source: str, state: Dict[str, Any]) -> None:
+    def continue_from(self, source: str, checkpoint: Dict[str, Any]) -> None:
         """Take over the history of the checkpoint `source` in this folder, and finish what a kill interrupted.
+
+        What the run wrote after `source`, files that cannot be read and those of other runs get other names: they are
+        no part of the course that begins here.
 
         Args:
             source: Path of the checkpoint that was resumed.
-            state: Its 'saver' entry.
+            checkpoint: Its content.
         """
         for name in os.listdir(self.checkpoint_dir):
-            if name.endswith('.tmp') or name in (f'tmp{self.extension}', f'recovery_tmp{self.extension}'):
+            if is_temporary(name):
                 os.remove(os.path.join(self.checkpoint_dir, name))
-        pending, state = state.get('pending', (None, None)), {**state, 'pending': (None, None)}
-        self.load_state_dict(state)
-        self._remove_recoveries(keep=2, spare=os.path.basename(source))
+        start = describe_checkpoint(source, checkpoint)
+        self._load_run_state(checkpoint.get('run') or {}, start)
+        files = self._set_others_aside(start)
+        names = {file.name for file in files}
+        self._last_is_good = not any(file.diverged for file in files if file.path == self.last_path)
+        state = checkpoint['saver']
+        pending = state.get('pending', (None, None))
+        kept = [entry for entry in state.get('checkpoint_files', []) if entry[0] in names]
+        self.load_state_dict({**state, 'checkpoint_files': kept, 'pending': (None, None)})
+        self._recoveries = [file for file in reversed(files) if file.name.startswith(f'{self.recovery_prefix}-')]
+        self._remove_recoveries(keep=2, spare=source)
         if pending[0] is not None:
             self._keep(source, *pending)
+        self._restore_best()
+        former = self._path('previous')  # its name in former versions
+        if os.path.exists(former) and not os.path.exists(self._path_of_previous):
+            self._replace(former, self._path_of_previous)
 
-    def _save(self, save_path: str, epoch: int, metric: Optional[float] = None, recovery: bool = False) -> None:
+    def note_rollback(self, path: str, checkpoint: Dict[str, Any]) -> None:
+        """Count a rollback to a checkpoint of this run; the next save holds its weights again."""
+        file = describe_checkpoint(path, checkpoint)
+        self.num_rollbacks += 1
+        self.rollback_origin = self.copy_of = file.copy_of or file.save
+        self.rollback_end = self.num_saves
+
+    def _load_run_state(self, run: Mapping[str, Any], start: RunFile) -> None:
+        self.run_id = start.run_id
+        for attribute, key in _COUNTS.items():
+            setattr(self, attribute, int(run.get(key, 0)))
+        self.diverged, self.finite = start.diverged, bool(run.get('finite', True))
+
+    def _set_others_aside(self, start: RunFile) -> List[RunFile]:
+        """Rename what is no part of the course up to `start`; returns what is, the newest first."""
+        unreadable: List[str] = []
+        files = list_run_files(self.checkpoint_dir, unreadable)
+        self.num_saves = max([start.save, *(file.save for file in files if file.run_id == start.run_id)])
+        own = [file for file in files if file.run_id == start.run_id]
+        later = [file for file in own if file.order > start.order]
+        others = [('damaged', unreadable), ('other-run', [file.path for file in files if file not in own]),
+                  ('abandoned', [file.path for file in later])]
+        moved = [os.path.basename(set_aside(path, reason)) for reason, paths in others for path in paths]
+        if moved:
+            _logger.warning(f"{self.checkpoint_dir}: the run goes on from {start.name}. What is no part of it was "
+                            f"renamed, nothing was removed: {', '.join(moved)}.")
+        return [file for file in own if file not in later]
+
+    def _restore_best(self) -> None:
+        """Make `model_best` the file that the history calls the best, where it was that of an abandoned course."""
+        best = self._checkpoint_path(self.best_epoch)
+        if self.best_epoch is not None and not os.path.exists(self._path('model_best')) and os.path.exists(best):
+            self._duplicate(best, self._path('model_best'))
+
+    def _save(self, save_path: str, epoch: int, metric: Optional[float] = None, recovery: bool = False) -> RunFile:
         with unchanged_randomness():  # verifying a merge may draw random numbers
             state = {**self._run_state(epoch), **self._task_state(epoch)}
+        self._mark(nonfinite_tensors(weights_of(state), self._constant))
         state['optimizer'] = self.optimizer.state_dict()
         state['hidden'] = self._hidden_state()
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
         if self.lr_scheduler is not None:
             state['lr_scheduler'] = _scheduler_state(self.lr_scheduler)
-        if metric is not None:
+        if metric is not None and math.isfinite(metric):
             state['metric'] = metric
-        state['saver'] = self.state_dict(None if recovery else epoch, metric)
+        ranked = not recovery and self._earns_place(metric)
+        state['saver'] = self.state_dict(epoch if ranked else None, metric if ranked else None)
         state['ranks'] = self.ranks or [get_rank_state(self.task, None)]
+        self.num_saves += 1
+        state['run'] = self._identity()
         write_checkpoint(state, save_path)
+        return describe_checkpoint(save_path, state)
+
+    def _mark(self, nonfinite: List[str]) -> None:
+        """Note whether the state to save is one that nobody should go on from."""
+        self.finite = not nonfinite
+        streak = f'the newest {self.streak} updates were not finite' if self.streak else ''
+        weights = f"its weights are not finite ({', '.join(nonfinite[:3])}{', ...' if len(nonfinite) > 3 else ''})"
+        self.diverged = weights if nonfinite else streak
+        if nonfinite:
+            _logger.error(f'The state that is saved now is no good: {weights}.')
+
+    def _identity(self) -> Dict[str, Any]:
+        return {
+            'id': self.run_id,
+            'save': self.num_saves,
+            'finite': self.finite,
+            'diverged': self.diverged,
+            **{key: getattr(self, attribute) for attribute, key in _COUNTS.items()},
+        }
 
     def _hidden_state(self) -> Dict[str, Any]:
         """What optimizer and EMA remember outside of their state dicts."""
@@ -224,7 +343,9 @@ class DistillCheckpointSaver(CheckpointSaver):
             return state
         except MergeError as e:
             path = os.path.join(self.checkpoint_dir, f'unmerged-{epoch}{self.extension}')
-            write_checkpoint({**self._run_state(epoch), **e.raw_state}, path + '.tmp')
+            # under keys that no reader of weights takes for a student's
+            raw = {f'unmerged_{name}': value for name, value in e.raw_state.items()}
+            write_checkpoint({**self._run_state(epoch), **raw}, path + '.tmp')
             self._replace(path + '.tmp', path)
             raise MergeError(f'{e} (the unmerged tensors are in {path})', e.raw_state) from e
 

@@ -15,6 +15,7 @@ from timm.task import evaluation_sample_limit
 from .errors import UsageError
 from .progress import progress_bar
 from .rng import get_rng_state, set_rng_state
+from .storage import respect_umask
 from .teacher import Teacher
 
 _logger = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ def save_class_means(path: str, means: torch.Tensor, metadata: Dict[str, str]) -
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     partial = f'{path}.{os.getpid()}.tmp'
     save_file({_NAME: means.cpu().contiguous()}, partial, metadata)
+    respect_umask(partial)
     os.replace(partial, path)
 
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from .errors import UsageError
 from .gradients import GradientNorms
 from .guard import UpdateGuard
-from .meters import LossMeter, NonFiniteLossError
+from .meters import LossMeter, NonFiniteLossError, Streak
 from .progress import StepTiming, TrainLog, progress_bar
 from .replay import EpochData
 
@@ -206,6 +206,7 @@ def train_one_epoch(
         channels_last: bool = False,
         lr_scheduler: Optional[Any] = None,
         max_streak: Optional[int] = 10,
+        streak: Optional[Streak] = None,
         on_diverged: Optional[Callable[[NonFiniteLossError], None]] = None,
         after_update: Optional[Callable[[int, Callable[[], Dict[str, Any]]], None]] = None,
         position: Optional[Dict[str, Any]] = None,
@@ -238,6 +239,7 @@ def train_one_epoch(
         channels_last: Train in channels-last memory format.
         lr_scheduler: A timm scheduler, told about each update.
         max_streak: Updates in a row that may be skipped for gradients that are not finite, None for any number.
+        streak: Skipped updates in a row before this epoch; brought up to date at its end.
         on_diverged: Called with the error when there are as many; training goes on when it returns. None raises it.
         after_update: Called when an update is complete, with its index and a function that gives this rank's position
             for `position`; may save, or end the epoch by raising.
@@ -258,7 +260,8 @@ def train_one_epoch(
     """
     _start_epoch(task, loader, optimizer, epoch)
     norms = GradientNorms(task, log_grad_norm, loss_scaler, distributed)
-    state = _EpochState(task, loader, optimizer, epoch, LossMeter(device, distributed), norms, grad_accum_steps)
+    losses = LossMeter(device, distributed, streak)
+    state = _EpochState(task, loader, optimizer, epoch, losses, norms, grad_accum_steps)
     state.log = TrainLog(state.losses, epoch, state.num_updates, log_interval, max_streak, norms, num_epochs)
     if position is not None:
         state.load_position(position)
@@ -295,6 +298,8 @@ def train_one_epoch(
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
     average = state.losses.read()[0]  # waits for the device: what was timed is over
+    if streak is not None:
+        streak.length, streak.reason = losses.streak, losses.reason
     if timing is not None:
         timing.batches += state.data.num_batches - num_done
         timing.seconds += time.perf_counter() - epoch_start

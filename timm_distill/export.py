@@ -24,7 +24,8 @@ from .args import create_export_parser
 from .console import run_script
 from .errors import UsageError
 from .model_card import create_model_card
-from .storage import check_file, check_folder, read_checkpoint
+from .run_files import is_unmerged, nonfinite_tensors
+from .storage import check_file, check_folder, read_checkpoint, respect_umask
 
 _logger = logging.getLogger(__name__)
 
@@ -76,12 +77,20 @@ def load_release(checkpoint: str, use_ema: Optional[bool] = None) -> Release:
     model = _create_model(args)
     try:
         model.load_state_dict(clean_state_dict(state['state_dict_ema' if ema else 'state_dict']))
+        _check_finite(model, checkpoint)
     except RuntimeError as e:
         raise UsageError(f"{checkpoint} does not fit its own architecture '{args.model}' as timm {timm.__version__} "
                          f'builds it: {str(e).splitlines()[-1].strip()}') from e
     data_config = state.get('data_config') or resolve_data_config(vars(args), model=model, use_test_size=False)
     provenance = {**(state.get('provenance') or {}), 'metrics': _metrics(state)}
     return Release(model.float().eval(), args.model, dict(data_config), provenance, ema, state.get('label_names'))
+
+
+def _check_finite(model: nn.Module, checkpoint: str) -> None:
+    nonfinite = nonfinite_tensors(model.state_dict(), constant=None)
+    if nonfinite:
+        raise UsageError(f'{checkpoint}: its weights are not finite ({", ".join(nonfinite[:3])}), the run diverged '
+                         'before it was written: give an earlier checkpoint. Nothing was written.')
 
 
 def _metrics(state: Dict[str, Any]) -> Dict[str, Any]:
@@ -93,6 +102,9 @@ def _metrics(state: Dict[str, Any]) -> Dict[str, Any]:
 
 def _read(checkpoint: str) -> Dict[str, Any]:
     state = read_checkpoint(checkpoint, 'CHECKPOINT')
+    if is_unmerged(state, checkpoint):
+        raise UsageError(f'{checkpoint} holds the raw tensors of a student that could not be merged, whose logits are '
+                         'others than those it was trained to: give another checkpoint of the run.')
     if not isinstance(state.get('args'), argparse.Namespace) or 'state_dict' not in state:
         raise UsageError(f'{checkpoint} holds no flags of a run: give a last.pth.tar, model_best.pth.tar or '
                          'checkpoint-N.pth.tar that train_distill.py wrote.')
@@ -131,7 +143,7 @@ def export_hub(release: Release, folder: str) -> str:
     model_config = {'label_names': list(release.label_names)} if release.label_names else None
     save_for_hf(
         release.model, folder, model_config=model_config, safe_serialization=True, data_config=release.data_config)
-    _make_readable(os.path.join(folder, 'model.safetensors'))
+    respect_umask(os.path.join(folder, 'model.safetensors'))
     card = create_model_card(release.architecture, release.provenance, release.data_config, release.ema)
     card.save(os.path.join(folder, 'README.md'))
     return folder
@@ -147,13 +159,6 @@ def forget_source(model: nn.Module) -> None:
         name: value for name, value in config.items() if name not in _OF_OTHER_WEIGHTS}
 
 
-def _make_readable(path: str) -> None:
-    """Give a file the permissions of one that `open` made; safetensors leaves it to its owner alone."""
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
-
-
 def export_weights(release: Release, path: str) -> str:
     """Write the weights alone, for `timm.create_model(NAME, checkpoint_path=PATH)`: .safetensors, or .pth.
 
@@ -163,7 +168,7 @@ def export_weights(release: Release, path: str) -> str:
     tensors = {name: tensor.contiguous() for name, tensor in release.model.state_dict().items()}
     if path.endswith('.safetensors'):
         save_file(tensors, path)
-        _make_readable(path)
+        respect_umask(path)
     else:
         torch.save(tensors, path)
     return path

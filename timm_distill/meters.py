@@ -4,6 +4,7 @@ Values are noted as tensors and fetched together, with one wait for the device.
 """
 import math
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -23,6 +24,18 @@ class NonFiniteLossError(RuntimeError):
         self.batch = batch
 
 
+@dataclass
+class Streak:
+    """Updates in a row that were not finite, up to the newest one; goes on from epoch to epoch.
+
+    Attributes:
+        length: How many.
+        reason: What was not finite at its start.
+    """
+    length: int = 0
+    reason: str = ''
+
+
 class LossMeter:
     """Sample-weighted averages of a task's loss terms, over all ranks where distributed.
 
@@ -31,17 +44,19 @@ class LossMeter:
     Args:
         device: Where values are exchanged between ranks.
         distributed: Average over the ranks of the default process group.
+        streak: What the epoch before ended with.
     """
 
-    def __init__(self, device: torch.device, distributed: bool = False):
+    def __init__(self, device: torch.device, distributed: bool = False, streak: Optional[Streak] = None):
+        streak = streak or Streak()
         self.device = device
         self.distributed = distributed
         self.meters: OrderedDict[str, AverageMeter] = OrderedDict()
         self.num_batches = 0  # read so far
         self.num_skipped = 0  # updates that were not finite
-        self.streak = 0  # how many of these in a row, up to the newest update
-        self.longest_streak = 0
-        self.reason = ''  # what was not finite at the start of the newest streak
+        self.streak = streak.length  # how many of these in a row, up to the newest update
+        self.longest_streak = streak.length
+        self.reason = streak.reason  # what was not finite at the start of the newest streak
         self._batches: List[Tuple[List[str], torch.Tensor, int]] = []
         self._updates: List[Tuple[int, torch.Tensor]] = []  # number of batches before its end, whether finite
 

@@ -17,15 +17,29 @@ from timm.task import TrainingTask
 
 from .checkpoint import PLATEAU_COUNTERS, get_rank_buffers
 from .errors import UsageError
+from .locking import FolderLock
 from .optimizer_state import load_optimizer_state, set_hidden_state
 from .rng import set_rng_state
-from .storage import DamagedFileError, read_checkpoint, read_metadata
+from .run_files import (
+    RunFile,
+    checkpoint_progress,
+    describe_checkpoint,
+    is_unmerged,
+    list_run_files,
+    nonfinite_tensors,
+    own_files,
+    used_by,
+    weights_of,
+)
+from .storage import DamagedFileError, read_checkpoint
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ['check_same_run', 'done_batches', 'find_newest', 'resolve_resume', 'restore_rank', 'resume_task']
+__all__ = [
+    'belongs_to', 'check_same_run', 'done_batches', 'find_newest', 'find_rollback', 'resolve_resume', 'restore_rank',
+    'resume_task',
+]
 
-_EXTENSION = '.pth.tar'
 # What a checkpoint is about. Another value makes another run, which can start from the weights at most.
 _IDENTITY = ('model', 'model_kwargs', 'num_classes', 'in_chans', 'kd', 'kd_kwargs', 'kd_tap', 'teacher',
              'teacher_kwargs')
@@ -34,29 +48,42 @@ _WITHOUT_EFFECT = {'resume', 'resume_data_changed', 'no_resume_opt', 'start_epoc
                    'recovery_interval', 'checkpoint_hist', 'pin_mem', 'initial_checkpoint', 'pretrained',
                    'pretrained_path', 'dry_run', 'list_kd', 'demo', 'demo_dir', 'config', 'max_bad_images', 'on_nan',
                    'teacher_checkpoint', 'stop_epoch', 'save_epochs', 'report', 'push_to_hub',
-                   'synchronize_step', 'save_images', 'nd_class_means'}
+                   'synchronize_step', 'save_images', 'nd_class_means', 'overwrite'}
 
 
-def resolve_resume(args: argparse.Namespace) -> Optional[Dict[str, Any]]:
+def resolve_resume(args: argparse.Namespace, lock: Optional[FolderLock] = None) -> Optional[Dict[str, Any]]:
     """Read what `--resume` names; for `auto` the newest good checkpoint of the run's folder, if there is one.
 
     Sets `args.resume` to the file, and with `auto` also `args.output` and `args.experiment` to its folder. Without
     `--experiment` that is `--output` itself, or the newest run of the student in it.
 
+    Args:
+        args: Flags of this run.
+        lock: Takes the folder before anything is read there.
+
     Raises:
-        UsageError: The file cannot be read, or it is damaged and no former one beside it is good.
+        UsageError: The file cannot be read, or it is damaged and no former one beside it is good; another process
+            uses the folder.
     """
     if not args.resume:
         return None
     if args.resume != 'auto':
         args.resume, checkpoint = _read_or_fall_back(args.resume)
+        _check_named(args.resume, checkpoint)
         return checkpoint
     for folder in _run_folders(args):
+        if lock is not None and os.path.isdir(folder):
+            lock.acquire(folder)
         newest = find_newest(folder)
         if newest is not None:
             args.resume, checkpoint = newest
             args.output, args.experiment = os.path.split(os.path.abspath(folder))
             return checkpoint
+        used = used_by(folder)
+        if used:
+            raise UsageError(f'--resume auto: {folder!r} holds {", ".join(used[:4])}{", ..." if len(used) > 4 else ""} '
+                             'and no good checkpoint to go on from, see the messages above. Name one with --resume '
+                             'FILE, or begin again with --overwrite or another --experiment.')
     _logger.info('--resume auto: there is no checkpoint yet, this is a new run.')
     args.resume = ''
     return None
@@ -68,31 +95,78 @@ def _run_folders(args: argparse.Namespace) -> List[str]:
         return [os.path.join(root, args.experiment)]
     if not os.path.isdir(root):
         return []
-    if any(name.endswith(_EXTENSION) for name in os.listdir(root)):
+    if used_by(root):
         return [root]
     runs = [name for name in os.listdir(root) if f'-{safe_model_name(args.model)}-' in name]
     return [os.path.join(root, name) for name in sorted(runs, reverse=True)]  # names begin with the time
 
 
+def _check_named(path: str, checkpoint: Dict[str, Any]) -> None:
+    """Refuse weights that are not finite, warn of other marks: somebody asked for this very file."""
+    nonfinite = _nan_weights(checkpoint)
+    if nonfinite:
+        raise UsageError(f'--resume {path}: its weights are not finite ({nonfinite}), nothing can be trained from '
+                         'them. Name an earlier checkpoint, or --resume auto for the newest good one.')
+    diverged = describe_checkpoint(path, checkpoint).diverged
+    if diverged:
+        _logger.warning(f'{path!r} was written while the run diverged ({diverged}); --resume auto takes the newest '
+                        'good checkpoint instead.')
+
+
+def _nan_weights(checkpoint: Dict[str, Any]) -> str:
+    """Return the names of weights that are not finite, '' for none."""
+    run = checkpoint.get('run')
+    if run and run.get('finite', True):  # looked at when it was written
+        return ''
+    return ', '.join(nonfinite_tensors(weights_of(checkpoint), constant=None)[:3])
+
+
 def find_newest(folder: str) -> Optional[Tuple[str, Dict[str, Any]]]:
-    """Return path and content of the newest checkpoint that is not damaged; warns of those that are."""
-    names = [name for name in os.listdir(folder) if name.endswith(_EXTENSION)] if os.path.isdir(folder) else []
-    candidates = []
-    for name in sorted(names):
-        if name.startswith(('tmp', 'recovery_tmp', 'unmerged', 'bad-batch')):
+    """Return path and content of the newest good checkpoint of the folder's own run; warns of what is left out.
+
+    Newest is what was written last, whatever its epoch. Good is what is neither damaged, nor written while updates
+    were not finite, nor holds weights that are not.
+    """
+    return _first_good(own_files(list_run_files(folder)))
+
+
+def find_rollback(folder: str, origin: int, end: int) -> Optional[Tuple[str, Dict[str, Any]]]:
+    """Return path and content of the checkpoint to go back to: the newest good one, and if the run diverged again
+    right behind the one of the last time, an earlier one.
+
+    Args:
+        folder: Folder of the run.
+        origin: Number of the save that the run went back to the last time, 0 for none.
+        end: Number of the newest save at that time.
+    """
+    files = own_files(list_run_files(folder))
+    first = [file for file in files if not file.copy_of and (file.save > end or file.save < origin)]
+    return _first_good([*first, *(file for file in files if file not in first)])
+
+
+def _first_good(files: List[RunFile]) -> Optional[Tuple[str, Dict[str, Any]]]:
+    for file in files:
+        if file.diverged:
+            _logger.warning(f'Passed over: {file.path!r} was written while the run diverged ({file.diverged}).')
             continue
-        path = os.path.join(folder, name)
         try:
-            # hard links share what they hold: `last` comes before its own numbered name
-            candidates.append((_progress(read_metadata(path)), name == f'last{_EXTENSION}', path))
-        except UsageError as e:
-            _logger.warning(f'Left out: {e}')
-    for _, _, path in sorted(candidates, reverse=True):
-        try:
-            return path, read_checkpoint(path)
+            checkpoint = read_checkpoint(file.path)
         except UsageError as e:
             _logger.warning(f'Falling back to an earlier checkpoint: {e}')
+            continue
+        nonfinite = _nan_weights(checkpoint)
+        if not nonfinite:
+            return file.path, checkpoint
+        _logger.warning(f'Passed over: the weights in {file.path!r} are not finite ({nonfinite}).')
     return None
+
+
+def belongs_to(folder: str, path: str, checkpoint: Dict[str, Any]) -> bool:
+    """Return whether a checkpoint lies in a folder and is of the run whose files are there."""
+    if os.path.dirname(os.path.realpath(path)) != os.path.realpath(folder):
+        return False
+    files = own_files(list_run_files(folder, quiet=True), quiet=True)
+    return not files or files[0].run_id == describe_checkpoint(path, checkpoint).run_id
 
 
 def _read_or_fall_back(path: str) -> Tuple[str, Dict[str, Any]]:
@@ -107,22 +181,9 @@ def _read_or_fall_back(path: str) -> Tuple[str, Dict[str, Any]]:
         return newest
 
 
-def _progress(checkpoint: Dict[str, Any]) -> Tuple[int, int]:
-    """Return the epoch to start with and the batches of it that are done."""
-    position = _positions(checkpoint)[:1]
-    epoch = int(checkpoint.get('epoch', -1))
-    if position:
-        return epoch, position[0]['data']['num_batches']
-    return (epoch + 1 if checkpoint.get('version', 1) > 1 else epoch), 0  # timm's version 1 counted up before saving
-
-
 def done_batches(checkpoint: Optional[Dict[str, Any]]) -> int:
     """Return how many batches of its epoch a checkpoint has behind it, 0 at the start of one."""
-    return _progress(checkpoint)[1] if checkpoint else 0
-
-
-def _positions(checkpoint: Dict[str, Any]) -> List[Dict[str, Any]]:
-    return [rank['position'] for rank in checkpoint.get('ranks', []) if rank.get('position') is not None]
+    return checkpoint_progress(checkpoint)[1] if checkpoint else 0
 
 
 def check_same_run(args: argparse.Namespace, checkpoint: Dict[str, Any], teacher_hash: str = '') -> None:
@@ -229,6 +290,9 @@ def _load_scheduler_state(lr_scheduler: Scheduler, state: Dict[str, Any]) -> Non
 
 def _load_weights(task: TrainingTask, checkpoint: Dict[str, Any], path: str) -> List[str]:
     """Load the student with all that belongs to the task, and its EMA. Returns what was missing, in words."""
+    if is_unmerged(checkpoint, path):
+        raise UsageError(f'{path!r} holds the tensors of a student that could not be merged, for a look at them: '
+                         'resume from the checkpoint before it (--resume auto).')
     if 'state_dict' not in checkpoint and 'model' not in checkpoint:
         if not all(isinstance(v, torch.Tensor) for v in checkpoint.values()):
             raise UsageError(f"{path!r} holds no 'state_dict', --resume needs a training checkpoint.")
@@ -324,7 +388,7 @@ def resume_task(
     missing += [key for key in ('ranks', 'epoch') if key not in checkpoint]
     if missing:
         _logger.warning(f"{path!r} lacks: {'; '.join(missing)}. The run continues, but not as if it had never stopped.")
-    start_epoch, num_batches = _progress(checkpoint) if 'epoch' in checkpoint else (0, 0)
+    start_epoch, num_batches = checkpoint_progress(checkpoint) if 'epoch' in checkpoint else (0, 0)
     behind = f' behind its batch {num_batches - 1}' if num_batches else ''
     _logger.info(f'Resumed {path!r}, starting with epoch {start_epoch}{behind}.')
     return start_epoch

@@ -17,7 +17,7 @@ from .errors import UsageError
 
 __all__ = [
     'DamagedFileError', 'check_file', 'check_folder', 'flush', 'put_in_place', 'read_checkpoint', 'read_metadata',
-    'verify', 'write_checkpoint', 'write_text',
+    'respect_umask', 'verify', 'write_checkpoint', 'write_text',
 ]
 
 _PREFIX = b'sha256:'
@@ -60,6 +60,13 @@ def flush(path: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def respect_umask(path: str) -> None:
+    """Give a file the permissions that `open` would: writers that go through temporary files leave it to the owner."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
 
 
 def put_in_place(source: str, target: str) -> None:

@@ -123,6 +123,8 @@ def _check_schedule(args: argparse.Namespace) -> None:
 def _check_run(args: argparse.Namespace) -> None:
     _reject(args.torchscript, '--torchscript is not supported: a scripted student can neither be given an adapter nor '
                               'be saved as a plain timm model; --torchcompile makes training faster')
+    _reject(args.overwrite and args.resume == 'auto',
+            '--overwrite removes the run that --resume auto would go on with: leave out one of the two')
     _reject(args.wandb_resume_id and not args.resume, '--wandb-resume-id goes on with a run: give --resume too')
 
 

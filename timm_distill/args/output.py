@@ -10,6 +10,8 @@ def add_output_args(parser: ArgumentParser) -> None:
                        help='parent folder of the runs; empty: ./output/train')
     group.add_argument('--experiment', type=str, default='', metavar='NAME',
                        help='folder name of this run; empty: time, model and size')
+    group.add_argument('--overwrite', action='store_true', default=False,
+                       help='remove the run that the folder holds; without it or --resume such a folder is refused')
     group.add_argument('--eval-metric', type=str, default='top1', metavar='NAME',
                        help='what makes a checkpoint the best one: top1, top5 or loss')
     group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')

@@ -2,6 +2,7 @@
 from .build import build_run
 from .closing import write_run_report
 from .epochs import fit
+from .folder import create_lock, open_run
 from .parts import Run, RunResult, describe_run
 from .prepare import prepare_class_means, prepare_for_device, report_teacher, resume
 from .preview import dry_run
@@ -15,10 +16,12 @@ __all__ = [
     'build_run',
     'check_same_data',
     'check_same_teacher_input',
+    'create_lock',
     'describe_run',
     'dry_run',
     'fit',
     'forget_data',
+    'open_run',
     'prepare_class_means',
     'prepare_for_device',
     'report_teacher',

@@ -14,12 +14,10 @@ from ..errors import UsageError
 from ..meters import NonFiniteLossError
 from ..stopping import StopRequested
 from .parts import Run
-from .recorder import Recorder
+from .recorder import MAX_BAD_UPDATES, Recorder
 from .validation import share_batch_norm, validate_student
 
 _logger = logging.getLogger(__name__)
-
-MAX_BAD_UPDATES = 10  # in a row, before --on-nan acts
 
 
 def fit(run: Run, recorder: Recorder, start_epoch: int, position: Optional[Dict[str, Any]]) -> None:
@@ -68,6 +66,7 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder, position: Optional[Dict[
         channels_last=args.channels_last,
         lr_scheduler=run.scheduler,
         max_streak=None if args.on_nan == 'skip' else MAX_BAD_UPDATES,
+        streak=run.streak,
         on_diverged=recorder.roll_back if args.on_nan == 'rollback' else None,
         after_update=lambda i, get_position: recorder.after_update(epoch, i == last_update, i, get_position),
         position=position,

@@ -7,6 +7,7 @@ import torch
 
 from ..data import DataLoaders, label_names
 from ..device import Precision
+from ..meters import Streak
 from ..progress import StepTiming
 from ..provenance import collect_provenance
 from ..task import DistillTask
@@ -51,6 +52,7 @@ class Run:
         scheduler: Learning rate schedule, None for a constant rate.
         num_epochs: Length of the run.
         teacher_predictions: What the teacher predicts on the validation data, and how surely; None where it cannot.
+        streak: Updates in a row that were not finite, at the end of the newest epoch.
         timing: Where the time of training went.
     """
     args: argparse.Namespace
@@ -63,6 +65,7 @@ class Run:
     scheduler: Any
     num_epochs: int
     teacher_predictions: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
+    streak: Streak = field(default_factory=Streak)
     timing: StepTiming = field(default_factory=StepTiming)
 
     @property

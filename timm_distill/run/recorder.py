@@ -3,26 +3,27 @@
 All ranks have a recorder, since a checkpoint holds the state of all of them; the first rank alone writes.
 """
 import logging
+import math
 import os
-from datetime import datetime
 from typing import Any, Callable, Dict, List, Optional
 
 import torch.distributed as dist
-from timm.models import safe_model_name
-from timm.utils import get_outdir
 
 from ..checkpoint import DistillCheckpointSaver, gather_rank_states, get_rank_state
 from ..export import export_hub, load_release, push_to_hub
+from ..locking import LOCK_NAME, FolderLock
 from ..meters import NonFiniteLossError
-from ..resume import done_batches, find_newest, resume_task
+from ..resume import belongs_to, done_batches, find_rollback, resume_task
 from ..stopping import StopRequested, StopSignals
 from ..storage import read_checkpoint, write_checkpoint, write_text
 from ..summary import Summary
 from ..tracking import start_trackers
+from .folder import create_folder
 from .parts import Run, RunResult
 
 _logger = logging.getLogger(__name__)
 
+MAX_BAD_UPDATES = 10  # in a row, before --on-nan acts
 _MAX_ROLLBACKS = 3
 
 
@@ -36,6 +37,7 @@ class Recorder:
         start_epoch: First epoch of the run.
         signals: Asked after each update.
         info: More entries of every checkpoint.
+        lock: Taken on the folder.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Recorder:
             start_epoch: int,
             signals: StopSignals,
             info: Dict[str, Any],
+            lock: FolderLock,
     ):
         self.run = run
         self.info = info
@@ -55,17 +58,19 @@ class Recorder:
         self.trackers: List[Any] = []
         self.result = RunResult(param_count=sum(p.numel() for p in run.task.module.student.parameters()))
         self._loaders_at_start: Dict[str, Any] = {}  # of the epoch
-        self._num_rollbacks = 0
+        self._save_due = False  # although no interval is over
+        self._updates_since_rollback = 0  # or since the start
+        run.streak.length = int(((checkpoint or {}).get('run') or {}).get('streak', 0))
         if run.args.rank != 0:
             return
-        name = _run_name(run)
-        self.result.output_dir = get_outdir(run.args.output or './output/train', name)
+        self.result.output_dir = create_folder(run.args, run.data_config['input_size'][-1], checkpoint, lock)
+        name = os.path.basename(self.result.output_dir)
         self.trackers = start_trackers(run.args, name, self.result.output_dir, start_epoch)
         write_text(args_text, self._path('args.yaml'))
         self.summary = Summary(self._path('summary.csv'), start_epoch)
         self.saver = self._create_saver()
-        if checkpoint is not None and checkpoint.get('saver') and self._is_own_file(run.args.resume):
-            self.saver.continue_from(run.args.resume, checkpoint['saver'])
+        if checkpoint is not None and checkpoint.get('saver') and self._continues(checkpoint):
+            self.saver.continue_from(run.args.resume, checkpoint)
             self.result.best_metric, self.result.best_epoch = self.saver.best_metric, self.saver.best_epoch
             milestone = self._path(f'milestone-{start_epoch}{self.saver.extension}')
             if not done_batches(checkpoint) and not os.path.exists(milestone):
@@ -86,8 +91,8 @@ class Recorder:
             task=self.run.task,
         )
 
-    def _is_own_file(self, path: str) -> bool:
-        return os.path.dirname(os.path.realpath(path)) == os.path.realpath(self.result.output_dir)
+    def _continues(self, checkpoint: Dict[str, Any]) -> bool:
+        return belongs_to(self.result.output_dir, self.run.args.resume, checkpoint)
 
     @property
     def best_path(self) -> str:
@@ -104,10 +109,12 @@ class Recorder:
 
     def discard(self) -> None:
         """Remove what a run wrote that could not even save its first checkpoint."""
-        if self.saver is None or [name for name in os.listdir(self.result.output_dir) if name != 'args.yaml']:
+        folder = self.result.output_dir
+        if self.saver is None or [name for name in os.listdir(folder) if name not in ('args.yaml', LOCK_NAME)]:
             return
-        os.remove(self._path('args.yaml'))
-        os.rmdir(self.result.output_dir)
+        for name in os.listdir(folder):
+            os.remove(self._path(name))
+        os.rmdir(folder)
 
     def begin_epoch(self, position: Optional[Dict[str, Any]]) -> None:
         """Note how the loaders stand at the start of an epoch, from which it would be loaded again."""
@@ -125,13 +132,15 @@ class Recorder:
         Raises:
             StopRequested: After the save, on all ranks.
         """
+        self._updates_since_rollback += 1
         number = self.signals.poll()
         interval = self.run.args.recovery_interval
         # after the last update too, so that a kill during validation does not cost the epoch
-        if number or interval and (is_last or (update_idx + 1) % interval == 0):
+        if number or self._save_due or interval and (is_last or (update_idx + 1) % interval == 0):
             self._gather({**get_position(), 'loaders': self._loaders_at_start})
             if self.saver is not None:
                 self.saver.save_recovery(epoch, update_idx)
+            self._save_due = False
         if number:
             raise StopRequested(number)
 
@@ -139,10 +148,15 @@ class Recorder:
         ranks = gather_rank_states(get_rank_state(self.run.task, self.run.loaders, position))
         if self.saver is not None:
             self.saver.ranks = ranks
+            inside = [rank['position']['losses']['streak'] for rank in ranks if rank['position'] is not None]
+            self.saver.streak = max(inside, default=self.run.streak.length)
+            if self._updates_since_rollback > 0 and not self.saver.streak:
+                self.saver.copy_of = 0
 
     def rank(self, train_metrics: Dict[str, float], eval_metrics: Optional[Dict[str, float]]) -> float:
-        """Return the value that ranks an epoch."""
-        return (eval_metrics or train_metrics)[self.metric]
+        """Return the value that ranks an epoch; nan where its loss is not finite, whatever the accuracy then says."""
+        metrics = eval_metrics or train_metrics
+        return metrics[self.metric] if math.isfinite(metrics.get('loss', 0.)) else math.nan
 
     def summarize(
             self,
@@ -187,27 +201,40 @@ class Recorder:
             self.saver.save_milestone(completed_epochs)
 
     def roll_back(self, error: NonFiniteLossError) -> None:
-        """Put weights and optimizer back to the newest checkpoint; data and random numbers go on.
+        """Put weights and optimizer back to the newest good checkpoint; data and random numbers go on.
+
+        Where the run diverges again before another save it is an earlier one. The state is saved after the update, so
+        that a resumed run goes on behind the rollback and remembers it.
 
         Raises:
             NonFiniteLossError: Where there is no checkpoint, or after too many attempts.
         """
-        paths: List[Any] = [None]
+        choice: List[Any] = ['', 0]
         if self.saver is not None:
-            newest = find_newest(self.result.output_dir)
-            paths = [newest and newest[0]]
+            choice = [self._choose_rollback(), self.saver.num_rollbacks]
         if dist.is_initialized():
-            dist.broadcast_object_list(paths)
-        self._num_rollbacks += 1
-        if paths[0] is None or self._num_rollbacks > _MAX_ROLLBACKS:
+            dist.broadcast_object_list(choice)
+        path, count = choice
+        if not path:
             raise error
-        _logger.warning(f'{error} Rolling back to {paths[0]} ({self._num_rollbacks} of at most {_MAX_ROLLBACKS}).')
+        _logger.warning(f'{error} Rolling back to {path} ({count} of at most {_MAX_ROLLBACKS}).')
+        self._save_due, self._updates_since_rollback = True, -1  # this very update is counted, too
         lrs = [group['lr'] for group in self.run.optimizer.param_groups]
         resume_task(
-            self.run.task, paths[0], self.run.optimizer, self.run.precision.loss_scaler,
-            checkpoint=read_checkpoint(paths[0]))
+            self.run.task, path, self.run.optimizer, self.run.precision.loss_scaler, checkpoint=read_checkpoint(path))
         for group, lr in zip(self.run.optimizer.param_groups, lrs):
             group['lr'] = lr
+
+    def _choose_rollback(self) -> str:
+        """Return the checkpoint to go back to and count the rollback; '' for none."""
+        assert self.saver is not None
+        if self.saver.num_rollbacks >= _MAX_ROLLBACKS:
+            return ''
+        found = find_rollback(self.result.output_dir, self.saver.rollback_origin, self.saver.rollback_end)
+        if found is None:
+            return ''
+        self.saver.note_rollback(*found)
+        return found[0]
 
     def save_bad_batch(self, error: NonFiniteLossError) -> str:
         """Write the batch of a divergence, where the loop had it at hand, for a replay; returns its path or ''."""
@@ -229,7 +256,11 @@ class Recorder:
                 f'--experiment {os.path.basename(folder)} --resume auto').strip()
 
     def finish(self, seconds: float) -> RunResult:
-        """Return the run's result, its epochs ranked as timm prints them: the best last."""
+        """Return the run's result, its epochs ranked as timm prints them: the best last.
+
+        Raises:
+            NonFiniteLossError: The run ends with a student that is no good, which is not released.
+        """
         self.result.seconds = seconds
         for tracker in self.trackers:
             tracker.finish()
@@ -242,10 +273,29 @@ class Recorder:
         if self.result.best_metric is not None:
             _logger.info(f'*** Best metric: {self.result.best_metric} (epoch {self.result.best_epoch})')
         if not self.result.stopped_by:
+            self._check_end()
             self._release()
-        self.result.history.sort(
-            key=lambda x: x.get('validation', x['train'])[self.metric], reverse=self.saver.decreasing)
+        worst = math.inf if self.saver.decreasing else -math.inf
+        values = [(x.get('validation', x['train'])[self.metric], x) for x in self.result.history]
+        ranked = sorted(
+            values, key=lambda v: v[0] if math.isfinite(v[0]) else worst, reverse=self.saver.decreasing)
+        self.result.history = [x for _, x in ranked]
         return self.result
+
+    def _check_end(self) -> None:
+        """Raise NonFiniteLossError if weights, losses or updates at the end of the run are not finite."""
+        assert self.saver is not None
+        newest = max(self.result.history, key=lambda x: x['epoch'], default=None)
+        loss = (newest.get('validation') or newest['train']).get('loss', 0.) if newest else 0.
+        reason = '' if self.saver.finite else self.saver.diverged
+        if not reason and not math.isfinite(loss):
+            reason = f'the loss of its newest epoch is {loss}'
+        if not reason and self.run.streak.length >= MAX_BAD_UPDATES:
+            reason = f'its newest {self.run.streak.length} updates were not finite and were skipped'
+        if reason:
+            best = f' {self.best_path} is the best epoch before.' if self.result.best_metric is not None else ''
+            raise NonFiniteLossError(f'The run ended with a student that is no good: {reason}. No hub folder was '
+                                     f'written.{best} A lower --lr or --clip-grad may help.')
 
     def _release(self) -> None:
         """Write the best student in the hub's format beside the checkpoints, and push it where that is asked for."""
@@ -257,9 +307,4 @@ class Recorder:
             _logger.info(f'Pushed to {push_to_hub(folder, self.run.args.push_to_hub)}')
 
 
-def _run_name(run: Run) -> str:
-    parts = [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(run.args.model)]
-    return run.args.experiment or '-'.join([*parts, str(run.data_config['input_size'][-1])])
-
-
-__all__ = ['Recorder']
+__all__ = ['MAX_BAD_UPDATES', 'Recorder']
