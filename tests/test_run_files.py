@@ -308,16 +308,22 @@ def test_folder_in_use_is_one_message_with_the_process_and_free_when_that_is_kil
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='fork')
 def test_forked_loader_process_that_outlives_its_parent_keeps_no_lock(tmp_path):
-    with FolderLock() as lock:
-        lock.acquire(str(tmp_path))
-        child = os.fork()
-        if child == 0:
-            time.sleep(30)
-            os._exit(0)
+    lock = FolderLock()
+    lock.acquire(str(tmp_path))
+    end, start = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(start, b'x')
+        time.sleep(30)
+        os._exit(0)
     try:
+        os.read(end, 1)
+        lock._close()  # as a kill does
         with FolderLock() as lock:
             lock.acquire(str(tmp_path))
     finally:
+        os.close(end)
+        os.close(start)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 

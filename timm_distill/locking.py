@@ -72,6 +72,8 @@ class FolderLock:
     def release(self) -> None:
         """Let go of the folder; the lock's file stays, since another process may be waiting for it."""
         self.folder = ''
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # for the copy of a process that was forked just now, too
         self._close()
 
     def _close(self) -> None:
