@@ -1,0 +1,116 @@
+"""Rows of a study: a CSV that grows by one row when a run ends, and one of step costs beside it."""
+import csv
+import os
+import subprocess
+import threading
+from typing import Any, Dict, List, Sequence, Tuple
+
+from study_plan import REPO_DIR, Run
+
+from timm_distill import UsageError
+
+COLUMNS = (
+    'student', 'setting', 'seed', 'top1', 'best_top1', 'calibration_error', 'seconds', 'epochs', 'curve', 'torch',
+    'timm', 'timm_distill', 'commit', 'command')
+COST_COLUMNS = ('student', 'setting', 'seconds_per_step', 'ratio_to_alone')
+
+
+class Results:
+    """Rows by student, setting and seed.
+
+    Args:
+        path: The CSV; need not exist.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.cost_path = os.path.splitext(path)[0] + '.cost.csv'
+        self.rows = _read(path, COLUMNS)
+        self.costs = _read(self.cost_path, COST_COLUMNS)
+        self._lock = threading.Lock()
+
+    def has(self, run: Run) -> bool:
+        """Whether a run's row is there."""
+        return _key(run.student, run.setting, run.seed) in {_key_of(row) for row in self.rows}
+
+    def check(self, runs: Sequence[Run], output: str) -> None:
+        """Raise a UsageError where a row is of another command than the plan's, or stands twice."""
+        keys = [_key_of(row) for row in self.rows]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice:
+            raise UsageError(f'{self.path} has two rows of {"-".join(twice)}: remove one.')
+        commands = {_key(run.student, run.setting, run.seed): _flags(run.spelled(output)) for run in runs}
+        for row in self.rows:
+            planned = commands.get(_key_of(row))
+            if planned is not None and planned != _flags(row['command']):
+                changed = sorted(set(planned) ^ set(_flags(row['command'])))
+                raise UsageError(
+                    f'{self.path} has a row of {"-".join(_key_of(row))} with other flags than the plan '
+                    f'({" ".join(changed)[:200]}): remove the row to run it again, or name the setting otherwise.')
+
+    def add(self, row: Dict[str, Any]) -> None:
+        """Append a row to the file."""
+        with self._lock:
+            self.rows.append({key: str(value) for key, value in row.items()})
+            _write(self.path, COLUMNS, self.rows)
+
+    def add_cost(self, student: str, setting: str, seconds: float, ratio: float) -> None:
+        """Put down what a step costs, in place of what was measured before."""
+        self.costs = [row for row in self.costs if (row['student'], row['setting']) != (student, setting)]
+        values = (student, setting, f'{seconds:.4f}', f'{ratio:.3f}')
+        self.costs.append(dict(zip(COST_COLUMNS, values)))
+        _write(self.cost_path, COST_COLUMNS, self.costs)
+
+    def read_summary(self, path: str) -> List[Dict[str, str]]:
+        """Return the epochs of a run."""
+        with open(path, newline='') as f:
+            return list(csv.DictReader(f))
+
+
+def _read(path: str, columns: Sequence[str]) -> List[Dict[str, str]]:
+    if not os.path.exists(path):
+        return []
+    with open(path, newline='', encoding='utf-8') as f:
+        reader = csv.DictReader(f)
+        rows = list(reader)
+    if rows and tuple(reader.fieldnames or ()) != tuple(columns):
+        raise UsageError(f'{path} has other columns than a study writes: {", ".join(reader.fieldnames or ())}.')
+    return rows
+
+
+def _write(path: str, columns: Sequence[str], rows: Sequence[Dict[str, str]]) -> None:
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    temporary = path + '.tmp'
+    with open(temporary, 'w', newline='', encoding='utf-8') as f:
+        writer = csv.DictWriter(f, columns, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def _key(student: str, setting: str, seed: int) -> Tuple[str, str, str]:
+    return student, setting, str(seed)
+
+
+def _key_of(row: Dict[str, str]) -> Tuple[str, str, str]:
+    return row['student'], row['setting'], row['seed']
+
+
+def _flags(command: str) -> Tuple[str, ...]:
+    """Return what of a command decides the numbers, its paths apart."""
+    paths = ('--data-dir', '--output', '--teacher-checkpoint', '--pretrained-path')
+    words = command.split()
+    return tuple(word for i, word in enumerate(words) if word not in paths and words[i - 1] not in paths)
+
+
+def commit_id() -> str:
+    """Return the commit of the checkout, '+' behind it where tracked files differ from it."""
+    try:
+        head, changes = (
+            subprocess.run(['git', *command], cwd=REPO_DIR, check=True, capture_output=True, text=True).stdout.strip()
+            for command in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '-uno', '--', '*.py']))
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+    return head + ('+' if changes else '')

@@ -1,0 +1,141 @@
+"""The study: plans are checked before anything runs, runs resume and are not repeated, differences are paired."""
+import csv
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict
+
+import pytest
+import yaml
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / 'benchmarks'
+sys.path.append(str(BENCHMARKS))
+
+import study_plan  # noqa: E402
+import study_rows  # noqa: E402
+import study_table  # noqa: E402
+
+from timm_distill import UsageError  # noqa: E402
+
+TINY: Dict[str, Any] = {
+    'about': 'Digits.',
+    'data': {'dir': 'digits', 'classes': 10, 'train': 300, 'validation': 100},
+    'seeds': [0, 1],
+    'students': ['test_efficientnet'],
+    'baselines': ['alone'],
+    'flags': {
+        'img-size': 32, 'epochs': 1, 'batch-size': 32, 'opt': 'adamw', 'lr': 2e-3, 'warmup-epochs': 0, 'workers': 0,
+        'device': 'cpu'},
+    'teachers': {'small': {'model': 'test_resnet', 'flags': {'seed': 0}}},
+    'settings': {'alone': {}, 'norm': {'teacher': 'small', 'flags': {'kd': 'norm'}, 'seeds': [0]}},
+}
+
+
+def write_plan(folder: Path, **changes: Any) -> Path:
+    path = folder / 'tiny.yaml'
+    path.write_text(yaml.safe_dump({**TINY, **changes}))
+    return path
+
+
+def run_study(plan: Path, digits_dir: Path, *flags: str) -> 'subprocess.CompletedProcess[str]':
+    folder = plan.parent
+    command = [sys.executable, str(BENCHMARKS / 'study.py'), str(plan), '--data-root', str(digits_dir.parent),
+               '--output', str(folder / 'out'), '--results', str(folder / 'rows.csv'), '--docs', str(folder), *flags]
+    env = {**os.environ, 'PYTHONPATH': str(BENCHMARKS.parent)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
+
+
+def test_plan_becomes_runs_of_every_setting_student_and_seed(tmp_path: Path) -> None:
+    plan = study_plan.read_plan(str(write_plan(tmp_path)))
+    assert [run.name for run in plan.runs()] == [
+        'test_efficientnet-alone-0', 'test_efficientnet-norm-0', 'test_efficientnet-alone-1']
+    command = plan.runs()[1].command('out')
+    assert command[command.index('--teacher') + 1] == 'test_resnet'
+    assert command[command.index('--seed') + 1] == '0'
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'seeds': [0, 0]}, 'stands twice'),
+    ({'seeds': ['a']}, 'list of numbers'),
+    ({'students': ['no_such_model']}, "unknown student 'no_such_model'"),
+    ({'sedes': [0]}, "unknown key 'sedes'"),
+    ({'settings': {'x': {'flags': {'kd': 'nrom'}, 'teacher': 'small'}}, 'baselines': ['x']}, "did you mean 'norm'"),
+    ({'settings': {'alone': {}, 'x': {'teacher': 'big'}}}, "unknown teacher 'big'"),
+    ({'settings': {'alone': {'flags': {'no-such-flag': 1}}}}, 'no-such-flag'),
+    ({'settings': {'alone': {'flags': {'lr': 'much'}}}}, 'invalid'),
+    ({'baselines': ['kd']}, "baseline 'kd' is no setting"),
+    ({'teachers': {'small': {'model': 'no_such_model', 'flags': {}}}}, 'unknown model'),
+    ({'teachers': {'small': {'model': 'test_resnet'}}}, 'either a checkpoint or the flags'),
+    ({'flags': {'epochs': 1}}, 'flags need batch-size'),
+])
+def test_bad_plan_gets_one_message(tmp_path: Path, changes: Dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        study_plan.read_plan(str(write_plan(tmp_path, **changes)))
+
+
+@pytest.mark.parametrize('data, message', [
+    ({'dir': 'nowhere', 'classes': 10, 'train': 300, 'validation': 100}, 'not in'),
+    ({'dir': 'digits', 'classes': 9, 'train': 300, 'validation': 100}, 'has 10 class folders, the plan says 9'),
+    ({'dir': 'digits', 'classes': 10, 'train': 301, 'validation': 100}, 'has 300 files, the plan says 301'),
+])
+def test_other_data_than_the_plans_is_refused(
+        tmp_path: Path, digits_dir: Path, data: Dict[str, Any], message: str) -> None:
+    plan = study_plan.read_plan(str(write_plan(tmp_path, data=data)), str(digits_dir.parent))
+    with pytest.raises(UsageError, match=message):
+        study_plan.check_data(plan)
+
+
+def test_missing_weights_are_named_before_anything_runs(tmp_path: Path, digits_dir: Path) -> None:
+    teachers = {'small': {'model': 'test_resnet', 'checkpoint': 'weights.safetensors'}}
+    plan = study_plan.read_plan(str(write_plan(tmp_path, teachers=teachers)), str(digits_dir.parent))
+    with pytest.raises(UsageError, match='weights.safetensors'):
+        study_plan.check_data(plan)
+
+
+def test_row_of_other_flags_than_the_plans_is_refused(tmp_path: Path) -> None:
+    plan = study_plan.read_plan(str(write_plan(tmp_path)))
+    results = study_rows.Results(str(tmp_path / 'rows.csv'))
+    run = plan.runs()[0]
+    results.add(dict.fromkeys(study_rows.COLUMNS, '0') | {
+        'student': run.student, 'setting': run.setting, 'seed': run.seed, 'command': run.spelled('elsewhere')})
+    study_rows.Results(results.path).check(plan.runs(), 'out')
+    changed = study_plan.read_plan(str(write_plan(tmp_path, flags={**TINY['flags'], 'lr': 1e-3})))
+    with pytest.raises(UsageError, match='other flags than the plan .*0.001'):
+        study_rows.Results(results.path).check(changed.runs(), 'out')
+
+
+def test_difference_is_paired_by_seed_with_its_interval() -> None:
+    values, baseline = {'0': 61., '1': 64., '2': 60., '9': 99.}, {'0': 60., '1': 61., '2': 58.}
+    mean, half = study_table.paired_difference(values, baseline)
+    assert mean == pytest.approx(2.)
+    assert half == pytest.approx(4.302653 * statistics.stdev([1, 3, 2]) / 3 ** 0.5, rel=1e-6)
+    assert study_table.paired_difference(values, {}) is None
+
+
+def test_every_plan_of_the_repository_is_valid() -> None:
+    plans = sorted((BENCHMARKS / 'plans').glob('*.yaml'))
+    assert plans
+    for path in plans:
+        plan = study_plan.read_plan(str(path))
+        results = study_rows.Results(str(BENCHMARKS / 'results' / f'{plan.name}.csv'))
+        results.check(plan.runs(), os.path.join('output', 'study', plan.name))
+
+
+@pytest.mark.slow
+def test_study_runs_what_is_missing_and_writes_its_table(tmp_path: Path, digits_dir: Path) -> None:
+    plan = write_plan(tmp_path)
+    first = run_study(plan, digits_dir, '--only', 'alone')
+    assert first.returncode == 0, first.stderr
+    second = run_study(plan, digits_dir)
+    assert second.returncode == 0, second.stderr
+    assert '2 of 3 runs are done' in second.stdout
+    with open(tmp_path / 'rows.csv', newline='') as f:
+        rows = {(row['setting'], row['seed']): row for row in csv.DictReader(f)}
+    assert set(rows) == {('alone', '0'), ('alone', '1'), ('norm', '0')}
+    assert all(float(row['top1']) == pytest.approx(float(row['curve'].split()[-1])) for row in rows.values())
+    assert run_study(write_plan(tmp_path, seeds=[0, 1, 2]), digits_dir, '--table').returncode == 0
+    text = (tmp_path / 'results.md').read_text()
+    assert '3 of the 4 runs of this plan have been made' in text
+    assert '| alone | 2 of 3 |' in text and (tmp_path / 'results-tiny.png').exists()
