@@ -1,5 +1,7 @@
 """The teacher's class means: the pass, the cache, the file, and the script's phase."""
+import itertools
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -14,9 +16,10 @@ from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import DataLoader, TensorDataset
 
 import train_distill
-from timm_distill import Teacher, UsageError, compute_class_means
+from timm_distill import Teacher, UsageError, class_means, compute_class_means
 from timm_distill.class_means import cached_class_means, class_means_key, load_class_means, save_class_means
 from timm_distill.features import Features
+from timm_distill.preprocessing import InputRecord
 from timm_distill.run import prepare
 
 SIZE, CLASSES, WIDTH = (3, 32, 32), 5, 96
@@ -112,7 +115,8 @@ def test_saved_means_are_read_again(tmp_path: Path) -> None:
     save_class_means(path, means, {'teacher': 'test_resnet'})
     assert torch.equal(load_class_means(path, (CLASSES, 3)), means)
     with safe_open(path, 'pt') as file:
-        assert file.metadata() == {'teacher': 'test_resnet'}
+        metadata = file.metadata()
+    assert metadata.pop('sha256') and metadata == {'teacher': 'test_resnet'}
     assert os.listdir(tmp_path / 'new') == ['means.safetensors']
 
 
@@ -121,6 +125,7 @@ def test_saved_means_are_read_again(tmp_path: Path) -> None:
     (b'no safetensors file', ['not a safetensors file']),
     ({'means': torch.zeros(5, 3)}, ["no tensor 'class_means'", 'means']),
     ({'class_means': torch.zeros(5, 2)}, ['[5, 2]', '[5, 3]', 'Leave the flag out']),
+    ({'class_means': torch.full((5, 3), torch.nan)}, ['not finite']),
 ])
 def test_wrong_file_is_named_with_the_reason(tmp_path: Path, content: Any, words: List[str]) -> None:
     path = tmp_path / 'means.safetensors'
@@ -144,6 +149,100 @@ def test_key_depends_on_weights_files_labels_and_transform(digits_dir: Path, tmp
     keys = [_key(), _key(seed=1), _key(transform='crop'), _key(root=digits_dir / 'validation')]
     assert len(set(keys)) == 4
     assert _key() == keys[0] == _key(root=other)  # where the folder lies does not matter
+
+
+KINDS: Dict[str, Dict[str, Any]] = {
+    'as it is': {},
+    'activation': {'kwargs': {'act_layer': 'silu'}},
+    'pooling': {'kwargs': {'global_pool': 'max'}},
+    'stride': {'kwargs': {'output_stride': 16}},
+    'mean': {'cfg': {'mean': (0.1, 0.2, 0.3)}},
+    'std': {'cfg': {'std': (0.1, 0.2, 0.3)}},
+    'size': {'records': [InputRecord('a file', size=(48, 48))]},
+    'filter': {'records': [InputRecord('a file', size=(48, 48), interpolation='nearest')]},
+    'precision': {'dtype': torch.bfloat16},
+    'autocast': {'autocast': False},
+    'image': {'image': b'other'},
+    'label': {'rename': True},
+    'run': {'settings': 'bfloat16'},
+}
+
+
+def test_key_depends_on_all_that_changes_the_numbers(digits_dir: Path, tmp_path: Path) -> None:
+    """With weights that are the same throughout."""
+    root = tmp_path / 'train'
+    shutil.copytree(digits_dir / 'train', root)
+
+    def _key(
+            kwargs: Any = None, cfg: Any = None, settings: str = 'float32', image: bytes = b'', rename: bool = False,
+            **teacher: Any,
+    ) -> str:
+        torch.manual_seed(0)
+        model = timm.create_model('test_resnet', num_classes=CLASSES, **(kwargs or {}))
+        model.pretrained_cfg = {**model.pretrained_cfg, **(cfg or {})}
+        path = root / '3' / '0.png' if (root / '3' / '0.png').exists() else sorted((root / '3').iterdir())[0]
+        content = path.read_bytes()
+        path.write_bytes(content + image)
+        if rename:
+            os.rename(root / '3', root / '99')
+        try:
+            return class_means_key(Teacher(model, SIZE, **teacher), timm.data.create_dataset('', str(root)), [settings])
+        finally:
+            if rename:
+                os.rename(root / '99', root / '3')
+            path.write_bytes(content)
+
+    keys = {name: _key(**kind) for name, kind in KINDS.items()}
+    same = [pair for pair in itertools.combinations(keys, 2) if keys[pair[0]] == keys[pair[1]]]
+    assert not same and _key() == keys['as it is']
+
+
+@pytest.mark.parametrize('damage', ['cut', 'bit', 'empty', 'foreign', 'folder', 'link'])
+def test_damaged_cache_is_computed_again_with_a_warning(tmp_path: Path, damage: str, caplog: Any) -> None:
+    means, path = torch.randn(CLASSES, 3), tmp_path / 'means.safetensors'
+    save_class_means(str(path), means, {})
+    content = bytearray(path.read_bytes())
+    if damage == 'bit':
+        content[-3] ^= 1
+    path.write_bytes({'cut': content[:-5], 'bit': content, 'empty': b'', 'foreign': b'means'}.get(damage, b''))
+    if damage in ('folder', 'link'):
+        path.unlink()
+        path.mkdir() if damage == 'folder' else path.symlink_to('nowhere')
+    found = cached_class_means(str(path), (CLASSES, 3), lambda: means, {}, torch.device('cpu'))
+    assert torch.equal(found, means) and 'computed again' in caplog.text
+    if damage != 'folder':
+        assert torch.equal(load_class_means(str(path), (CLASSES, 3)), means)
+
+
+def test_given_file_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / 'means.safetensors'
+    save_class_means(str(path), torch.randn(CLASSES, 3), {})
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match='damaged'):
+        load_class_means(str(path), (CLASSES, 3))
+
+
+def test_means_are_flushed_before_they_have_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: List[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda handle: (steps.append('fsync'), fsync(handle)))
+    monkeypatch.setattr(os, 'replace', lambda *paths: (steps.append('replace'), replace(*paths)))
+    save_class_means(str(tmp_path / 'means.safetensors'), torch.zeros(2, 3), {'teacher': 'local-dir:/caf\udce9'})
+    assert steps == ['fsync', 'replace', 'fsync']
+
+
+def test_means_that_cannot_be_kept_are_used_all_the_same(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def _full(path: str) -> None:
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(class_means, 'flush', _full)
+    means = torch.randn(CLASSES, 3)
+    path = str(tmp_path / 'means.safetensors')
+    assert cached_class_means(path, (CLASSES, 3), lambda: means, {}, torch.device('cpu')) is means
+    assert 'No space left' in caplog.text and not os.listdir(tmp_path)
 
 
 FAST = ['--num-classes', '10', '--img-size', '32', '-b', '30', '--warmup-epochs', '0', '--device', 'cpu', '-j', '0',

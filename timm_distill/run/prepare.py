@@ -20,6 +20,8 @@ from .validation import count_samples, has_single_predictions, validate
 
 _logger = logging.getLogger(__name__)
 
+_NAME_LENGTH = 100  # of a teacher, whose name may be a path, in that of a file
+
 
 def report_teacher(run: Run) -> None:
     """Print the teacher's accuracy first, so that nobody distils from a broken one."""
@@ -67,11 +69,13 @@ def prepare_class_means(run: Run) -> None:
     training = args.nd_class_means_transform == 'train'
     loader = create_pass_loader(args, run.data_config, run.loaders.train.dataset, run.device, training,
                                 model_dtype=run.precision.model_dtype, distributed=args.distributed)
-    transform = [sorted(run.data_config.items()), loader.dataset.transform, *([args.seed] if training else [])]
-    key = class_means_key(task.teacher, loader.dataset, transform) if args.rank == 0 else ''
+    settings = [
+        sorted(run.data_config.items()), loader.dataset.transform, args.input_img_mode, run.precision.model_dtype,
+        args.amp and args.amp_dtype, *([args.seed] if training else [])]
+    key = class_means_key(task.teacher, loader.dataset, settings) if args.rank == 0 else ''
     folder = os.path.join(args.output or './output/train', 'class_means')
     task.set_class_means(cached_class_means(
-        os.path.join(folder, f'{safe_model_name(args.teacher)}-{key}.safetensors'),
+        os.path.join(folder, f'{safe_model_name(args.teacher)[:_NAME_LENGTH]}-{key}.safetensors'),
         shape,
         partial(compute_class_means, task.teacher, loader, shape[0], run.device, run.precision.model_dtype,
                 run.precision.autocast, args.distributed),
