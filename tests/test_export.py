@@ -1,6 +1,7 @@
 """Giving a student away: hub folder, weights, ONNX, model card."""
 import argparse
 import json
+import os
 import pickle
 import stat
 import subprocess
@@ -15,6 +16,7 @@ from huggingface_hub import ModelCard
 from timm.data import AugMixDataset, ImageDataset
 
 import train_distill
+import validate
 from timm_distill import UsageError
 from timm_distill.data import IndexedDataset, label_names
 from timm_distill.export import (
@@ -27,7 +29,9 @@ from timm_distill.export import (
     push_to_hub,
 )
 from timm_distill.model_card import create_model_card
+from timm_distill.resume import resume_task
 from timm_distill.run import RunResult
+from timm_distill.weight_files import read_weight_file
 
 MEAN = (0.4, 0.5, 0.6)
 
@@ -139,6 +143,37 @@ def test_a_file_that_cannot_be_exported_is_one_clear_error(
     with pytest.raises(UsageError, match=message):
         main([str(path)])
     assert not (tmp_path / 'exploded').exists() and not (tmp_path / 'hub').exists()
+
+
+@pytest.mark.parametrize('former', [False, True], ids=['marked', 'former version'])
+def test_unmerged_tensors_are_no_student_for_any_reader(run: Any, tmp_path: Path, capsys: Any, former: bool) -> None:
+    state = torch.load(run.checkpoint, weights_only=False)
+    prefix = '' if former else 'unmerged_'
+    raw = {f'{prefix}{name}': state[name] for name in ('state_dict', 'task_state')}
+    path = tmp_path / 'unmerged-0.pth.tar'
+    torch.save({'args': state['args'], 'epoch': 0, **raw}, path)
+    with pytest.raises(UsageError, match='could not be merged'):
+        load_release(str(path))
+    assert validate.main(['--data-dir', 'none', '--model', 'test_efficientnet', '--checkpoint', str(path)]) == 2
+    assert 'could not be merged' in capsys.readouterr().err
+    with pytest.raises(UsageError, match='could not be merged'):
+        resume_task(None, str(path))  # type: ignore[arg-type]
+    if not former:
+        with pytest.raises(RuntimeError):  # plain timm
+            timm.create_model('test_efficientnet', num_classes=10, checkpoint_path=str(path))
+        with pytest.raises(UsageError):
+            read_weight_file(str(path), '--teacher-checkpoint')
+
+
+@pytest.mark.parametrize('name', ['hub', 'file'])
+def test_released_weights_have_the_permissions_that_the_umask_leaves(run: Any, tmp_path: Path, name: str) -> None:
+    former = os.umask(0o022)
+    try:
+        main([run.checkpoint, '--output', str(tmp_path / 'hub'), '--weights', str(tmp_path / 'w.safetensors')])
+    finally:
+        os.umask(former)
+    path = tmp_path / 'w.safetensors' if name == 'file' else tmp_path / 'hub' / 'model.safetensors'
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_averaged_weights_that_are_not_there_are_an_error(run: Any, tmp_path: Path) -> None:

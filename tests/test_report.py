@@ -11,8 +11,9 @@ from PIL import Image
 import train_distill
 from timm_distill import report
 from timm_distill.analysis import Predictions
-from timm_distill.report import ReportData, read_summary, write_report
+from timm_distill.report import ReportData, write_report
 from timm_distill.run import closing
+from timm_distill.summary import read_summary
 
 pytest.importorskip('matplotlib', reason='the report extra is not installed')
 ROWS = [

@@ -12,7 +12,7 @@ import pytest
 
 import train_distill
 from timm_distill import UsageError
-from timm_distill.report import read_summary
+from timm_distill.summary import read_summary
 from timm_distill.tracking import TensorBoardLog, start_trackers
 
 

@@ -172,7 +172,7 @@ def _student_flags() -> List[str]:
 
 def _create_stage(title: str, model: str, data_dir: Path, output_dir: Path, flags: Sequence[str]) -> DemoStage:
     place = ['--data-dir', str(data_dir), '--output', str(output_dir), '--experiment', title.lower().replace(' ', '_')]
-    return DemoStage(title, model, [*place, *flags, *SHARED_FLAGS])
+    return DemoStage(title, model, [*place, '--overwrite', *flags, *SHARED_FLAGS])
 
 
 def run_demo(train_main: Callable[[List[str]], Any], demo_dir: Union[str, Path]) -> List[DemoRow]:

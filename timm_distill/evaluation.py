@@ -22,6 +22,8 @@ from .device import enable_fast_math, resolve_device_name, resolve_precision
 from .engine import evaluate, evaluator_class
 from .errors import UsageError
 from .probing import find_patch_size
+from .run_files import is_unmerged
+from .storage import read_metadata
 
 _logger = logging.getLogger(__name__)
 
@@ -95,11 +97,22 @@ def read_weights(path: str, use_ema: bool) -> Dict[str, torch.Tensor]:
     """Read a state dict, without running code from the file."""
     if not os.path.isfile(path):
         raise UsageError(f"--checkpoint '{path}' is not a file")
+    _refuse_unmerged(path)
     try:
         return load_state_dict(path, use_ema)
     except Exception as e:  # each file format fails in its own ways
         reason = str(e).split('\n')[0] or type(e).__name__
         raise UsageError(f"--checkpoint '{path}' cannot be read, it is damaged or no checkpoint: {reason}") from e
+
+
+def _refuse_unmerged(path: str) -> None:
+    try:
+        content = {} if path.endswith('.safetensors') else read_metadata(path)
+    except UsageError:  # timm, which reads it next, has a reason of its own
+        return
+    if is_unmerged(content, path):
+        raise UsageError(f"--checkpoint '{path}' holds the raw tensors of a student that could not be merged, whose "
+                         'logits are others than those it was trained to: give another checkpoint of the run')
 
 
 def infer_num_classes(name: str, state_dict: Dict[str, torch.Tensor]) -> Optional[int]:

@@ -1,6 +1,5 @@
 """The report of a run: one HTML file that needs nothing else, and the same figures as one PNG."""
 import base64
-import csv
 import html
 import importlib.util
 import io
@@ -55,12 +54,6 @@ class ReportData:
 def can_draw() -> bool:
     """Whether matplotlib is installed (the extra `report`)."""
     return importlib.util.find_spec('matplotlib') is not None
-
-
-def read_summary(path: str) -> List[Dict[str, float]]:
-    """Read the rows of a `summary.csv`."""
-    with open(path, newline='') as f:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(f)]
 
 
 def write_report(data: ReportData, folder: str) -> List[str]:

@@ -8,9 +8,10 @@ import torch.nn as nn
 from ..analysis import Predictions, collect_predictions
 from ..data import class_names
 from ..pair import time_teacher
-from ..report import ReportData, can_draw, read_summary, write_report
+from ..report import ReportData, can_draw, write_report
 from ..sharding import share_weights
 from ..storage import read_checkpoint
+from ..summary import read_summary
 from .parts import Run
 from .recorder import Recorder
 from .validation import count_samples, has_single_predictions
