@@ -72,7 +72,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
         run_demo(main, args.demo_dir)
         return None
     translate_timm_distillation(args, list_methods())
-    check_train_args(args)
+    check_train_args(args, list_methods())
     check_mixing(args.kd, mixing_flags(args))
     if args.dry_run:
         dry_run(args)

@@ -311,9 +311,9 @@ def test_defaults_pass_the_checks():
     check_validate_args(parse_args(create_validate_parser(), []))
 
 
-def test_ignored_teacher_warns(caplog):
+def test_a_teacher_that_is_ignored_on_purpose_warns(caplog):
     with caplog.at_level(logging.WARNING):
-        check_train_args(parse('--teacher', 'resnet50', '--task-loss-weight', '0.5'))
+        check_train_args(parse('--teacher', 'resnet50', '--task-loss-weight', '0.5', '--kd', 'none'))
     assert '--teacher, --task-loss-weight ignored' in caplog.text
 
 
@@ -336,7 +336,7 @@ def test_timms_distillation_flags_become_ours():
     args = parse('--kd-model-name', 'resnet50', '--kd-temperature', '2', '--task-loss-weight', '0.3')
     translate_timm_distillation(args, METHODS)
     assert (args.teacher, args.kd, args.kd_kwargs) == ('resnet50', 'kd', {'kd.temperature': 2.})
-    assert args.task_loss_weight == 0.3
+    assert (args.task_loss_weight, args.distill_loss_weight) == (0.3, 0.7)
     args = parse('--kd-model-name', 'resnet50', '--kd-distill-type', 'token', '--kd-token-distill-type', 'hard')
     translate_timm_distillation(args, METHODS)
     assert (args.kd, args.kd_kwargs) == ('token', {'token.hard': True, 'token.temperature': 4.})
@@ -357,12 +357,48 @@ def test_translated_flags_read_back_from_the_run_s_args_yaml(tmp_path):
 @pytest.mark.parametrize(('argv', 'words'), [
     (['--teacher', 'resnet18'], 'two teachers'),
     (['--kd', 'norm'], '--kd-distill-type'),
+    (['--kd', 'none'], '--kd-distill-type'),
+    (['--task-loss-weight', '1.5'], '--distill-loss-weight'),
     (['--kd-loss-type', 'mse'], 'kl alone'),
     (['--kd-distill-type', 'feature'], 'kd, norm, token'),
 ])
 def test_timms_distillation_flags_that_cannot_be_followed_are_usage_errors(argv, words):
     with pytest.raises(UsageError, match=words):
         translate_timm_distillation(parse('--kd-model-name', 'resnet50', *argv), METHODS)
+
+
+@pytest.mark.parametrize(('argv', 'weight'), [
+    ([], None),
+    (['--task-loss-weight', '0.3', '--distill-loss-weight', '2'], 2.),
+    (['--task-loss-weight', '0.3', '--kd-weight', 'kd=4'], None),
+])
+def test_timms_complement_is_taken_only_where_the_label_weight_alone_is_given(argv, weight):
+    args = parse('--kd-model-name', 'resnet50', *argv)
+    translate_timm_distillation(args, METHODS)
+    assert args.distill_loss_weight == weight
+
+
+def test_our_flags_have_no_complement():
+    args = parse('--teacher', 'resnet50', '--kd', 'kd', '--task-loss-weight', '0.3')
+    translate_timm_distillation(args, METHODS)
+    check_train_args(args, METHODS)
+    assert args.distill_loss_weight is None
+
+
+@pytest.mark.parametrize('argv', [
+    ['--teacher', 'no_such_model'], ['--teacher-checkpoint', 'no-such-file'], ['--teacher', 'resnet50', '--dry-run']])
+def test_a_teacher_without_a_method_is_an_error_that_lists_the_methods(argv):
+    with pytest.raises(UsageError, match='without --kd: .*kd, norm, token.*--kd none') as error:
+        check_train_args(parse(*argv), METHODS)
+    assert argv[1] in str(error.value)
+    check_train_args(parse(*argv, '--kd', 'none'), METHODS)
+
+
+def test_no_method_and_no_teacher_train_the_student_alone(tmp_path):
+    args = parse()
+    check_train_args(args, METHODS)
+    assert args.kd == 'none'
+    check_train_args(parse('--teacher', 'resnet50', '-c', write_config(tmp_path, kd='none')), METHODS)
 
 
 def test_timms_distillation_flags_without_a_teacher_are_ignored_with_a_warning(caplog):

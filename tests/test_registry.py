@@ -110,12 +110,11 @@ def test_list_of_methods_shows_defaults_needs_and_paper(name: str) -> None:
     assert all(f'{name}.{key}={value}' in text for key, value in entry.defaults.items())
 
 
-def test_list_of_methods_shows_the_published_weight_where_it_is_not_one() -> None:
-    text = describe_methods()
-    for name in list_methods():
-        weight = METHODS.get(name).cls.published_weight
-        assert (f'--kd-weight {name}=' in text) == (weight != 1), name
-    assert '1000 in the published code (--kd-weight at=1000)' in text
+@pytest.mark.parametrize('name', list_methods())
+def test_list_of_methods_shows_the_default_weight_and_whose_it_is(name: str) -> None:
+    cls = METHODS.get(name).cls
+    assert cls.weight_source
+    assert f'(--kd-weight {name}={cls.published_weight:g}), from: {cls.weight_source}' in describe_methods()
 
 
 @pytest.mark.parametrize('name', list_methods())

@@ -20,7 +20,7 @@ from timm.task import ClassificationTask
 from tiny_models import Plain, TwoScales
 
 from timm_distill import DistillTask, MergeError, Teacher, UsageError, create_distill_task, merge_student
-from timm_distill.composition import parse_kd
+from timm_distill.composition import create_composition, parse_kd
 from timm_distill.features import Features
 from timm_distill.losses import match_grids, n_to_one_loss
 from timm_distill.methods import create_method
@@ -125,14 +125,14 @@ def test_task_loss_is_the_criterion_of_the_output() -> None:
 
 @pytest.mark.parametrize('options,task_weight,kd_weights', [
     ({}, 1., (1., 1.)),
-    (dict(task_loss_weight=0.3), 0.3, (0.7, 0.7)),
+    (dict(task_loss_weight=0.3), 0.3, (1., 1.)),
     (dict(task_loss_weight=0.), 0., (1., 1.)),
     (dict(task_loss_weight=0.3, distill_loss_weight=2.), 0.3, (2., 2.)),
     (dict(distill_loss_weight=2.), 1., (2., 2.)),
     (dict(task_loss_weight=0.3, kd_weight={'kd': 4.}), 0.3, (1., 4.)),
     (dict(kd_weight={'norm': 0.}), 1., (0., 1.)),
 ])
-def test_weights_follow_timms_complementary_task_loss_weight(
+def test_each_weight_changes_what_it_names_alone(
         options: Dict[str, Any], task_weight: float, kd_weights: Tuple[float, float]) -> None:
     task = create_task(**options)
     assert task.task_loss_weight == pytest.approx(task_weight)
@@ -511,16 +511,24 @@ def test_merge_is_verified_before_any_batch_was_seen() -> None:
     assert create_task().get_checkpoint_state()
 
 
-@pytest.mark.parametrize('weight, said', [(None, True), (1000., False), (5., False)])
-def test_a_published_weight_other_than_one_is_said_where_one_is_used(
-        weight: Optional[float],
-        said: bool,
-        caplog: pytest.LogCaptureFixture,
-) -> None:
-    with caplog.at_level(logging.INFO):
-        create_distill_task(create_model(), create_model('test_convnext'), kd='at', input_size=SIZE,
-                            kd_weight=None if weight is None else {'at': weight})
-    assert ('weight of at in the published code is 1000' in caplog.text) == said
+@pytest.mark.parametrize('kd, given, expected', [
+    ('at', None, {'at': 1000.}),
+    ('at', {'at': 5.}, {'at': 5.}),
+    ('norm+crd+logitstd', None, {'norm': 1., 'crd': 0.8, 'logitstd': 9.}),
+    ('norm+at', {'norm': 2.}, {'norm': 2., 'at': 1000.}),
+    ('kd++', None, {'kd': 2.5, 'nd': 1.}),
+])
+def test_a_method_has_its_published_weight_unless_another_is_given(
+        kd: str, given: Optional[Dict[str, float]], expected: Dict[str, float]) -> None:
+    assert create_composition(kd, given).weights == expected
+    twice = create_composition(kd, given, distill_loss_weight=2., task_loss_weight=0.5)
+    assert twice.weights == {name: 2 * weight for name, weight in expected.items()}
+
+
+@pytest.mark.parametrize('options', [{'distill_loss_weight': 0.}, {'kd_weight': {'norm': 0., 'kd': 0.}}])
+def test_weights_with_which_nothing_would_train_are_an_error(options: Dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match='nothing would train'):
+        create_composition('norm+kd', task_loss_weight=0., **options)
 
 
 def test_verified_merge_is_logged_with_its_difference(caplog: pytest.LogCaptureFixture) -> None:

@@ -301,7 +301,7 @@ def test_timms_distillation_flags_train_as_ours_do(digits_dir, teacher_file, tmp
     common = ['--student', STUDENT, '--teacher-checkpoint', teacher_file, '--epochs', 1, '--task-loss-weight', '0.3']
     timm_run = run(digits_dir, tmp_path, *common, '--kd-model-name', TEACHER, '--kd-temperature', '2', experiment='a')
     our_run = run(digits_dir, tmp_path, *common, '--teacher', TEACHER, '--kd', 'kd', '--kd-kwargs', 'kd.temperature=2.',
-                  experiment='b')
+                  '--distill-loss-weight', '0.7', experiment='b')
     assert rows(timm_run.output_dir) == rows(our_run.output_dir)
     assert (tmp_path / 'a' / 'args.yaml').read_text() == (tmp_path / 'b' / 'args.yaml').read_text().replace(
         'experiment: b', 'experiment: a')

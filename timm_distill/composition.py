@@ -38,11 +38,11 @@ def create_composition(
 
     Args:
         kd: 'none', or names of methods and presets joined by '+'.
-        kd_weight: Weight of each method's terms; a preset's by default, else 1.
+        kd_weight: Weight of each method's terms; a preset's by default, else the method's published one.
         kd_kwargs: Options of the methods, `{'norm.segments': 8}` or `{'norm': {'segments': 8}}`.
         kd_schedule: Schedule of each method's weight, in place of its own.
-        task_loss_weight: Weight of the task loss, 1 by default.
-        distill_loss_weight: Factor on all methods' weights.
+        task_loss_weight: Weight of the task loss; a preset's by default, else 1.
+        distill_loss_weight: Factor on all methods' weights, 1 by default.
         num_epochs: Length of the run, for schedules that span it.
 
     Raises:
@@ -54,15 +54,21 @@ def create_composition(
         options[method][option] = value
     methods = {name: create_method(name, **options[name]) for name in options}
     presets = [preset for name, preset in presets_by_name().items() if name in parse_kd(kd)]
-    resolved, weights = _resolve_weights(default_weights, kd_weight, task_loss_weight, distill_loss_weight)
+    for flag, value in (('--task-loss-weight', task_loss_weight), ('--distill-loss-weight', distill_loss_weight)):
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(f'{flag} {value} must be a finite number from 0.')
+    weights = _resolve_weights(default_weights, kd_weight, distill_loss_weight)
     if task_loss_weight is None:
-        resolved = next((p.task_loss_weight for p in presets if p.task_loss_weight is not None), resolved)
+        task_loss_weight = next((p.task_loss_weight for p in presets if p.task_loss_weight is not None), 1.)
+    if weights and not task_loss_weight and not any(weights.values()):
+        raise UsageError(f'--task-loss-weight 0 and no method of --kd {kd} with a weight: nothing would train. Change '
+                         '--task-loss-weight, --distill-loss-weight or --kd-weight.')
     schedules: Dict[str, Callable[[int], float]] = {name: method.weight for name, method in methods.items()}
     specs = {name: spec for preset in presets for name, spec in preset.schedules.items()}
     for name, spec in {**specs, **(kd_schedule or {})}.items():
         _check_method(f'--kd-schedule {name}', name, options, kd)
         schedules[name] = create_weight_schedule(spec, methods[name].schedules, f'--kd-schedule {name}', num_epochs)
-    return Composition(methods, weights, schedules, resolved)
+    return Composition(methods, weights, schedules, task_loss_weight)
 
 
 def parse_kd(kd: str) -> List[str]:
@@ -95,6 +101,8 @@ def _split_known(text: str) -> List[str]:
 def expand_kd(kd: str) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
     """Return the default weight and the options of every method of a `--kd` value, presets expanded.
 
+    The default of a method that is named itself is the published one, that of a preset's method the preset's.
+
     Raises:
         UsageError: If a name is unknown or two of the names stand for the same method.
     """
@@ -102,11 +110,12 @@ def expand_kd(kd: str) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
     options: Dict[str, Dict[str, Any]] = {}
     presets = presets_by_name()
     for name in parse_kd(kd):
-        members: Mapping[str, float] = presets[name].weights if name in presets else {name: 1.}
-        for method, weight in members.items():
+        weights_of_name: Mapping[str, float] = (
+            presets[name].weights if name in presets else {name: METHODS.get(name).cls.published_weight})
+        for method, weight in weights_of_name.items():
             if method in weights:
                 raise UsageError(f"--kd '{kd}' names the method '{method}' twice: '{name}' is a preset of "
-                                 f'{" and ".join(members)}. Leave one of them out.')
+                                 f'{" and ".join(weights_of_name)}. Leave one of them out.')
             weights[method] = weight
             options[method] = dict(presets[name].options.get(method, {})) if name in presets else {}
     return weights, options
@@ -160,10 +169,8 @@ def _flatten_options(kd_kwargs: Mapping[str, Any]) -> List[Tuple[str, str, Any]]
 def _resolve_weights(
         default_weights: Mapping[str, float],
         kd_weight: Optional[Mapping[str, float]],
-        task_loss_weight: Optional[float],
         distill_loss_weight: Optional[float],
-) -> Tuple[float, Dict[str, float]]:
-    """Return the task loss's weight and each method's: timm's complementary mode where only the former is given."""
+) -> Dict[str, float]:
     unknown = sorted(set(kd_weight or {}) - set(default_weights))
     if unknown:
         raise UsageError(f'--kd-weight names {", ".join(unknown)}, which is not in --kd; '
@@ -171,17 +178,5 @@ def _resolve_weights(
     for name, weight in (kd_weight or {}).items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise UsageError(f'--kd-weight {name}={weight} must be a number, 0 or more.')
-    for flag, factor in (('--task-loss-weight', task_loss_weight), ('--distill-loss-weight', distill_loss_weight)):
-        if factor is not None and not 0 <= factor < math.inf:
-            raise UsageError(f'{flag} {factor} must be a finite number from 0.')
-    if distill_loss_weight is None:
-        complementary = task_loss_weight is not None and not kd_weight and bool(default_weights)
-        distill_loss_weight = 1. - task_loss_weight if complementary else 1.
-        if distill_loss_weight < 0:
-            raise UsageError(f'--task-loss-weight {task_loss_weight:g} alone leaves the methods 1 minus it, a negative '
-                             'weight: give --distill-loss-weight too, or a value from 0 to 1.')
-    weights = {
-        name: distill_loss_weight * float((kd_weight or {}).get(name, default))
-        for name, default in default_weights.items()
-    }
-    return 1. if task_loss_weight is None else task_loss_weight, weights
+    factor = 1. if distill_loss_weight is None else distill_loss_weight
+    return {name: factor * float((kd_weight or {}).get(name, default)) for name, default in default_weights.items()}

@@ -27,7 +27,7 @@ from timm.utils import dispatch_clip_grad
 from tqdm import tqdm
 
 from .errors import UsageError
-from .gradients import GradientNorms
+from .gradients import GradientNorms, GradientShares
 from .guard import UpdateGuard
 from .meters import LossMeter, NonFiniteLossError, Streak
 from .progress import StepTiming, TrainLog, progress_bar
@@ -212,6 +212,7 @@ def train_one_epoch(
         position: Optional[Dict[str, Any]] = None,
         log_interval: int = 50,
         log_grad_norm: int = 0,
+        log_shares: bool = False,
         distributed: bool = False,
         batch_scale: Optional[Callable] = None,
         on_update: Optional[Callable] = None,
@@ -246,6 +247,7 @@ def train_one_epoch(
         position: Where an earlier process stopped inside this epoch; the generators must be restored already.
         log_interval: Updates between log lines. Only there do the loops wait for the device.
         log_grad_norm: Updates between measurements of each term's gradient norm, 0 for none. Training is the same.
+        log_shares: Log each term's weight and share in the gradient at the first two log lines. Training is the same.
         distributed: Average what is logged and returned over all ranks.
         batch_scale: Gives the factor on the gradients of a batch by its size; None where all batches count alike.
         on_update: Called after each update with the index of the newest batch, its images, and whether a line was
@@ -263,6 +265,7 @@ def train_one_epoch(
     losses = LossMeter(device, distributed, streak)
     state = _EpochState(task, loader, optimizer, epoch, losses, norms, grad_accum_steps)
     state.log = TrainLog(state.losses, epoch, state.num_updates, log_interval, max_streak, norms, num_epochs)
+    shares = GradientShares(task, {0, log_interval} if log_shares and state.log.primary else set(), loss_scaler)
     if position is not None:
         state.load_position(position)
     plan = islice(accumulation_plan(len(loader), grad_accum_steps), state.data.num_batches, None)
@@ -283,6 +286,7 @@ def train_one_epoch(
                     result = task(input, target)
                 state.log.add(result, target.shape[0], data_time)
                 norms.add(result, group_size, state.update_idx)
+                shares.add(result, state.update_idx)
                 loss = result['loss'] / group_size if group_size > 1 else result['loss']
                 if batch_scale is not None:
                     loss = batch_scale(target.shape[0]) * loss
@@ -290,6 +294,8 @@ def train_one_epoch(
             begins_update = need_update
             if need_update:
                 logged = state.end_update((input, target), bar, lr_scheduler, on_diverged)
+                if logged:
+                    shares.log()
                 if on_update is not None:
                     on_update(batch_idx, input, logged)
                 if after_update is not None:

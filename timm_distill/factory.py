@@ -66,15 +66,14 @@ def create_distill_task(
         student: timm architecture or module to train.
         teacher: timm architecture, `hf-hub:REPO`, `local-dir:FOLDER` or module; None with `kd='none'`.
         kd: 'none' or names of methods and presets joined by '+', e.g. 'norm+kd'.
-        kd_weight: Weight of each method's terms; a preset's by default, else 1.
+        kd_weight: Weight of each method's terms; a preset's by default, else the method's published one.
         kd_kwargs: Options of the methods, `{'norm.segments': 8}` or `{'norm': {'segments': 8}}`.
         kd_schedule: Schedule of each method's weight over epochs, e.g. `{'norm': 'imagenet', 'nd': 'warmup:5'}`.
         kd_tap: Where an adapter sits: 'auto', 'features', 'pre_logits', or 'side' (read the last stage for the loss
             alone).
         criterion: Task loss of (logits, target); cross-entropy by default.
-        task_loss_weight: Weight of the task loss, 1 by default.
-        distill_loss_weight: Factor on all methods' weights. As in timm's tasks it is 1 - `task_loss_weight` where only
-            that one is given (and no `kd_weight`), else 1.
+        task_loss_weight: Weight of the task loss; a preset's by default, else 1.
+        distill_loss_weight: Factor on all methods' weights, 1 by default.
         num_classes: Class count of a student that is built by name.
         num_epochs: Length of the run, for schedules that span it.
         num_samples: Images of the training set, for methods that keep something of each; as many as `sample_labels`
@@ -251,10 +250,6 @@ def _log_adapters(tap: StudentTap, adapters: Sequence[Adapter]) -> None:
 def _log_composition(kd: str, composition: Composition) -> None:
     weights = ', '.join(f'{name}_weight={weight:g}' for name, weight in composition.weights.items())
     _logger.info(f'Distillation: kd={kd}, task_loss_weight={composition.task_loss_weight:g}, {weights}')
-    for name, method in composition.methods.items():
-        if composition.weights[name] == 1 != method.published_weight:
-            _logger.info(f'The weight of {name} in the published code is {method.published_weight:g}, not 1 '
-                         f'(--kd-weight {name}={method.published_weight:g}).')
 
 
 def _report_teacher_input(teacher: Teacher, module: AdaptedStudent, input_size: Sequence[int]) -> None:

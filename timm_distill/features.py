@@ -35,6 +35,7 @@ class Features:
         matched: Each adapter's loss against the teacher's counterpart (student only), scalars.
         token_logits: Logits of the distillation token, [B, K] (students with one only).
         head: The teacher's frozen head, from a map [B, Ct, H, W] or vector [B, D, 1, 1] to logits (teacher only).
+        transform_logits: The map that `logits` went through, for other logits that are compared with them.
         indices: Indices of the batch's samples in the training set, [B] (teacher only).
         ready: What a CUDA stream other than the one that computes them has to wait for (teacher only).
     """
@@ -46,6 +47,7 @@ class Features:
     matched: Tuple[torch.Tensor, ...] = ()
     token_logits: Optional[torch.Tensor] = None
     head: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
+    transform_logits: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits
     indices: Optional[torch.Tensor] = None
     ready: Optional[torch.cuda.Event] = None
 

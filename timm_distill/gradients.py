@@ -1,12 +1,15 @@
 """Gradient norms of single loss terms on the student, measured without any influence on training."""
+import logging
 import math
 from collections import OrderedDict
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import AbstractSet, Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+
+_logger = logging.getLogger(__name__)
 
 
 class GradientNorms:
@@ -42,7 +45,7 @@ class GradientNorms:
             return
         student = self.task.student
         parameters = [p for p in student.parameters() if p.requires_grad]
-        scale = self._scale()
+        scale = _scale_of(self.loss_scaler)
         with _unchanged_buffers(student):
             for name, term in self.task.weighted_terms(result).items():
                 gradients = _gradients(term * (scale / group_size), parameters)
@@ -77,15 +80,90 @@ class GradientNorms:
         """Continue behind the measurements of a stopped process."""
         self.norms = OrderedDict((name, [torch.tensor(norm) for norm in norms]) for name, norms in state.items())
 
-    def _scale(self) -> float:
-        scaler = getattr(self.loss_scaler, '_scaler', None)  # timm's scaler holds torch's
-        return 1. if scaler is None else float(scaler.get_scale())
+
+class GradientShares:
+    """Logs the weight of each term and its share in the gradient on the student, at a few updates.
+
+    The gradient is that of the first batch of the update on this rank. Norms stay on the device until they are logged.
+
+    Args:
+        task: As for `GradientNorms`; also names the terms' weights (`term_weights`). Any other task has no shares.
+        updates: Indices of the updates to measure.
+        loss_scaler: As for `GradientNorms`.
+    """
+
+    def __init__(self, task: Any, updates: AbstractSet[int], loss_scaler: Optional[Any] = None):
+        self.task = task
+        self.updates = set(updates) if hasattr(task, 'term_weights') else set()
+        self.loss_scaler = loss_scaler
+        self._measured: List[Tuple[int, Dict[str, float], Dict[str, torch.Tensor]]] = []
+
+    def add(self, result: Dict[str, torch.Tensor], update_idx: int) -> None:
+        """Differentiate the terms of a batch, if its update is one to be measured; to be called before backward."""
+        if update_idx not in self.updates:
+            return
+        self.updates.remove(update_idx)
+        terms = self.task.weighted_terms(result)
+        if len(terms) < 2:
+            return
+        parameters = [p for p in self.task.student.parameters() if p.requires_grad]
+        scale = _scale_of(self.loss_scaler)
+        try:
+            with _unchanged_buffers(self.task.student):
+                norms = {name: _gradient_norm(term * scale, parameters) for name, term in terms.items()}
+        except RuntimeError as e:  # a compiled graph that cannot be kept, no memory: no reason to stop training
+            _logger.info(f'Weights of the terms: {_describe(self.task.term_weights())}. Their gradients cannot be '
+                         f'measured: {str(e).splitlines()[0]}')
+            self.updates.clear()
+            return
+        self._measured.append((update_idx, self.task.term_weights(), norms))
+
+    def log(self) -> None:
+        """Write what was measured; waits for the device where there is something."""
+        for update_idx, weights, norms in self._measured:
+            values = {name: norm.item() for name, norm in norms.items()}
+            total = sum(values.values())
+            shares = {name: 100 * value / total if total else 0. for name, value in values.items()}
+            _logger.info(f'Gradient on the student at update {update_idx}: {_describe(weights, shares)}.')
+        self._measured = []
+
+
+def _describe(weights: Dict[str, float], shares: Optional[Dict[str, float]] = None) -> str:
+    percent = {name: '' if shares is None else f' {shares[name]:.2g} %' for name in weights}
+    return ', '.join(f'{name}{percent[name]} (weight {weight:g})' for name, weight in weights.items())
+
+
+def _gradient_norm(term: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the norm of a term's gradient as a scalar on the device; the graph stays for the backward pass."""
+    if not term.requires_grad:
+        return torch.zeros_like(term)
+    gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+    return torch.stack([_norm(g) for g in gradients if g is not None] or [torch.zeros_like(term)]).norm()
+
+
+def _scale_of(loss_scaler: Optional[Any]) -> float:
+    scaler = getattr(loss_scaler, '_scaler', None)  # timm's scaler holds torch's
+    return 1. if scaler is None else float(scaler.get_scale())
 
 
 def allow_retained_graphs() -> None:
     """Let compiled graphs be differentiated more than once; to be called before the first of them runs."""
     from torch._functorch import config
     config.donated_buffer = False
+
+
+def reached_tensors(result: torch.Tensor) -> Set[int]:
+    """Return the ids of the leaf tensors that a backward pass from `result` gives a gradient."""
+    nodes, seen, leaves = [result.grad_fn], set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, 'variable'):
+            leaves.add(id(node.variable))
+        nodes += [parent for parent, _ in node.next_functions]
+    return leaves
 
 
 def _gradients(term: torch.Tensor, parameters: Sequence[torch.Tensor]) -> List[torch.Tensor]:

@@ -36,9 +36,31 @@ def kl_divergence(
 
 
 def standardize_logits(logits: torch.Tensor, scale: float, eps: float = 1e-7) -> torch.Tensor:
-    """Layer norm of each sample's logits without affine parameters, times `scale`: [B, K] -> [B, K]."""
+    """Layer norm of each sample's logits without affine parameters, times `scale`: [B, K] -> [B, K].
+
+    Logits that are all alike are not divided by their deviation.
+    """
     logits = to_full_precision(logits)
-    return scale * F.layer_norm(logits, logits.shape[-1:], eps=eps)
+    centred = logits - logits.mean(dim=-1, keepdim=True)
+    constant = is_constant(logits, centred.square().mean(dim=-1, keepdim=True).sqrt())
+    return scale * torch.where(constant, centred, F.layer_norm(logits, logits.shape[-1:], eps=eps))
+
+
+def is_constant(x: torch.Tensor, deviation: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Whether all values along `dim` are alike, up to the rounding of their mean.
+
+    Such a row must not be divided by its deviation: the gradient of a classifier that starts at zero would be as large
+    as one over a rounding error.
+
+    Args:
+        x: Values.
+        deviation: Their standard deviation along `dim`, with that dimension kept.
+        dim: The dimension.
+
+    Returns:
+        Booleans in the shape of `deviation`, without gradient.
+    """
+    return deviation.detach() <= 8 * torch.finfo(x.dtype).eps * x.detach().abs().amax(dim=dim, keepdim=True)
 
 
 def n_to_one_loss(expanded: torch.Tensor, teacher: torch.Tensor, segments: int) -> torch.Tensor:

@@ -90,9 +90,11 @@ class LossMeter:
     def _update(self, values: Dict[str, float], num_samples: int) -> str:
         """Take a batch into the averages; returns what is not finite in it, in words."""
         bad = [f'{name}={value}' for name, value in values.items() if not math.isfinite(value)]
+        if math.isfinite(values['loss']):
+            bad = []  # a term of weight 0 that is not finite is no part of the loss
         for name, value in values.items():
             meter = self.meters.setdefault(name, AverageMeter())
-            if not bad:
+            if not bad and math.isfinite(value):
                 meter.update(value, num_samples)
         self.num_batches += 1
         return f"{', '.join(bad)} at batch {self.num_batches - 1}" if bad else ''

@@ -3,7 +3,7 @@
 One module, so that optimizer, DDP, EMA and compile see everything that trains in one forward.
 """
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, FrozenSet, Iterator, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -59,6 +59,7 @@ class AdaptedStudent(nn.Module):
         self.tap = tap
         self.methods = nn.ModuleDict(methods or {})
         self.resize_to = resize_to
+        self.unweighted: FrozenSet[str] = frozenset()  # methods of weight 0 in the current epoch
         if tap is not None and tap.inside:
             adapt_linear(student, tap.inside, _InsideAdapter(adapters[0], tap.layout))
 
@@ -84,11 +85,24 @@ class AdaptedStudent(nn.Module):
         logits = features.logits
         teacher.wait()
         features.logits, teacher.logits = self.transform_logits(logits), self.transform_logits(teacher.logits)
+        features.token_logits = self.transform_logits(features.token_logits)
+        features.transform_logits = self.transform_logits  # type: ignore[assignment]
         if teacher.head is not None:
             head = teacher.head
             teacher.head = lambda x: self.transform_logits(head(x))  # type: ignore[assignment,return-value]
-        terms = {name: method(features, teacher, target) for name, method in self.methods.items()}
+        terms = {name: self._run_method(name, features, teacher, target) for name in self.methods}
         return logits, features.logits, terms  # type: ignore[return-value]
+
+    def _run_method(
+            self,
+            name: str,
+            features: Features,
+            teacher: Features,
+            target: torch.Tensor,
+    ) -> Dict[str, torch.Tensor]:
+        """Return a method's terms; without a graph where its weight is 0, as 0 times an infinite gradient is nan."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.unweighted):
+            return self.methods[name](features, teacher, target)
 
     def forward_with_features(self, images: torch.Tensor, teacher: Optional[Features] = None) -> Features:
         """Run the student; with a teacher's features, read what the methods ask for and match the adapters."""

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .errors import MergeError, UsageError
 from .features import Features
+from .gradients import reached_tensors
 from .merge import MERGE_TOLERANCE
 from .probing import classifier_parameters, random_images
 from .student import AdaptedStudent
@@ -18,6 +19,7 @@ from .teacher import Teacher
 _logger = logging.getLogger(__name__)
 
 _PROBE_IMAGES = 4
+_MANY_EPOCHS = 10000
 
 
 class DistillTask(TrainingTask):
@@ -66,6 +68,7 @@ class DistillTask(TrainingTask):
         self.needs_indices = any(method.needs_indices for method in module.methods.values())
         self._term_weights: Dict[str, float] = {}
         self._term_methods: Dict[str, str] = {}  # which method a term of a result is of
+        self._untrained: Optional[List[nn.Parameter]] = None  # by terms with a weight, in the current epoch
         self._probe: Optional[torch.Tensor] = None
         self._merged: Dict[bool, nn.Module] = {}  # a plain dict: these copies are neither saved nor trained
         self._compile_eval: Optional[Callable[[nn.Module], nn.Module]] = None
@@ -82,6 +85,8 @@ class DistillTask(TrainingTask):
             name: self.weights[name] * self.schedules[name](epoch)
             for name in self.module.methods
         }
+        self.module.unweighted = frozenset(name for name, weight in self._term_weights.items() if not weight)
+        self._untrained = None
         self._probe = None
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
@@ -107,9 +112,12 @@ class DistillTask(TrainingTask):
             target, teacher.indices = _split_indices(target)
         logits, task_logits, terms = self.trainable_module(input, teacher, target)
         task_loss = self.criterion(task_logits, target)
-        loss = self.task_loss_weight * task_loss
-        for method, named in terms.items():
-            loss = loss + self._term_weights[method] * sum(named.values())
+        weighted = [(self.task_loss_weight, task_loss)]
+        weighted += [(self._term_weights[method], sum(named.values())) for method, named in terms.items()]
+        # 0 times an infinite term is nan: what has no weight is left out
+        loss = sum((weight * term for weight, term in weighted if weight), torch.zeros_like(task_loss))
+        if isinstance(self.trainable_module, DistributedDataParallel) or not loss.requires_grad:
+            loss = self._with_all_parameters(loss)
         flat = {name: value for named in terms.values() for name, value in named.items()}
         self._term_methods = {name: method for method, named in terms.items() for name in named}
         return {'loss': loss, 'output': logits, 'task_loss': task_loss, **flat}
@@ -123,10 +131,58 @@ class DistillTask(TrainingTask):
         """Return the terms of the newest result, each times its current weight, by name without '_loss'."""
         if 'task_loss' not in result:
             return {'task': result['loss']}
-        terms = {'task': self.task_loss_weight * result['task_loss']}
+        task_loss = result['task_loss']
+        terms = {'task': self.task_loss_weight * task_loss if self.task_loss_weight else torch.zeros_like(task_loss)}
         for name, method in self._term_methods.items():
-            terms[name[:-len('_loss')]] = self._term_weights[method] * result[name]
+            weight = self._term_weights[method]
+            terms[name[:-len('_loss')]] = weight * result[name] if weight else torch.zeros_like(result[name])
         return terms
+
+    def term_weights(self) -> Dict[str, float]:
+        """Return the current weight of each term of `weighted_terms`, schedules included."""
+        methods = {name[:-len('_loss')]: self._term_weights[method] for name, method in self._term_methods.items()}
+        return {'task': self.task_loss_weight, **methods}
+
+    def changes_terms(self, epoch: int) -> bool:
+        """Whether other terms have a weight in an epoch than in the one before; true for the first."""
+        def unweighted(epoch: int) -> FrozenSet[str]:
+            return frozenset(name for name, schedule in self.schedules.items() if not schedule(epoch))
+        return epoch == 0 or unweighted(epoch) != unweighted(epoch - 1)
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether the weight of a method changes over epochs."""
+        return any(len({schedule(epoch) for epoch in range(_MANY_EPOCHS)}) > 1 for schedule in self.schedules.values())
+
+    @property
+    def trains_classifier(self) -> bool:
+        """Whether the task loss, or a method that reads the student's logits, has a weight."""
+        readers = [name for name, method in self.module.methods.items() if 'logits' in method.student_outputs]
+        return not self.module.methods or bool(self.task_loss_weight) or any(self.weights[name] for name in readers)
+
+    def unscheduled_loss(self, averages: Mapping[str, float]) -> float:
+        """Return the weighted sum of an epoch's averages of the terms without the schedules, to compare epochs by."""
+        if not self.module.methods:
+            return averages['loss']
+        weights = {name: self._unscheduled_weight(name) for name in averages if name.endswith('_loss')}
+        return sum(weight * averages[name] for name, weight in weights.items() if weight)
+
+    def _unscheduled_weight(self, name: str) -> float:
+        """Return the weight of a term by its name, which begins with its method's: no batch has to be seen."""
+        if name == 'task_loss':
+            return self.task_loss_weight
+        owners = [method for method in self.weights if name.startswith(f'{method}_')]
+        return self.weights[max(owners, key=len)] if owners else 0.
+
+    def _with_all_parameters(self, loss: torch.Tensor) -> torch.Tensor:
+        """Give zero gradients to what trains with terms of weight 0 alone: DDP waits for the gradients of all."""
+        if not torch.is_grad_enabled():
+            return loss
+        if self._untrained is None:
+            reached = reached_tensors(loss)
+            self._untrained = [p for p in self.trainable_module.parameters()
+                               if p.requires_grad and id(p) not in reached]
+        return loss + sum(0. * p.sum() for p in self._untrained) if self._untrained else loss
 
     def teacher_features(self, input: torch.Tensor, wait: bool = True) -> Features:
         """Run the teacher on a batch normalised for the student, [B, C, H, W], for all that the methods read."""
@@ -143,6 +199,22 @@ class DistillTask(TrainingTask):
         if 'head' in self._teacher_outputs:
             features.head = self.teacher.run_head
         return features
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:  # type: ignore[override]
+        """Return the state of what trains. The teacher is left out: libraries that save a module whole save this."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = (args[1] if len(args) > 1 else kwargs.get('prefix', '')) + 'teacher.'
+        for name in [name for name in state if name.startswith(prefix)]:
+            del state[name]
+        return state
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load as a module does, with the teacher as it is: an entry of it neither has to be there nor is read."""
+        for name in [name for name in state_dict if name.startswith(f'{prefix}teacher.')]:
+            del state_dict[name]
+        if self.teacher is not None:
+            state_dict.update(self.teacher.state_dict(prefix=f'{prefix}teacher.'))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def class_means_shape(self) -> Optional[Tuple[int, int]]:

@@ -1,5 +1,6 @@
 """What every registered method promises, over convolutional and transformer pairs."""
 import copy
+import math
 import os
 import socket
 from functools import cache
@@ -92,12 +93,17 @@ def train(task: DistillTask, kd: str, steps: int = 2) -> None:
 @each_method
 @pytest.mark.parametrize('soft', [False, True], ids=['hard', 'soft'])
 def test_result_is_finite_and_loss_is_the_sum_of_its_terms(method: str, pair: str, soft: bool) -> None:
-    result = create_task(method, pair)(*create_batch(method, soft))
+    task = create_task(method, pair)
+    result = task(*create_batch(method, soft))
     terms = {name: value for name, value in result.items() if name.endswith('_loss')}
     assert set(terms) > {'task_loss'}
     assert all(value.ndim == 0 and torch.isfinite(value) for value in terms.values())
     assert torch.isfinite(result['output']).all() and result['output'].shape == (4, CLASSES)
-    torch.testing.assert_close(result['loss'], sum(terms.values()))
+    weighted = task.weighted_terms(result)
+    assert {f'{name}_loss' for name in weighted} == set(terms)
+    torch.testing.assert_close(result['loss'], sum(weighted.values()))
+    weight, task_loss = METHODS.get(method).cls.published_weight, terms.pop('task_loss')
+    torch.testing.assert_close(result['loss'], task_loss + weight * sum(terms.values()), rtol=1e-4, atol=1e-4)
 
 
 @each_pair
@@ -219,6 +225,68 @@ def test_beside_norm_it_merges_exactly_and_releases_the_plain_student(method: st
     with torch.no_grad():
         expected, actual = task.get_trainable_module().eval()(images), merge_student(task)(images)
     assert (actual - expected).abs().max() < 1e-5 * (expected - expected.mean()).abs().max()
+
+
+# Published weights are those of trained models of other sizes. That of vid is small on purpose at the start: its
+# variances begin at 5 and its regressors at small outputs.
+SHARES = {'vid': (1e-5, 10.)}
+
+
+@each_method
+def test_gradient_at_the_default_weight_is_a_sensible_part_of_the_label_losss(method: str) -> None:
+    task = create_task(method, 'vit_to_cnn')
+    torch.manual_seed(1)
+    weighted = task.weighted_terms(task(*create_batch(method, size=10)))
+    parameters = list(task.student.parameters())
+    norms = []
+    for term in (weighted.pop('task'), sum(weighted.values())):
+        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        norms.append(torch.cat([g.flatten() for g in gradients if g is not None]).norm().item())
+    low, high = SHARES.get(method, (0.01, 100.))
+    assert low < norms[1] / norms[0] < high
+
+
+@each_method
+def test_loss_falls_at_the_default_weight(method: str) -> None:
+    torch.manual_seed(0)
+    task, batch = create_task(method), create_batch(method)
+    optimizer = torch.optim.Adam(task.get_trainable_module().parameters(), lr=2e-3)
+    losses = []
+    for _ in range(12):
+        loss = task(*batch)['loss']
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+@each_method
+def test_a_method_trains_the_classifier_exactly_where_it_reads_the_logits(method: str) -> None:
+    task = create_task(method)
+    task.task_loss_weight = 0.
+    task(*create_batch(method))['loss'].backward()
+    head = task.student.get_classifier()
+    gradients = [p.grad for p in (head[0] if isinstance(head, tuple) else head).parameters()]
+    assert task.trains_classifier == any(g is not None and bool(g.any()) for g in gradients)
+
+
+@each_method
+def test_a_classifier_that_starts_at_zero_has_no_larger_gradient_than_any_other(method: str) -> None:
+    sizes = []
+    for bias in (None, 0., -math.log(CLASSES)):
+        task = create_task(method)
+        for head in (m for m in task.student.modules() if isinstance(m, nn.Linear) and m.out_features == CLASSES):
+            if bias is not None:
+                nn.init.zeros_(head.weight)
+                nn.init.constant_(head.bias, bias)
+        torch.manual_seed(1)
+        result = task(*create_batch(method, size=6))
+        result['loss'].backward()
+        gradients = [p.grad.flatten() for p in task.module.parameters() if p.grad is not None]
+        assert torch.isfinite(result['loss'])
+        sizes.append(torch.cat(gradients).norm().item())
+    assert max(sizes[1:]) < 10 * sizes[0]
 
 
 def _run_rank(rank: int, port: int, folder: str) -> None:

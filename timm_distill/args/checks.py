@@ -4,12 +4,13 @@ import difflib
 import inspect
 import logging
 import math
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from timm.optim import get_optimizer_class, list_optimizers, optimizer_kwargs
 
 from ..errors import UsageError
 from .combinations import check_train_combinations
+from .distillation import resolve_kd
 from .ranges import check_ranges
 
 _logger = logging.getLogger(__name__)
@@ -57,12 +58,17 @@ _NEEDS_KD: Dict[str, Any] = {
 }
 
 
-def check_train_args(args: argparse.Namespace) -> None:
+def check_train_args(args: argparse.Namespace, methods: Sequence[str] = ()) -> None:
     """Reject values and combinations that cannot work, warn of those that have no effect.
+
+    Args:
+        args: Training arguments; a `--kd` that was not given becomes 'none'.
+        methods: Names of the methods there are, for a message.
 
     Raises:
         UsageError: Names the value, what is allowed and the flag.
     """
+    resolve_kd(args, methods)
     _check_values(args)
     _check_optimizer(args)
     _check_augmentation(args)

@@ -1,6 +1,8 @@
 """Flags of the teacher and the distillation methods."""
 import argparse
+from typing import Sequence
 
+from ..errors import UsageError
 from .parser import ArgumentParser, ParseKeyValues
 
 
@@ -33,12 +35,14 @@ def add_distillation_args(parser: ArgumentParser) -> None:
                             'does not fit a device; it is built in host memory first')
     group.add_argument('--teacher-eval', action=argparse.BooleanOptionalAction, default=None,
                        help='report the teacher\'s accuracy before training; None: when there is validation data')
-    group.add_argument('--kd', default='none', metavar='NAME[+NAME...]',
-                       help='distillation methods, joined by +, e.g. norm or norm+kd; none trains the student alone')
+    group.add_argument('--kd', default=None, metavar='NAME[+NAME...]',
+                       help='distillation methods, joined by +, e.g. norm or norm+kd; none, as '
+                            'without --teacher, trains the student alone')
     group.add_argument('--kd-module', nargs='+', default=[], metavar='FILE',
                        help='Python files with methods of your own (classes under @register_method) for --kd')
     group.add_argument('--kd-weight', nargs='*', default={}, action=ParseKeyValues, metavar='NAME=W',
-                       help='weight of each method\'s loss, e.g. norm=1 kd=0.5; the method\'s own default if absent')
+                       help='weight of each method\'s loss, e.g. norm=1 kd=0.5; if absent, that of a preset or of the '
+                            'method\'s published code (--list-kd)')
     group.add_argument('--kd-kwargs', nargs='*', default={}, action=ParseKeyValues, metavar='NAME.KEY=VALUE',
                        help='method options, e.g. norm.segments=8 kd.temperature=4; --list-kd shows them all')
     group.add_argument('--kd-schedule', nargs='*', default={}, action=ParseKeyValues, metavar='NAME=SCHEDULE',
@@ -53,7 +57,7 @@ def add_distillation_args(parser: ArgumentParser) -> None:
     group.add_argument('--nd-class-means-transform', default='eval', choices=['eval', 'train'],
                        help='transform of the images in that pass: that of validation, or of training as in the paper')
     group.add_argument('--task-loss-weight', type=float, default=None,
-                       help='factor on the label loss; given alone, the distillation losses get 1 minus it; None: 1')
+                       help='factor on the label loss; None: 1, or that of a preset. The methods keep their weights')
     group.add_argument('--distill-loss-weight', type=float, default=None,
                        help='factor on the sum of all distillation losses; None: 1')
     group.add_argument('--log-grad-norm', type=int, default=0, metavar='N',
@@ -67,6 +71,24 @@ def add_distillation_args(parser: ArgumentParser) -> None:
     group.add_argument('--demo', action='store_true', default=False,
                        help='short complete run on handwritten digits; needs no data, no network and no other flag')
     group.add_argument('--demo-dir', metavar='DIR', default='./output/demo', help='where --demo writes')
+
+
+def resolve_kd(args: argparse.Namespace, methods: Sequence[str]) -> None:
+    """Set `kd` to 'none' where it was not given.
+
+    Args:
+        args: Training arguments, changed in place.
+        methods: Names of the methods there are, for the message.
+
+    Raises:
+        UsageError: If there is a teacher and nothing says what to do with it.
+    """
+    given = [f'--{name.replace("_", "-")} {getattr(args, name)}' for name in ('teacher', 'teacher_checkpoint')
+             if getattr(args, name)]
+    if args.kd is None and given:
+        raise UsageError(f'{" ".join(given)} without --kd: say what is distilled, --kd with one or more of '
+                         f'{", ".join(methods)} joined by +, or --kd none to train the student alone')
+    args.kd = args.kd or 'none'
 
 
 def add_timm_distillation_args(parser: ArgumentParser) -> None:

@@ -19,7 +19,7 @@ _UNSET: Dict[str, Any] = {
 
 
 def translate_timm_distillation(args: argparse.Namespace, methods: Sequence[str]) -> None:
-    """Set `teacher`, `kd` and `kd_kwargs` from timm's `--kd-model-name` and the flags that go with it.
+    """Set `teacher`, `kd`, `kd_kwargs` and the weights from timm's `--kd-model-name` and the flags that go with it.
 
     Args:
         args: Training arguments, changed in place; as they were where `--kd-model-name` is absent.
@@ -36,7 +36,7 @@ def translate_timm_distillation(args: argparse.Namespace, methods: Sequence[str]
     if args.teacher not in (None, args.kd_model_name):
         raise UsageError(f'--kd-model-name {args.kd_model_name} and --teacher {args.teacher} name two teachers: '
                          'leave out one of the two')
-    if args.kd != 'none':
+    if args.kd is not None:
         raise UsageError(f'--kd-model-name comes with --kd-distill-type, not with --kd {args.kd}: '
                          'name the teacher by --teacher instead')
     if args.kd_loss_type != 'kl':
@@ -49,9 +49,19 @@ def translate_timm_distillation(args: argparse.Namespace, methods: Sequence[str]
         raise UsageError(f'--kd-distill-type {args.kd_distill_type} has no counterpart here; --kd takes: '
                          f'{", ".join(methods)}')
     args.teacher, args.kd = args.kd_model_name, method
+    if args.task_loss_weight is not None and args.distill_loss_weight is None and not args.kd_weight:
+        args.distill_loss_weight = _complement(args.task_loss_weight)
     args.kd_kwargs = {**{f'{method}.{key}': value for key, value in options.items()}, **args.kd_kwargs}
     for name, unset in {'kd_model_name': None, **_UNSET}.items():  # the run's args.yaml shall say it once
         setattr(args, name, unset)
+
+
+def _complement(task_loss_weight: float) -> float:
+    """Return the weight that timm's tasks give the distillation loss where that of the task loss alone is given."""
+    if task_loss_weight > 1:
+        raise UsageError(f'--task-loss-weight {task_loss_weight:g} alone leaves the distillation loss 1 minus it, a '
+                         'negative weight: give --distill-loss-weight too, or a value from 0 to 1.')
+    return 1. - task_loss_weight
 
 
 def _method_of(args: argparse.Namespace) -> Tuple[str, Dict[str, Any]]:

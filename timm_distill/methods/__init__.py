@@ -70,7 +70,7 @@ def load_method_file(path: str) -> None:
 
 
 def describe_methods() -> str:
-    """Return a text that lists each method with its defaults, what it needs and its paper, and each preset."""
+    """Return a text that lists each method with its needs, defaults, paper and weight, and each preset."""
     blocks = []
     for name in list_methods():
         entry = METHODS.get(name)
@@ -80,12 +80,9 @@ def describe_methods() -> str:
             f'    needs     {entry.cls.describe_needs()}',
             f'    defaults  {defaults}',
             f'    paper     {entry.cls.paper}',
-            *_describe_weight(name, entry.cls.published_weight),
+            f'    weight    {entry.cls.published_weight:g} (--kd-weight {name}={entry.cls.published_weight:g})'
+            + (f', from: {entry.cls.weight_source}' if entry.cls.weight_source else ''),
         ]))
     blocks.append('Presets, published combinations under one name:')
     blocks += [preset.describe() for preset in list_presets()]
     return '\n\n'.join(blocks)
-
-
-def _describe_weight(name: str, weight: float) -> List[str]:
-    return [] if weight == 1 else [f'    weight    {weight:g} in the published code (--kd-weight {name}={weight:g})']

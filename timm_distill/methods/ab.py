@@ -72,6 +72,7 @@ class AB(DistillMethod):
         UsageError: If a value is not allowed.
     """
     paper = 'Heo et al., AAAI 2019, https://arxiv.org/abs/1811.03233'
+    weight_source = 'RepDistiller'
     student_outputs = frozenset({'stages'})
     teacher_outputs = frozenset({'stages'})
     schedules = {'initialize': ((0, 1.), (30, 0.))}

@@ -61,6 +61,7 @@ class AT(DistillMethod):
     """
     paper = 'Zagoruyko and Komodakis, ICLR 2017, https://arxiv.org/abs/1612.03928'
     published_weight = 1000.
+    weight_source = 'RepDistiller'
     student_outputs = frozenset({'stages'})
     teacher_outputs = frozenset({'stages'})
 

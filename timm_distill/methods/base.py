@@ -42,7 +42,8 @@ class DistillMethod(nn.Module):
 
     Attributes:
         paper: Authors, venue and link.
-        published_weight: Weight of the terms beside a task loss of weight 1 in the paper's code; for `--list-kd`.
+        published_weight: Weight of the terms in the published code; the default of `--kd-weight`.
+        weight_source: Whose code or text that weight is of, for `--list-kd`.
         student_outputs: What is read of the student: any of 'logits', 'feature' (last stage, adapted), 'pre_logits',
             'stages', 'token_logits' (of a distillation token).
         teacher_outputs: What is read of the teacher: any of 'logits', 'feature', 'pre_logits', 'stages', 'head' (its
@@ -55,6 +56,7 @@ class DistillMethod(nn.Module):
     """
     paper: ClassVar[str] = ''
     published_weight: ClassVar[float] = 1.
+    weight_source: ClassVar[str] = ''
     student_outputs: ClassVar[FrozenSet[str]] = frozenset({'logits'})
     teacher_outputs: ClassVar[FrozenSet[str]] = frozenset({'logits'})
     adapter: ClassVar[Optional[str]] = None

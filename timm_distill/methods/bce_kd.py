@@ -63,6 +63,7 @@ class BinaryKD(DistillMethod):
         UsageError: If a value is not allowed.
     """
     paper = 'Hao et al., NeurIPS 2023, https://arxiv.org/abs/2305.15781'
+    weight_source = "the authors' code"
 
     def __init__(self, target: str = 'softmax', temperature: float = 1., reduction: str = 'mean'):
         super().__init__()

@@ -45,6 +45,7 @@ class CC(DistillMethod):
     """
     paper = 'Peng et al., ICCV 2019, https://arxiv.org/abs/1904.01802'
     published_weight = 0.02
+    weight_source = 'RepDistiller'
     student_outputs = frozenset({'pre_logits'})
     teacher_outputs = frozenset({'pre_logits'})
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from ..errors import UsageError
 from ..features import Features
-from ..losses import to_full_precision
+from ..losses import l2_normalize, to_full_precision
 from ..reading import PairSpec
 from .base import DistillMethod, check_temperature, register_method
 
@@ -78,6 +78,8 @@ class CRD(DistillMethod):
         UsageError: If a value is not allowed.
     """
     paper = 'Tian et al., ICLR 2020, https://arxiv.org/abs/1910.10699'
+    published_weight = 0.8
+    weight_source = "the authors' code, RepDistiller"
     student_outputs = frozenset({'pre_logits'})
     teacher_outputs = frozenset({'pre_logits'})
     needs_indices = True
@@ -216,7 +218,7 @@ class CRD(DistillMethod):
 
 
 def _embed(layer: nn.Linear, pre_logits: torch.Tensor) -> torch.Tensor:
-    return F.normalize(to_full_precision(layer(pre_logits.to(layer.weight.dtype))), eps=1e-6)
+    return l2_normalize(to_full_precision(layer(pre_logits.to(layer.weight.dtype))), eps=1e-6)
 
 
 @torch.compiler.disable

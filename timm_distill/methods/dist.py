@@ -7,7 +7,9 @@ over the classes of each sample (inter-class relation) and over the samples of e
 defaults are the official code's.
 
 With one sample the relation over samples is undefined; its term is then the constant temperature squared, as in the
-official code.
+official code. Probabilities that are all alike, as those of a classifier that starts at zero, have no correlation
+either: their term has the official value and the gradient towards the teacher's direction, not divided by a deviation
+that is rounding alone.
 """
 import math
 from typing import Dict, Tuple
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 
 from ..errors import UsageError
 from ..features import Features
-from ..losses import to_full_precision
+from ..losses import is_constant, to_full_precision
 from .base import DistillMethod, check_temperature, register_method
 
 EPS = 1e-8  # added to the product of the norms
@@ -25,9 +27,17 @@ EPS = 1e-8  # added to the product of the norms
 
 def pearson_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Mean over rows of 1 minus the correlation of the two tensors' rows, [N, D] each; a scalar."""
-    x, y = x - x.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
-    correlation = (x * y).sum(dim=1) / (x.norm(dim=1) * y.norm(dim=1) + EPS)
+    (x, x_length), (y, y_length) = _centre(x), _centre(y)
+    correlation = (x * y).sum(dim=1) / (x_length * y_length + EPS)
     return 1 - correlation.mean()
+
+
+def _centre(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return rows minus their means, [N, D], and what to divide them by, [N]: their lengths, 1 for constant rows."""
+    centred = x - x.mean(dim=1, keepdim=True)
+    length = centred.norm(dim=1)
+    constant = is_constant(x, length[:, None] / x.shape[1] ** 0.5)[:, 0]
+    return centred, torch.where(constant, torch.ones_like(length), length)
 
 
 def dist_losses(
@@ -56,24 +66,28 @@ class DIST(DistillMethod):
     """Correlation of the softened probabilities, over classes and over the samples of the batch.
 
     Args:
-        beta: Weight of the relation between classes.
-        gamma: Weight of the relation within classes, between samples.
+        beta: Weight of the relation between classes; 0 leaves it out.
+        gamma: Weight of the relation within classes, between samples; 0 leaves it out.
         temperature: Divides both logits; the terms are multiplied by its square.
 
     Raises:
-        UsageError: If a weight is negative or the temperature is not positive.
+        UsageError: If a weight is negative, both are 0 or the temperature is not positive.
     """
     paper = 'Huang et al., NeurIPS 2022, https://arxiv.org/abs/2205.10536'
+    weight_source = "the authors' code for ImageNet"
 
     def __init__(self, beta: float = 1., gamma: float = 1., temperature: float = 1.):
         super().__init__()
         for name, value in (('beta', beta), ('gamma', gamma)):
             if not 0 <= value < math.inf:
                 raise UsageError(f'dist.{name}={value!r} must be 0 or more (--kd-kwargs dist.{name}=1).')
+        if not beta and not gamma:
+            raise UsageError('dist.beta and dist.gamma are both 0: dist has no other term.')
         check_temperature('dist', temperature)
         self.beta, self.gamma, self.temperature = float(beta), float(gamma), float(temperature)
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         assert student.logits is not None and teacher.logits is not None
         inter, intra = dist_losses(student.logits, teacher.logits, self.temperature)
-        return {'dist_inter_loss': self.beta * inter, 'dist_intra_loss': self.gamma * intra}
+        terms = (('dist_inter_loss', self.beta, inter), ('dist_intra_loss', self.gamma, intra))
+        return {name: weight * term for name, weight, term in terms if weight}

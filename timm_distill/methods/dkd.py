@@ -93,8 +93,8 @@ def dkd_loss(
     """
     losses = []
     for classes, weights in zip(*label_mixture(target)):
-        target_part, other_part = decoupled_divergences(student_logits, teacher_logits, classes, temperature)
-        losses.append((weights * (alpha * target_part + beta * other_part)).mean())
+        parts = zip((alpha, beta), decoupled_divergences(student_logits, teacher_logits, classes, temperature))
+        losses.append((weights * sum(factor * part for factor, part in parts if factor)).mean())
     return torch.stack(losses).sum()
 
 
@@ -103,20 +103,23 @@ class DKD(DistillMethod):
     """Decoupled distillation of the logits: target class and other classes with weights of their own.
 
     Args:
-        alpha: Weight of the part on the target class.
-        beta: Weight of the part on the other classes.
+        alpha: Weight of the part on the target class; 0 leaves it out.
+        beta: Weight of the part on the other classes; 0 leaves it out.
         temperature: Divides both logits; the loss is multiplied by its square.
 
     Raises:
-        UsageError: If a weight is negative or the temperature is not positive.
+        UsageError: If a weight is negative, both are 0 or the temperature is not positive.
     """
     paper = 'Zhao et al., CVPR 2022, https://arxiv.org/abs/2203.08679'
+    weight_source = "the authors' code"
 
     def __init__(self, alpha: float = 1., beta: float = 8., temperature: float = 4.):
         super().__init__()
         for name, value in (('alpha', alpha), ('beta', beta)):
             if not 0 <= value < math.inf:
                 raise UsageError(f'dkd.{name}={value!r} must be 0 or more (--kd-kwargs dkd.{name}=1).')
+        if not alpha and not beta:
+            raise UsageError('dkd.alpha and dkd.beta are both 0: dkd has no other part.')
         check_temperature('dkd', temperature)
         self.alpha, self.beta, self.temperature = float(alpha), float(beta), float(temperature)
 

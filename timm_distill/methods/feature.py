@@ -12,14 +12,14 @@ import torch.nn.functional as F
 
 from ..errors import UsageError
 from ..features import Features
-from ..losses import to_full_precision
+from ..losses import l2_normalize, to_full_precision
 from ..reading import PairSpec
 from .base import DistillMethod, register_method
 
 
 def cosine_distance(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """Mean over the batch of 1 - cosine of two features, [B, D] each; eps is the least norm."""
-    similarity = F.normalize(student, dim=1, eps=eps) * F.normalize(teacher, dim=1, eps=eps)
+    """Mean over the batch of 1 - cosine of two features, [B, D] each; below eps a feature has no direction."""
+    similarity = l2_normalize(student, dim=1, eps=eps) * l2_normalize(teacher, dim=1, eps=eps)
     return 1 - similarity.sum(1).mean()
 
 
@@ -37,6 +37,7 @@ class PooledFeature(DistillMethod):
         UsageError: If the loss is neither.
     """
     paper = 'timm 1.0.31, https://github.com/huggingface/pytorch-image-models (FeatureDistillationTask)'
+    weight_source = "timm's FeatureDistillationTask"
     student_outputs = frozenset({'pre_logits'})
     teacher_outputs = frozenset({'pre_logits'})
 

@@ -84,6 +84,7 @@ class FitNet(DistillMethod):
     """
     paper = 'Romero et al., ICLR 2015, https://arxiv.org/abs/1412.6550'
     published_weight = 100.
+    weight_source = 'RepDistiller'
     student_outputs = frozenset({'stages'})
     teacher_outputs = frozenset({'stages'})
 

@@ -63,6 +63,7 @@ class FSP(DistillMethod):
     """
     paper = 'Yim et al., CVPR 2017'
     published_weight = 50.
+    weight_source = 'RepDistiller'
     student_outputs = frozenset({'stages'})
     teacher_outputs = frozenset({'stages'})
     schedules = {'initialize': ((0, 1.), (30, 0.))}

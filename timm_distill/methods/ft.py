@@ -111,6 +111,7 @@ class FactorTransfer(DistillMethod):
         UsageError: If a value is not allowed.
     """
     paper = 'Kim et al., NeurIPS 2018, https://arxiv.org/abs/1802.04977'
+    weight_source = 'RepDistiller, whose 200 is ft.factor_weight'
     student_outputs = frozenset({'stages'})
     teacher_outputs = frozenset({'stages'})
 

@@ -33,6 +33,7 @@ class KD(DistillMethod):
         UsageError: If the temperature is not positive.
     """
     paper = 'Hinton et al., 2015, https://arxiv.org/abs/1503.02531'
+    weight_source = "timm's LogitDistillationTask"
 
     def __init__(self, temperature: float = 4., hard: bool = False):
         super().__init__()

@@ -141,6 +141,7 @@ class KDSVD(DistillMethod):
         UsageError: If a value is not allowed.
     """
     paper = 'Lee et al., ECCV 2018, https://arxiv.org/abs/1807.06819'
+    weight_source = 'none: no weight is published'
     student_outputs = frozenset({'stages'})
     teacher_outputs = frozenset({'stages'})
 

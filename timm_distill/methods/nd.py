@@ -17,16 +17,15 @@ from typing import Dict
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from ..connectors import BatchNorm2d
 from ..errors import UsageError
 from ..features import Features
-from ..losses import to_full_precision
+from ..losses import l2_normalize, to_full_precision
 from ..reading import PairSpec
 from .base import DistillMethod, register_method
 
-EPS = 1e-12  # smallest norm that is divided by
+EPS = 1e-12  # below it a vector has no direction
 
 
 def nd_loss(student: torch.Tensor, teacher: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
@@ -41,8 +40,9 @@ def nd_loss(student: torch.Tensor, teacher: torch.Tensor, centers: torch.Tensor)
         Scalar.
     """
     student, teacher = to_full_precision(student), to_full_precision(teacher.detach())
-    direction = F.normalize(to_full_precision(centers.detach()), dim=1, eps=EPS)
-    largest = torch.maximum(student.norm(dim=1), teacher.norm(dim=1)).clamp_min(EPS)
+    direction = l2_normalize(to_full_precision(centers.detach()), dim=1, eps=EPS)
+    largest = torch.maximum(student.norm(dim=1), teacher.norm(dim=1))
+    largest = largest.masked_fill(largest <= EPS, 1.)
     return (1 - (student * direction).sum(dim=1) / largest).mean()
 
 
@@ -89,6 +89,7 @@ class ND(DistillMethod):
         UsageError: If the dropout is no probability.
     """
     paper = 'Wang et al., 2023, https://arxiv.org/abs/2305.17007'
+    weight_source = "the authors' code"
     student_outputs = frozenset({'pre_logits'})
     teacher_outputs = frozenset({'pre_logits'})
     needs_class_means = True

@@ -47,6 +47,7 @@ class NORM(DistillMethod):
         UsageError: If a value is not allowed.
     """
     paper = 'Liu et al., ICLR 2023, https://openreview.net/forum?id=CRNwGauQpb6'
+    weight_source = "the authors' code, where the term is a mean times N"
     student_outputs = frozenset()
     teacher_outputs = frozenset({'tap'})
     adapter = 'norm'

@@ -55,6 +55,7 @@ class NST(DistillMethod):
     """
     paper = 'Huang and Wang, 2017, https://arxiv.org/abs/1707.01219'
     published_weight = 50.
+    weight_source = 'RepDistiller'
     student_outputs = frozenset({'stages'})
     teacher_outputs = frozenset({'stages'})
 

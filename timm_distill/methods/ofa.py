@@ -90,6 +90,7 @@ class OFA(DistillMethod):
         UsageError: If a value is not allowed.
     """
     paper = 'Hao et al., NeurIPS 2023, https://arxiv.org/abs/2310.19444'
+    weight_source = "the authors' code"
     student_outputs = frozenset({'logits', 'stages'})
     teacher_outputs = frozenset({'logits'})
 
@@ -123,7 +124,8 @@ class OFA(DistillMethod):
         losses = []
         stages = student.stages[-len(self.projectors):]
         for projector, stage, eps in zip(self.projectors, stages, self.stage_exponents):
-            losses.append(ofa_loss(projector(stage), teacher.logits, target, eps, self.temperature))
+            logits = student.transform_logits(projector(stage))
+            losses.append(ofa_loss(logits, teacher.logits, target, eps, self.temperature))
         final = ofa_loss(student.logits, teacher.logits, target, self.eps, self.temperature)
         return {'ofa_logits_loss': final, 'ofa_stages_loss': torch.stack(losses).sum()}
 

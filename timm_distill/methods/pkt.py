@@ -18,8 +18,10 @@ from .base import DistillMethod, register_method
 
 def neighbour_probabilities(feature: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
     """Cosine similarities moved to [0, 1], rows scaled to sum to one: [B, D] -> [B, B]."""
-    unit = feature / (torch.linalg.vector_norm(feature, dim=1, keepdim=True) + eps)
-    similarity = (unit @ unit.mT + 1) / 2
+    norm = torch.linalg.vector_norm(feature, dim=1, keepdim=True)
+    zero = norm == 0  # without a direction; divided by eps it would have a gradient of 1 / eps
+    unit = feature.masked_fill(zero, 0.) / (norm + eps).masked_fill(zero, 1.)
+    similarity = ((unit @ unit.mT + 1) / 2).clamp(min=0.)  # rounding takes opposite features below
     return similarity / similarity.sum(1, keepdim=True)
 
 
@@ -44,6 +46,7 @@ class PKT(DistillMethod):
     """Probabilities that samples of a batch are neighbours."""
     paper = 'Passalis and Tefas, ECCV 2018, https://arxiv.org/abs/1803.10837'
     published_weight = 30000.
+    weight_source = 'RepDistiller'
     student_outputs = frozenset({'pre_logits'})
     teacher_outputs = frozenset({'pre_logits'})
 

@@ -91,6 +91,7 @@ class ReviewKD(DistillMethod):
         UsageError: If a value is not allowed.
     """
     paper = 'Chen et al., CVPR 2021, https://arxiv.org/abs/2104.09044'
+    weight_source = "the authors' code for ImageNet"
     student_outputs = frozenset({'stages', 'pre_logits'})
     teacher_outputs = frozenset({'stages', 'pre_logits'})
 

@@ -76,6 +76,7 @@ class RKD(DistillMethod):
         UsageError: If a weight is negative or both are 0.
     """
     paper = 'Park et al., CVPR 2019, https://arxiv.org/abs/1904.05068'
+    weight_source = "RepDistiller; the paper's 25 and 50 are options"
     student_outputs = frozenset({'pre_logits'})
     teacher_outputs = frozenset({'pre_logits'})
 

@@ -53,6 +53,7 @@ class SP(DistillMethod):
     """
     paper = 'Tung and Mori, ICCV 2019, https://arxiv.org/abs/1907.09682'
     published_weight = 3000.
+    weight_source = 'the paper'
     student_outputs = frozenset({'stages'})
     teacher_outputs = frozenset({'stages'})
 

@@ -62,6 +62,7 @@ class Connector(nn.Module):
 class _Matching(DistillMethod):
     """What both methods share: a connector between the penultimate features."""
     paper = 'Yang et al., ICLR 2021, https://openreview.net/forum?id=ZzwDy_wiWv'
+    weight_source = "the authors' code"
     student_outputs = frozenset({'feature', 'pre_logits'})
     connector: Connector
 
@@ -83,7 +84,7 @@ class SRRL(_Matching):
     """The student's feature read by the teacher's own frozen head, and its spatial mean.
 
     Args:
-        logit_weight: Weight of the term on the logits beside the one on the feature.
+        logit_weight: Weight of the term on the logits beside the one on the feature; 0 leaves it out.
 
     Raises:
         UsageError: If the weight is negative.
@@ -110,10 +111,10 @@ class SRRL(_Matching):
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         assert teacher.head is not None and teacher.logits is not None
         connected = self.connector(self.penultimate(student))
-        return {
-            'srrl_stat_loss': statistics_loss(connected, self.penultimate(teacher)),
-            'srrl_logit_loss': self.logit_weight * regression_loss(teacher.head(connected), teacher.logits),
-        }
+        terms = {'srrl_stat_loss': statistics_loss(connected, self.penultimate(teacher))}
+        if self.logit_weight:
+            terms['srrl_logit_loss'] = self.logit_weight * regression_loss(teacher.head(connected), teacher.logits)
+        return terms
 
 
 @register_method('fm')

@@ -30,6 +30,7 @@ class TokenDistillation(DistillMethod):
         UsageError: If the temperature is not positive.
     """
     paper = 'Touvron et al., ICML 2021, https://arxiv.org/abs/2012.12877'
+    weight_source = 'the paper, where label loss and term weigh 1/2 each'
     student_outputs = frozenset({'token_logits'})
 
     def __init__(self, hard: bool = True, temperature: float = 1.):

@@ -90,6 +90,7 @@ class VID(DistillMethod):
         UsageError: If a value is not allowed.
     """
     paper = 'Ahn et al., CVPR 2019, https://arxiv.org/abs/1904.05835'
+    weight_source = 'RepDistiller'
     student_outputs = frozenset({'stages'})
     teacher_outputs = frozenset({'stages'})
 

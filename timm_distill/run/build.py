@@ -30,6 +30,7 @@ from ..task import DistillTask
 from .parts import Run
 from .student import build_student, check_train_sizes, fit_input_size
 from .unchanged import check_equal_data
+from .validation import ranking_metric
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def build_run(args: argparse.Namespace) -> Run:
     check_equal_data(args, loaders.fingerprints)
     task = build_task(args, student, data_config, device, precision, loaders)
     optimizer = build_optimizer(args, task, loaders.batch_size)
-    scheduler, num_epochs = build_scheduler(args, optimizer, loaders)
+    scheduler, num_epochs = build_scheduler(args, optimizer, loaders, task)
     return Run(args, device, precision, data_config, loaders, task, optimizer, scheduler, num_epochs)
 
 
@@ -141,6 +142,11 @@ def check_task(args: argparse.Namespace, task: DistillTask) -> None:
                          'multi-label model has none: use a method that reads features alone (--list-kd)')
     if task.teacher is None:
         return
+    if not task.trains_classifier and args.rank == 0:
+        _logger.warning(f'--task-loss-weight 0 and no weighted method of --kd {args.kd} reads the logits: nothing '
+                        'trains the classifier, which is saved and released as it began. Its accuracy says nothing, '
+                        'so that model_best is chosen by the distillation loss, not by --eval-metric '
+                        f'{args.eval_metric}. --task-loss-weight 1 trains it; so does a method on logits, e.g. kd.')
     for size in args.train_img_sizes or ():
         try:
             task.teacher_features(random_images(task.teacher, (task.input_size[0], size, size)))
@@ -179,9 +185,10 @@ def build_scheduler(
         args: argparse.Namespace,
         optimizer: torch.optim.Optimizer,
         loaders: DataLoaders,
+        task: DistillTask,
 ) -> Tuple[Any, int]:
     """Create the learning rate schedule; returns it and the number of epochs."""
-    decreasing = loaders.eval is None or args.eval_metric == 'loss'
+    decreasing = ranking_metric(args, loaders, task) in ('loss', 'ranking_loss')
     try:
         scheduler, num_epochs = create_scheduler_v2(
             optimizer,

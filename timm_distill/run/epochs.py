@@ -73,6 +73,7 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder, position: Optional[Dict[
         log_interval=args.log_interval,
         progress=run.progress,
         log_grad_norm=args.log_grad_norm,
+        log_shares=run.task.changes_terms(epoch),
         distributed=args.distributed,
         timing=run.timing,
         batch_scale=run.loaders.batch_scale,
@@ -83,6 +84,8 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder, position: Optional[Dict[
     validating = (epoch + 1) % args.val_interval == 0 or epoch + 1 in (run.last_epoch, *args.save_epochs)
     if validating:
         eval_metrics = validate_student(run)
+        if recorder.metric == 'ranking_loss':
+            (eval_metrics or train_metrics)['ranking_loss'] = run.task.unscheduled_loss(train_metrics)
         metric = recorder.rank(train_metrics, eval_metrics)
         recorder.summarize(epoch, train_metrics, eval_metrics)
     if run.scheduler is not None:

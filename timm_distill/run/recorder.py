@@ -20,6 +20,7 @@ from ..summary import Summary
 from ..tracking import start_trackers
 from .folder import create_folder
 from .parts import Run, RunResult
+from .validation import ranking_metric
 
 _logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Recorder:
         self.run = run
         self.info = info
         self.signals = signals
-        self.metric = run.args.eval_metric if run.loaders.eval is not None else 'loss'
+        self.metric = ranking_metric(run.args, run.loaders, run.task)
         self.saver: Optional[DistillCheckpointSaver] = None
         self.trackers: List[Any] = []
         self.result = RunResult(param_count=sum(p.numel() for p in run.task.module.student.parameters()))
@@ -86,7 +87,7 @@ class Recorder:
             amp_scaler=self.run.precision.loss_scaler,
             checkpoint_dir=self.result.output_dir,
             recovery_dir=self.result.output_dir,
-            decreasing=self.metric == 'loss',
+            decreasing=self.metric in ('loss', 'ranking_loss'),
             max_history=self.run.args.checkpoint_hist,
             task=self.run.task,
         )

@@ -7,7 +7,9 @@ import torch.nn as nn
 from timm import utils
 
 from ..analysis import PredictionRecorder, agreement
+from ..data import DataLoaders
 from ..engine import evaluate, evaluator_class
+from ..task import DistillTask
 from .parts import Run
 
 
@@ -22,6 +24,19 @@ def validate_student(run: Run) -> Optional['OrderedDict[str, float]']:
         metrics = validate_with_agreement(run, run.task.get_eval_model(ema=True), 'Test (EMA)')  # type: ignore[arg-type]
         metrics['student_top1'] = student_top1
     return metrics
+
+
+def ranking_metric(args: argparse.Namespace, loaders: DataLoaders, task: DistillTask) -> str:
+    """Return the name of the metric that ranks epochs: 'ranking_loss' where no metric of the student can.
+
+    Accuracy says nothing of a classifier that nothing trains, and a training loss under a schedule is smallest where
+    the schedule is.
+    """
+    if not task.trains_classifier:
+        return 'ranking_loss'
+    if loaders.eval is not None:
+        return args.eval_metric
+    return 'ranking_loss' if task.is_scheduled else 'loss'
 
 
 def validate_with_agreement(run: Run, model: nn.Module, log_name: str = 'Test') -> 'OrderedDict[str, float]':
