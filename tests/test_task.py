@@ -617,3 +617,51 @@ def test_two_processes_give_the_gradients_and_checkpoint_of_the_joint_batch(tmp_
         for name, gradient in expected.items():
             torch.testing.assert_close(saved['gradients'][name], gradient, rtol=1e-9, atol=1e-12)
         assert_same(saved['state']['state_dict'], state['state_dict'])
+
+
+# A student that comes with weights
+
+def logits_after_steps(kd: str, student: nn.Module, steps: int = 3, **options: Any) -> torch.Tensor:
+    """Return the saved student's logits after steps of a learning rate that changes running statistics alone."""
+    task = create_task(kd, student=copy.deepcopy(student), **options)
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=1e-9)
+    for step in range(steps):
+        images, target = create_batch(16, seed=step)
+        task(images, target)['loss'].backward()
+        optimizer.step()
+    plain = copy.deepcopy(student)
+    plain.load_state_dict(task.get_checkpoint_state()['state_dict'])
+    with torch.no_grad():
+        return plain.eval()(create_batch(64, seed=9)[0])
+
+
+@pytest.mark.parametrize('steps', [0, 3])
+@pytest.mark.parametrize('kd_tap', ['features', 'pre_logits'])
+@pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet', 'test_vit'])
+def test_student_that_comes_with_weights_keeps_its_accuracy_until_it_learns(
+        name: str, kd_tap: str, steps: int) -> None:
+    student = create_model(name, **(dict(img_size=SIZE[1]) if name == 'test_vit' else {}))
+    expected = logits_after_steps('none', student, steps)
+    options = dict(kd_tap=kd_tap, student_pretrained=True)
+    actual = logits_after_steps('norm', student, steps, **options)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(actual.argmax(1), expected.argmax(1))
+    official = logits_after_steps('norm', student, steps, kd_kwargs={'norm.init': 'official'}, **options)
+    assert not torch.allclose(official, expected, rtol=0.1, atol=0.1 * expected.std().item())
+
+
+@pytest.mark.parametrize('student,options,identity', [
+    ('test_resnet', {}, False),
+    ('test_resnet', dict(student_pretrained=False), False),
+    ('module', {}, False),
+    ('module', dict(student_pretrained=True), True),
+    ('test_resnet', dict(student_kwargs=dict(checkpoint_path='student.pth')), True),
+])
+def test_adapter_starts_as_the_identity_where_the_student_is_known_to_come_with_weights(
+        student: str, options: Dict[str, Any], identity: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(create_model().state_dict(), 'student.pth')
+    task = create_distill_task(
+        create_model() if student == 'module' else student, create_model('test_convnext', seed=7), kd='norm',
+        num_classes=CLASSES, input_size=SIZE, verbose=False, **options)
+    assert bool((task.module.adapters[0].contract_bn.weight == 0).all()) == identity

@@ -46,6 +46,7 @@ def create_distill_task(
         mean: Optional[Sequence[float]] = None,
         std: Optional[Sequence[float]] = None,
         student_kwargs: Optional[Dict[str, Any]] = None,
+        student_pretrained: Optional[bool] = None,
         teacher_checkpoint: Optional[str] = None,
         teacher_pretrained: bool = True,
         teacher_kwargs: Optional[Dict[str, Any]] = None,
@@ -85,6 +86,8 @@ def create_distill_task(
         mean: Normalisation of the input, per channel; the student's default otherwise.
         std: Likewise.
         student_kwargs: More arguments of `timm.create_model` for the student.
+        student_pretrained: Build a student that is named with timm's pretrained weights. Of a module it says that it
+            comes with weights, which nothing else tells: an adapter then starts without changing its logits.
         teacher_checkpoint: Weights of a teacher that is built by name.
         teacher_pretrained: Load timm's pretrained weights for it otherwise.
         teacher_kwargs: More arguments of `timm.create_model` for the teacher.
@@ -104,6 +107,8 @@ def create_distill_task(
         UsageError: If a name, an option or a combination is not possible; says what is.
     """
     device = torch.device(device or 'cpu')
+    if isinstance(student, str) and student_pretrained is not None:
+        student_kwargs = {'pretrained': student_pretrained, **(student_kwargs or {})}
     model = _create_student(student, num_classes, student_kwargs).to(device=device, dtype=dtype)
     config = getattr(model, 'pretrained_cfg', None) or {}
     input_size = tuple(input_size or config.get('input_size', (3, 224, 224)))
@@ -121,6 +126,7 @@ def create_distill_task(
             own_stream=teacher_stream)
         _check_class_counts(model, teacher_model, methods, input_size)
     module = _adapt_student(model, teacher_model, methods, input_size, kd_tap, verbose)
+    _start_adapters(module, student, student_kwargs, student_pretrained, verbose)
     if teacher_model is not None:
         if verbose:
             _report_teacher_input(teacher_model, module, input_size)
@@ -237,6 +243,24 @@ def _adapt_student(
     if verbose:
         _log_adapters(tap, adapters)
     return AdaptedStudent(student, adapters, tap, methods, resize_to, reader)
+
+
+def _start_adapters(
+        module: AdaptedStudent,
+        student: Union[str, nn.Module],
+        student_kwargs: Optional[Mapping[str, Any]],
+        pretrained: Optional[bool],
+        verbose: bool,
+) -> None:
+    """Let the adapters of a student that comes with weights leave it as it is."""
+    if isinstance(student, str):
+        pretrained = any((student_kwargs or {}).get(name) for name in ('pretrained', 'checkpoint_path'))
+    elif pretrained is None and module.adapters and verbose:
+        _logger.info('The adapter starts as for a student without weights: student_pretrained=True says that a module '
+                     'comes with some.')
+    if pretrained:
+        for adapter in module.adapters:
+            adapter.start_pretrained()
 
 
 def _log_adapters(tap: StudentTap, adapters: Sequence[Adapter]) -> None:

@@ -122,6 +122,90 @@ def test_there_is_no_activation_so_the_plain_transform_is_linear() -> None:
     torch.testing.assert_close(adapter(a + b).output, adapter(a).output + adapter(b).output - zero)
 
 
+# Start as the identity
+
+IDENTITIES = {
+    'residual': {},
+    'linear': dict(offset=False),
+    'plain': dict(batch_norm=False),
+    'plain, linear': dict(batch_norm=False, offset=False),
+    'plain, straight': dict(batch_norm=False, residual=False),
+}
+each_identity = pytest.mark.parametrize('options', IDENTITIES.values(), ids=list(IDENTITIES))
+
+
+def create_identity(**options: Any) -> NToOneTransform:
+    torch.manual_seed(0)
+    return create_adapter('norm', 6, 5, segments=3, init='identity', **options).double()
+
+
+@pytest.mark.parametrize('form', ['direct', 'moments'])
+@each_identity
+def test_identity_init_leaves_the_feature_as_it_is_in_training_and_merged(options: dict, form: str) -> None:
+    adapter, x = create_identity(form=form, **options), torch.randn(4, 6, 3, 3, dtype=torch.float64) * 3 + 1
+    tolerance = 1e-5 if options.get('residual') is False else 1e-12  # a contraction of float32 is its inverse
+    for mode in (True, False):
+        torch.testing.assert_close(adapter.train(mode)(x).output, x, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(adapter.affine()(x), x, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('form', ['direct', 'moments'])
+@each_identity
+def test_from_the_identity_the_match_trains_the_expansion_and_the_path_comes_alive(options: dict, form: str) -> None:
+    adapter, x = create_identity(form=form, **options).train(), torch.randn(8, 6, 3, 3, dtype=torch.float64)
+    match = Match(torch.randn(8, 5, 3, 3, dtype=torch.float64), lambda positions: positions)
+    direction = torch.randn_like(x)
+    before = {name: p.detach().clone() for name, p in adapter.named_parameters()}
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        result = adapter(x, match)
+        losses.append(result.loss.item())
+        optimizer.zero_grad()
+        (result.loss + (result.output * direction).mean()).backward()
+        optimizer.step()
+    assert losses[2] < losses[1] < losses[0]
+    moved = {name for name, p in adapter.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(before)
+
+
+def test_identity_init_only_differs_in_what_it_sets_to_zero() -> None:
+    torch.manual_seed(0)
+    official, identity = create_adapter('norm', 6, 5, segments=3, init='official').double(), create_identity()
+    differing = {name for name, t in official.state_dict().items() if not torch.equal(t, identity.state_dict()[name])}
+    assert differing == {'contract_bn.weight'}
+
+
+@pytest.mark.parametrize('init,identity', [('auto', True), ('identity', True), ('official', False)])
+def test_auto_is_the_identity_for_a_student_with_weights_and_official_for_others(init: str, identity: bool) -> None:
+    adapter = create_adapter('norm', 6, 5, segments=3, init=init)
+    assert (adapter.contract_bn.weight == (0. if init == 'identity' else 1.)).all()
+    adapter.start_pretrained()
+    assert (adapter.contract_bn.weight == (0. if identity else 1.)).all()
+
+
+@pytest.mark.parametrize('options,reason', [
+    (dict(residual=False), 'batch norms'),
+    (dict(residual=False, batch_norm=False, segments=1), '5 channels cannot carry 6'),
+])
+def test_identity_that_is_impossible_is_refused_or_with_auto_said(
+        options: dict, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    options = {'segments': 3, **options}
+    with pytest.raises(UsageError, match=f'norm.init=identity is impossible.*{reason}.*norm.residual=True'):
+        create_adapter('norm', 6, 5, init='identity', **options)
+    adapter = create_adapter('norm', 6, 5, init='auto', **options)
+    before = adapter.contract.weight.clone()
+    adapter.start_pretrained()
+    assert torch.equal(adapter.contract.weight, before)
+    assert reason in caplog.text and 'norm.residual=True' in caplog.text
+
+
+@pytest.mark.parametrize('init', ['auto', 'identity'])
+def test_side_transform_has_no_path_to_keep(init: str) -> None:
+    adapter = create_adapter('norm', 6, 5, segments=1, side=True, init=init, residual=False)
+    adapter.start_pretrained()
+
+
 # Without offset
 
 SHAPES = {'map': (4, 6, 3, 4), 'tokens': (4, 6, 9, 1), 'vector': (4, 6, 1, 1)}

@@ -176,10 +176,11 @@ def test_student_without_adapter_is_an_error() -> None:
 
 
 def test_methods_options_are_the_adapters() -> None:
-    method = create_method('norm', segments=2, batch_norm=False, residual=False, pool='max', form='direct')
+    method = create_method(
+        'norm', segments=2, batch_norm=False, residual=False, pool='max', form='direct', init='official')
     adapter = create_adapter(method.adapter, 4, 3, **method.adapter_options)
-    actual = (adapter.segments, adapter.batch_norm, adapter.residual, adapter.pool, adapter.form)
-    assert actual == (2, False, False, 'max', 'direct')
+    actual = (adapter.segments, adapter.batch_norm, adapter.residual, adapter.pool, adapter.form, adapter.init)
+    assert actual == (2, False, False, 'max', 'direct', 'official')
 
 
 def test_logit_standardisation_is_off_by_default() -> None:
@@ -198,7 +199,8 @@ def test_wrong_option_names_value_and_what_is_allowed(options: Dict[str, Any], n
     assert all(name in str(error.value) for name in names)
 
 
-@pytest.mark.parametrize('option,known', [('pool', ['avg', 'max']), ('form', ['auto', 'direct', 'moments'])])
+@pytest.mark.parametrize('option,known', [('pool', ['avg', 'max']), ('form', ['auto', 'direct', 'moments']),
+                                          ('init', ['auto', 'identity', 'official'])])
 def test_wrong_option_of_the_adapter_names_value_and_what_is_allowed(option: str, known: List[str]) -> None:
     method = create_method('norm', **{option: 'median'})
     with pytest.raises(UsageError) as error:

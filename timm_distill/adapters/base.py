@@ -61,6 +61,12 @@ class Adapter(nn.Module):
         """Transform a feature, [B, Cs, H, W], and match it if there is something to match it with."""
         raise NotImplementedError
 
+    def start_pretrained(self) -> None:
+        """Initialise for a student that comes with weights; as for every other by default.
+
+        Called once, before training. An adapter should leave the student's logits as they are then.
+        """
+
     def affine(self) -> AffineMap:
         """Return the exact map of the eval mode in float64: weight [Cs, Cs], bias [Cs]."""
         raise NotImplementedError

@@ -43,6 +43,7 @@ _logger = logging.getLogger(__name__)
 
 _FORMS = ('auto', 'direct', 'moments')
 _POOLS = ('avg', 'max')
+_INITS = ('auto', 'identity', 'official')
 _DIRECT_BYTES = 2 ** 30  # activations of the direct form above which 'auto' leaves it
 
 
@@ -70,9 +71,13 @@ class NToOneTransform(Adapter):
         offset: Let the output have an offset. Without, y is a linear map of x at inference, for consumers that cannot
             take an offset: the contraction reads e without its offset, and BN2 only scales.
         side: Expand for the loss alone and leave the student's path as it is.
+        init: 'identity' starts with an output that is the input, by a last batch norm of scale 0 (without batch norms:
+            a contraction of weight 0), so that a student keeps its accuracy until it learns; the match trains the
+            expansion meanwhile. 'official' starts at random as the published code does. 'auto' is the former for a
+            student that comes with weights and the latter for others.
 
     Raises:
-        UsageError: If a value is not allowed.
+        UsageError: If a value is not allowed, or the transform cannot be the identity and has to.
     """
 
     def __init__(
@@ -86,11 +91,12 @@ class NToOneTransform(Adapter):
             form: str = 'auto',
             offset: bool = True,
             side: bool = False,
+            init: str = 'auto',
     ):
         super().__init__(student_channels, teacher_channels)
         if not 1 <= segments <= 1024:
             raise UsageError(f'norm.segments={segments} must be from 1 to 1024 (--kd-kwargs norm.segments=8).')
-        for option, value, known in (('pool', pool, _POOLS), ('form', form, _FORMS)):
+        for option, value, known in (('pool', pool, _POOLS), ('form', form, _FORMS), ('init', init, _INITS)):
             if value not in known:
                 raise UsageError(f"norm.{option}={value!r} must be one of {', '.join(known)} "
                                  f'(--kd-kwargs norm.{option}={known[0]}).')
@@ -99,6 +105,7 @@ class NToOneTransform(Adapter):
         self.residual = residual
         self.pool = pool
         self.form = form
+        self.init = init
         self._logged_form = ''
         self.offset = offset
         width = segments * teacher_channels
@@ -119,6 +126,48 @@ class NToOneTransform(Adapter):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.init == 'identity':
+            obstacle = self._identity_obstacle()
+            if obstacle:
+                raise UsageError(f'norm.init=identity is impossible: {obstacle}. Give norm.residual=True, or '
+                                 'norm.init=official (--kd-kwargs).')
+            self._become_identity()
+
+    def start_pretrained(self) -> None:
+        if self.init != 'auto' or self.contract is None:
+            return
+        obstacle = self._identity_obstacle()
+        if obstacle:
+            _logger.warning("The N-to-one transform starts at random on the path of a student that comes with weights, "
+                            f'whose accuracy it takes at first: it cannot start as the identity, {obstacle}. '
+                            '--kd-kwargs norm.residual=True lets it.')
+            return
+        _logger.info('The N-to-one transform starts as the identity, since the student comes with weights '
+                     '(--kd-kwargs norm.init=official starts at random).')
+        self._become_identity()
+
+    def _identity_obstacle(self) -> str:
+        """Return why the transform cannot start as the identity, '' where it can."""
+        if self.residual or self.contract is None:
+            return ''
+        if self.batch_norm:
+            return 'without the residual connection its batch norms give every channel another mean and deviation'
+        width = self.segments * self.teacher_channels
+        if width < self.student_channels:
+            return f'without the residual connection {width} channels cannot carry {self.student_channels}'
+        return ''
+
+    @torch.no_grad()
+    def _become_identity(self) -> None:
+        if self.contract is None:
+            return
+        if not self.residual:
+            inverse = torch.linalg.pinv(_conv_tensors(self.expand)[0])
+            self.contract.weight.copy_(inverse[:, :, None, None])
+        elif self.batch_norm:
+            nn.init.zeros_(self.contract_bn.weight)  # type: ignore[arg-type]
+        else:
+            nn.init.zeros_(self.contract.weight)
 
     def _norms(self) -> Tuple[nn.Module, ...]:
         return (self.expand_bn,) if self.contract is None else (self.expand_bn, self.contract_bn)

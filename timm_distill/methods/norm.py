@@ -40,6 +40,8 @@ class NORM(DistillMethod):
         form: How the adapter computes: 'direct', 'moments' (as exact, without activations of N * Ct channels), or
             'auto' for the cheaper at the batch's size.
         schedule: Weight over epochs: 'const', 'imagenet', 'cifar' or a list of epoch:weight.
+        init: How the adapter starts: 'identity' leaves the student's logits as they are, 'official' is the published
+            code's random start, 'auto' the former for a student that comes with weights and the latter for others.
         logit_scale: Standardise both models' logits times this (2.5 in the official recipe); 0 is off. Costs calibrated
             confidence.
 
@@ -62,6 +64,7 @@ class NORM(DistillMethod):
             schedule: ScheduleSpec = 'const',
             form: str = 'auto',
             logit_scale: float = 0.,
+            init: str = 'auto',
     ):
         super().__init__()
         if not 0 <= logit_scale <= 1000:
@@ -69,7 +72,7 @@ class NORM(DistillMethod):
         self.schedule = create_weight_schedule(schedule, SCHEDULES, option='norm.schedule')
         self.logit_scale = float(logit_scale)
         self._adapter_options = dict(
-            segments=segments, batch_norm=batch_norm, residual=residual, pool=pool, form=form)
+            segments=segments, batch_norm=batch_norm, residual=residual, pool=pool, form=form, init=init)
 
     @property
     def adapter_options(self) -> Dict[str, Any]:

@@ -28,7 +28,7 @@ from ..probing import CANNOT_RUN, find_patch_size, random_images
 from ..sharding import share_weights
 from ..task import DistillTask
 from .parts import Run
-from .student import build_student, check_train_sizes, fit_input_size
+from .student import build_student, check_train_sizes, comes_with_weights, fit_input_size
 from .unchanged import check_equal_data
 from .validation import ranking_metric
 
@@ -104,6 +104,7 @@ def build_task(
         input_size=data_config['input_size'],
         mean=data_config['mean'],
         std=data_config['std'],
+        student_pretrained=comes_with_weights(args),
         teacher_checkpoint=args.teacher_checkpoint,
         teacher_pretrained=args.teacher_pretrained,
         teacher_kwargs=args.teacher_kwargs,

@@ -28,6 +28,10 @@ def build_student(args: argparse.Namespace) -> nn.Module:
     except Exception as e:  # a hub, a file and a constructor each raise their own errors
         raise UsageError(f"The student '{args.model}' cannot be built with these --pretrained, --initial-checkpoint, "
                          f'--model-kwargs: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
+    if args.pretrained_path and not args.pretrained:
+        _logger.warning(f'--pretrained-path {args.pretrained_path} is not read without --pretrained, as in timm: the '
+                        'student starts at random.' if not args.initial_checkpoint else
+                        f'--pretrained-path {args.pretrained_path} is not read without --pretrained, as in timm.')
     init_head(args, student)
     if args.grad_checkpointing:
         student.set_grad_checkpointing(enable=True)
@@ -36,6 +40,11 @@ def build_student(args: argparse.Namespace) -> nn.Module:
     if args.split_bn:
         student = convert_splitbn_model(student, max(args.aug_splits, 2))
     return student
+
+
+def comes_with_weights(args: argparse.Namespace) -> bool:
+    """Whether the student starts from weights."""
+    return bool(args.pretrained or args.initial_checkpoint)
 
 
 def _student_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
