@@ -25,7 +25,7 @@ LAYERS = {
     'features': 1, 'heads': 1, 'report_figures': 1, 'batch_norms': 1,
     'taps': 2, 'fusing': 2, 'report': 2, 'checkpoint': 2,
     'resume': 3, 'teacher': 3, 'merge': 3, 'reading': 3,
-    'presets': 4, 'class_means': 4, 'stage_matching': 4, 'export': 4,
+    'plain_student': 4, 'presets': 4, 'class_means': 4, 'stage_matching': 4, 'export': 4,
     'methods': 5, 'student': 5,
     'composition': 6,
     'task': 7,

@@ -4,16 +4,19 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Tuple, Type
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
-from timm.layers import freeze_batch_norm_2d
+from timm.layers import FrozenBatchNormAct2d, freeze_batch_norm_2d
+from tiny_models import CHANNELS, Plain
+from torch.nn.utils.parametrizations import weight_norm
 
-from timm_distill import DistillTask, create_distill_task, merge_student
-from timm_distill.merge import full_precision, merge_error, merged_copy, merged_state_dict, merged_tensors
+from timm_distill import DistillTask, UsageError, create_distill_task, merge_student
+from timm_distill.errors import MergeError
+from timm_distill.merge import full_precision, merge_error, merged_state_dict, merged_tensors
 
 SIZE = (3, 32, 32)
 CLASSES = 5
@@ -127,7 +130,8 @@ def test_task_whose_batch_norms_are_frozen_on_the_way_trains_on_and_merges_exact
 def test_half_precision_student_merges_in_its_own_dtype() -> None:
     task = trained_task('nchw_features', dtype=torch.float32)
     module = copy.deepcopy(task.module)
-    student = merged_copy(module.student.bfloat16(), module.adapters, module.tap)
+    module.student.bfloat16()
+    student = module.merged_copy()
     assert {t.dtype for t in student.parameters()} == {torch.bfloat16}
 
 
@@ -160,12 +164,14 @@ def test_student_without_adapter_is_its_own_merge() -> None:
 
 def test_merge_error_sees_a_wrong_merge_and_nan() -> None:
     module = trained_task('nchw_features').module
-    merged = merged_tensors(module.student, module.adapters, module.tap)
+    plain = module.merged_copy()
     images = torch.randn(4, *SIZE, dtype=torch.float64)
-    assert merge_error(module, module.student, merged, images) < 1e-10
-    wrong = {**merged, 'fc.bias': merged['fc.bias'] + 1.}
-    assert merge_error(module, module.student, wrong, images) > 1e-3
-    broken = merge_error(module, module.student, {**merged, 'fc.bias': merged['fc.bias'] * float('nan')}, images)
+    assert merge_error(module, plain, images) < 1e-10
+    with torch.no_grad():
+        plain.fc.bias += 1.
+        assert merge_error(module, plain, images) > 1e-3
+        plain.fc.bias *= float('nan')
+    broken = merge_error(module, plain, images)
     assert broken != broken
 
 
@@ -199,3 +205,223 @@ def test_timm_alone_loads_the_checkpoint_and_gives_the_same_logits(tmp_path: Pat
     subprocess.run([sys.executable, '-c', code, str(tmp_path)], check=True, cwd=tmp_path)
     actual, expected = torch.load(tmp_path / 'logits.pt'), unmerged_logits(task, images, ema=False)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+# Verified on what is saved
+
+class Tied(Plain):
+    """A model whose classifier has a second name; `reads` names what else reads its weight."""
+
+    def __init__(self, reads: str = '') -> None:
+        super().__init__()
+        self.reads = reads
+        if reads == 'registered first':
+            self.first = nn.Linear(CHANNELS, CLASSES)
+            self.fc.weight = self.first.weight
+        elif reads == 'shared module':
+            self.again = self.fc
+        else:
+            self.again = nn.Linear(CHANNELS, CLASSES)
+            self.again.weight = self.fc.weight
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.run_stem(x)
+        if self.reads == 'trunk':
+            weight = self.again.weight
+            x = x + torch.einsum('ck,kbhw->bchw', weight.T, torch.einsum('kc,bchw->kbhw', weight, x))
+        return x
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = x.mean((2, 3))
+        return x if pre_logits else self.fc(x)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def train_custom(student: nn.Module, dtype: torch.dtype = torch.float64, **kwargs: Any) -> DistillTask:
+    torch.manual_seed(0)
+    task = create_distill_task(
+        student, timm.create_model('test_resnet', num_classes=7), kd='norm', kd_kwargs={'norm.segments': 2},
+        input_size=SIZE, dtype=dtype, verbose=False, **kwargs)
+    task.train()
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.02)
+    for _ in range(3):
+        task(torch.randn(4, *SIZE, dtype=dtype), torch.randint(CLASSES, (4,)))['loss'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return task
+
+
+def file_error(task: DistillTask, fresh: nn.Module) -> float:
+    """Return how far a model with the file's tensors is from the student as trained, relative to the logits' spread."""
+    images = torch.randn(8, *SIZE, dtype=torch.float64)
+    fresh.double().load_state_dict(task.get_checkpoint_state()['state_dict'], strict=True)
+    expected = unmerged_logits(task, images, ema=False)
+    with torch.no_grad():
+        return ((fresh.eval()(images) - expected).abs().max() / (expected - expected.mean()).abs().max()).item()
+
+
+@pytest.mark.parametrize('reads', ['', 'shared module', 'registered first'])
+def test_every_name_of_a_tied_classifier_is_saved_merged(reads: str) -> None:
+    task = train_custom(Tied(reads))
+    assert file_error(task, Tied(reads)) < 1e-10
+    state = task.get_checkpoint_state()['state_dict']
+    other = {'': 'again', 'shared module': 'again', 'registered first': 'first'}[reads]
+    assert torch.equal(state['fc.weight'], state[f'{other}.weight'])
+    untied = Tied(reads)
+    untied.fc.weight = nn.Parameter(untied.fc.weight.detach().clone())
+    assert file_error(task, untied) < 1e-10
+
+
+@pytest.mark.parametrize('reads', ['', 'shared module', 'registered first'])
+def test_tied_classifier_is_resumed_as_trained(reads: str) -> None:
+    task, fresh = train_custom(Tied(reads)), train_custom(Tied(reads))
+    state = task.get_checkpoint_state()
+    with torch.no_grad():
+        fresh.student.fc.weight.zero_()
+    fresh.load_checkpoint_state(state['state_dict'], state['task_state'])
+    expected = task.module.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in fresh.module.state_dict().items())
+
+
+def test_classifier_whose_weight_the_trunk_reads_takes_no_adapter() -> None:
+    with pytest.raises(UsageError, match='fc.weight is also again.weight, where the map does not belong'):
+        train_custom(Tied('trunk'))
+
+
+def test_wrong_state_dict_is_refused_at_save_however_it_came_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = train_custom(Tied())
+    right = task.module.merged_state_dict
+    stale = task.student.again.weight.detach().clone()
+    monkeypatch.setattr(type(task.module), 'merged_state_dict', lambda module: {**right(), 'again.weight': stale})
+    with pytest.raises(MergeError, match='largest logit difference'):
+        task.get_checkpoint_state()
+
+
+class ScaledLinear(nn.Linear):
+    """A classifier with a forward of its own."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 3 * super().forward(input) + 1
+
+
+class CosineLinear(nn.Linear):
+    """A classifier that no affine map folds into."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(nn.functional.normalize(input), self.weight, self.bias)
+
+
+class RaisingLinear(nn.Linear):
+    """A classifier that takes nothing but float32."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dtype == torch.float64:
+            raise RuntimeError('float64 is not supported')
+        return super().forward(input)
+
+
+def with_classifier(kind: Type[nn.Linear]) -> nn.Module:
+    student = Plain()
+    student.fc = kind(CHANNELS, CLASSES)
+    return student
+
+
+def test_classifier_with_a_forward_of_its_own_keeps_it_in_training_and_in_the_file() -> None:
+    plain, images = with_classifier(ScaledLinear).double().eval(), torch.randn(2, *SIZE, dtype=torch.float64)
+    task = train_custom(with_classifier(ScaledLinear))
+    assert type(task.student.fc) is ScaledLinear is type(merge_student(task).fc) is type(task.get_eval_model().fc)
+    assert file_error(task, with_classifier(ScaledLinear)) < 1e-10
+    plain.load_state_dict(task.student.state_dict())
+    task.module.eval()
+    for parameter in task.module.adapters[0].parameters():
+        nn.init.zeros_(parameter)  # a residual adapter is the identity then
+    with torch.no_grad():
+        torch.testing.assert_close(task.module(images), plain(images))
+
+
+@pytest.mark.parametrize('kind', [CosineLinear, RaisingLinear, lambda *sizes: weight_norm(nn.Linear(*sizes))])
+def test_classifier_that_cannot_be_folded_or_measured_is_refused_and_left_as_it_was(kind: Any) -> None:
+    student = with_classifier(kind).train()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    hooks = sum(len(module._forward_pre_hooks) for module in student.modules())
+    with pytest.raises(UsageError, match='not at pre_logits: .*classifier fc'):
+        create_distill_task(student, timm.create_model('test_resnet', num_classes=7), kd='norm', input_size=SIZE,
+                            verbose=False)
+    state = student.state_dict()
+    assert all(torch.equal(before[name], state[name]) and state[name].dtype == before[name].dtype for name in before)
+    assert student.training and sum(len(module._forward_pre_hooks) for module in student.modules()) == hooks
+
+
+@pytest.mark.parametrize('kind', ['nchw_features', 'tokens_features', 'pre_logits'])
+def test_merge_is_verified_on_the_architecture_built_again_by_name(kind: str) -> None:
+    task = trained_task(kind)
+    images = torch.randn(2, *SIZE, dtype=torch.float64)
+    task.student.mark = 'of the student that was trained'  # a copy would have it
+    state = torch.get_rng_state()
+    plain = task.module.plain_student(images)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(plain) is type(task.student) and not hasattr(plain, 'mark')
+    plain.load_state_dict(task.module.merged_state_dict(), strict=True)
+    assert task.module.merge_error(images, plain) < 1e-10
+
+
+def test_student_that_was_changed_after_it_was_built_is_verified_on_a_copy() -> None:
+    student = create_student('nchw_features')
+    student.act1 = nn.Tanh()
+    student.bn1.act = nn.Tanh()
+    task = train_custom(student)
+    plain = task.module.plain_student(torch.randn(2, *SIZE, dtype=torch.float64))
+    assert isinstance(plain.bn1.act, nn.Tanh)
+    task.get_checkpoint_state()
+
+
+@pytest.mark.parametrize('bad', [[0], [1, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), 1e300])
+def test_images_that_are_not_finite_or_overflow_do_not_stop_a_save(bad: List[int], value: float) -> None:
+    task = train_custom(create_student('nchw_features'))
+    for epoch in range(3):
+        task.set_epoch(epoch)
+        images = torch.randn(6, *SIZE, dtype=torch.float64)
+        images[bad, 0, 3, 3] = value
+        before = copy.deepcopy(task.module.state_dict())
+        task(images, torch.randint(CLASSES, (6,)))
+        task.module.load_state_dict(before)  # as the loop leaves out the step, and timm's norms are restored
+        assert file_error(task, create_student('nchw_features')) < 1e-10
+
+
+def test_head_that_begins_with_a_frozen_batch_norm_takes_the_adapter() -> None:
+    class NormHead(Plain):
+        """A batch norm in front of a 1x1 convolution without bias, and one behind it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = FrozenBatchNormAct2d(CHANNELS, apply_act=False)
+            self.conv, self.norm2 = nn.Conv2d(CHANNELS, 8, 1, bias=False), FrozenBatchNormAct2d(8)
+            self.fc = nn.Linear(8, CLASSES)
+
+        def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+            return self.run_stem(x)
+
+        def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+            x = self.norm2(self.conv(self.norm(x))).mean((2, 3))
+            return x if pre_logits else self.fc(x)
+
+        def get_classifier(self) -> nn.Module:
+            return self.fc
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.forward_head(self.forward_features(x))
+
+    student = NormHead()
+    for name, buffer in student.named_buffers():
+        if name.startswith('norm'):
+            buffer.copy_(torch.rand_like(buffer) + 0.5)
+    task = train_custom(student)
+    (consumer,) = task.module.tap.consumers
+    assert (consumer.linear, consumer.pre_norm, consumer.post_norm) == ('conv', 'norm', 'norm2')
+    assert file_error(task, NormHead()) < 1e-10

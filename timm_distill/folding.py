@@ -3,7 +3,7 @@
 Knows names of layers and tensors; what folds where is found and measured in `taps.py`.
 """
 from dataclasses import dataclass
-from typing import Dict, Mapping, Optional, Sequence
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -48,7 +48,7 @@ def fold_affine(
         affine: Map of the feature's channels, float64; its bias must be zero for consumers without offset.
 
     Returns:
-        The changed tensors by name, in float64; every other tensor stays as it is.
+        The changed tensors by each of their names, in float64; every other tensor stays as it is.
     """
     changed: Dict[str, torch.Tensor] = {}
     for consumer in consumers:
@@ -63,7 +63,25 @@ def fold_affine(
             changed[mean] = to_float64(tensors[mean]) - offset
         elif consumer.offset:
             changed[f'{consumer.linear}.bias'] = to_float64(tensors[f'{consumer.linear}.bias']) + offset
-    return changed
+    shared = shared_names(model)
+    return {same: value for name, value in changed.items() for same in (name, *shared.get(name, ()))}
+
+
+def named_tensors(model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Return the parameters and buffers of a model by each of their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def shared_names(model: nn.Module) -> Dict[str, Tuple[str, ...]]:
+    """Return the other names of every tensor that has several: of tied weights and of shared modules."""
+    groups: Dict[Tuple, List[str]] = {}
+    for name, tensor in named_tensors(model).items():
+        place = tensor.data_ptr() or id(tensor)  # on the meta device there is no place
+        groups.setdefault((place, tensor.shape, tensor.stride()), []).append(name)
+    return {name: tuple(n for n in names if n != name) for names in groups.values() if len(names) > 1 for name in names}
 
 
 def _norm_as_map(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: str) -> AffineMap:

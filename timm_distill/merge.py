@@ -2,22 +2,22 @@
 
 Knows a student, its adapters and the tap between them; nothing of methods, teachers or the task.
 """
-import copy
 from contextlib import contextmanager
-from typing import Dict, Iterable, Iterator, List, Optional, Set
+from dataclasses import dataclass
+from typing import Dict, Iterable, Iterator, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
 from timm.layers import SplitBatchNorm2d
-from torch.func import functional_call
 
-from .folding import fold_affine
+from .folding import fold_affine, named_tensors
 from .precision import full_float32
 from .probing import evaluation_mode
 from .taps import StudentTap
 
 # Largest logit difference, relative to the logits' spread, that rounding explains.
 MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+_INSIDE = '_adapted_input'
 
 
 @torch.no_grad()
@@ -26,14 +26,14 @@ def merged_tensors(
         adapters: Iterable[nn.Module],
         tap: Optional[StudentTap],
 ) -> Dict[str, torch.Tensor]:
-    """Return the tensors of the student that merging changes, by name, in the student's own dtype.
+    """Return the tensors of the student that merging changes, by each of their names, in the student's own dtype.
 
     Args:
         student: Student as trained.
         adapters: One for each site of the tap.
         tap: Insertion point, None where there is none.
     """
-    tensors = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    tensors = named_tensors(student)
     changed: Dict[str, torch.Tensor] = {}
     for adapter, site in zip(adapters, tap.sites if tap is not None else ()):
         if site.consumers:
@@ -48,8 +48,8 @@ def merged_state_dict(
 ) -> Dict[str, torch.Tensor]:
     """Return the merged student's state dict: keys, shapes and dtypes of the plain architecture."""
     split = split_batch_norm_tensors(student)
-    merged = {**student.state_dict(), **merged_tensors(student, adapters, tap)}
-    return {name: value for name, value in merged.items() if name not in split}
+    merged = merged_tensors(student, adapters, tap)
+    return {name: merged.get(name, value) for name, value in student.state_dict().items() if name not in split}
 
 
 def split_batch_norm_tensors(model: nn.Module) -> Set[str]:
@@ -59,33 +59,20 @@ def split_batch_norm_tensors(model: nn.Module) -> Set[str]:
     return {name for name in model.state_dict() if prefixes and name.startswith(tuple(prefixes))}
 
 
-def merged_copy(student: nn.Module, adapters: Iterable[nn.Module], tap: Optional[StudentTap]) -> nn.Module:
-    """Return a plain timm model with the merged weights, in eval mode; the student stays as it is."""
-    model = copy.deepcopy(student)
-    for module in model.modules():
-        if isinstance(module, SplitBatchNorm2d):
-            module.aux_bn = nn.ModuleList()  # not used in eval mode
-    if tap is not None and tap.inside:
-        plain_linear(model, tap.inside)
-    model.load_state_dict(merged_state_dict(student, adapters, tap))
-    return model.eval()
-
-
-def merge_error(adapted: nn.Module, student: nn.Module, merged: Dict[str, torch.Tensor], images: torch.Tensor) -> float:
-    """Measure how far the merged student's logits are from those of the student as trained.
+def merge_error(adapted: nn.Module, plain: nn.Module, images: torch.Tensor) -> float:
+    """Measure how far the logits of a plain student, merged, are from those of the student as trained.
 
     Args:
         adapted: Module that gives the logits of the student as trained, adapters included.
-        student: The plain student.
-        merged: Tensors of the student that merging changes.
+        plain: Model that the merged state dict was loaded into; shares no tensor with the former.
         images: Probe batch, [B, C, H, W].
 
     Returns:
         Largest logit difference over the logits' spread; nan where logits are not finite.
     """
-    with evaluation_mode(adapted), evaluation_mode(student), full_precision(images.device):
+    with evaluation_mode(adapted), evaluation_mode(plain), full_precision(images.device):
         expected = _first(adapted(images)).double()
-        actual = _first(functional_call(student, merged, (images,))).double()
+        actual = _first(plain(images)).double()
     spread = (expected - expected.mean()).abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     return ((actual - expected).abs().max() / spread).item()
 
@@ -97,45 +84,52 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-class AdaptedLinear(nn.Linear):
-    """A classifier that runs an adapter on its input, for models whose own forward alone reaches that input.
+@dataclass
+class _Inside:
+    """An adapter in front of a classifier, what it matches with in the next forward, and the loss of the last one."""
+    adapter: nn.Module
+    target: Optional[torch.Tensor] = None
+    loss: Optional[torch.Tensor] = None
 
-    The adapter is kept outside the module tree: the names of the student's tensors stay those of the architecture, and
-    a deep copy of student and adapter together still belongs together.
+
+def adapt_input(model: nn.Module, name: str, adapter: nn.Module) -> None:
+    """Let a classifier be given what `adapter`, which returns an `AdapterOutput`, makes of its input.
+
+    For models whose own forward alone reaches that input. The layer keeps its class and its forward. The adapter is
+    kept outside the module tree: the names of the student's tensors stay those of the architecture. The hook finds the
+    adapter through the layer that it is called for, so that a deep copy of student and adapter together runs its own.
     """
-    _adapter: List[nn.Module]
-    _target: Optional[torch.Tensor] = None
-    _loss: Optional[torch.Tensor] = None
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        adapted = self._adapter[0](input, self._target)
-        self._loss = adapted.loss
-        return super().forward(adapted.output)
-
-    def match_with(self, target: Optional[torch.Tensor]) -> None:
-        """Set what the adapter matches with in the next forward: the teacher's feature, [B, Ct, H, W]."""
-        self._target = target
-
-    def pop_loss(self) -> Optional[torch.Tensor]:
-        """Return the loss of the last forward; nothing of a batch stays behind, so that the module can be copied."""
-        loss, self._loss, self._target = self._loss, None, None
-        return loss
+    layer = model.get_submodule(name)
+    layer.__dict__[_INSIDE] = _Inside(adapter)
+    layer.register_forward_pre_hook(_run_adapter)
 
 
-def adapt_linear(model: nn.Module, name: str, adapter: nn.Module) -> None:
-    """Let the linear layer `name` run `adapter`, which returns an `AdapterOutput`, on its input."""
-    linear = model.get_submodule(name)
-    linear.__class__ = AdaptedLinear
-    linear.__dict__['_adapter'] = [adapter]
+def _run_adapter(layer: nn.Module, args: Tuple[torch.Tensor, ...]) -> Tuple[torch.Tensor, ...]:
+    inside = layer.__dict__[_INSIDE]
+    adapted = inside.adapter(args[0], inside.target)
+    inside.loss = adapted.loss
+    return (adapted.output, *args[1:])
 
 
-def plain_linear(model: nn.Module, name: str) -> None:
-    """Undo `adapt_linear`."""
-    linear = model.get_submodule(name)
-    if isinstance(linear, AdaptedLinear):
-        linear.__class__ = nn.Linear  # type: ignore[assignment]
-        for key in ('_adapter', '_target', '_loss'):
-            linear.__dict__.pop(key, None)
+def match_inside(layer: nn.Module, target: Optional[torch.Tensor]) -> None:
+    """Set what the adapter in front of a layer matches with: the teacher's feature, [B, Ct, H, W]."""
+    layer.__dict__[_INSIDE].target = target
+
+
+def pop_inside_loss(layer: nn.Module) -> Optional[torch.Tensor]:
+    """Return the loss of the last forward; nothing of a batch stays behind, so that the module can be copied."""
+    inside = layer.__dict__[_INSIDE]
+    loss, inside.loss, inside.target = inside.loss, None, None
+    return loss
+
+
+def plain_input(model: nn.Module, name: str) -> None:
+    """Undo `adapt_input`."""
+    layer = model.get_submodule(name)
+    layer.__dict__.pop(_INSIDE, None)
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if hook is _run_adapter:
+            del layer._forward_pre_hooks[key]
 
 
 def _first(logits: torch.Tensor) -> torch.Tensor:

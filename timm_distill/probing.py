@@ -79,16 +79,23 @@ def random_tensors(model: nn.Module, calls: Sequence[Call]) -> Dict[str, torch.T
     """
     generator = private_generator()
     tensors: Dict[str, torch.Tensor] = {}
+    drawn: Dict[int, torch.Tensor] = {}  # tied weights are one tensor
     for name, module in [('', model), *((call.name, call.module) for call in calls)]:
         prefix = f'{name}.' if name else ''
         for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if not value.is_floating_point():
                 continue
-            random = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-            if key == 'running_var':
-                random = 0.5 + random.abs()
-            tensors[prefix + key] = random / max(random[0].numel(), 1) ** 0.5 if value.ndim > 1 else random
+            if id(value) not in drawn:
+                drawn[id(value)] = _random_values(value, generator, positive=key == 'running_var')
+            tensors[prefix + key] = drawn[id(value)]
     return tensors
+
+
+def _random_values(value: torch.Tensor, generator: torch.Generator, positive: bool) -> torch.Tensor:
+    random = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+    if positive:
+        random = 0.5 + random.abs()
+    return random / max(random[0].numel(), 1) ** 0.5 if value.ndim > 1 else random
 
 
 def random_like(feature: RawFeature) -> RawFeature:

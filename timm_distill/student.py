@@ -14,14 +14,15 @@ from .errors import UsageError
 from .features import Features, layout_for
 from .layouts import FeatureLayout
 from .merge import (
-    AdaptedLinear,
-    adapt_linear,
+    adapt_input,
+    match_inside,
     merge_error,
-    merged_copy,
     merged_state_dict,
     merged_tensors,
+    pop_inside_loss,
     split_batch_norm_tensors,
 )
+from .plain_student import copy_plain_student, create_plain_student
 from .probing import RawFeature, resize_images
 from .reading import FeatureReader
 from .taps import StudentTap, TapSite
@@ -61,7 +62,7 @@ class AdaptedStudent(nn.Module):
         self.resize_to = resize_to
         self.unweighted: FrozenSet[str] = frozenset()  # methods of weight 0 in the current epoch
         if tap is not None and tap.inside:
-            adapt_linear(student, tap.inside, _InsideAdapter(adapters[0], tap.layout))
+            adapt_input(student, tap.inside, _InsideAdapter(adapters[0], tap.layout))
 
     def forward(
             self,
@@ -106,8 +107,7 @@ class AdaptedStudent(nn.Module):
 
     def forward_with_features(self, images: torch.Tensor, teacher: Optional[Features] = None) -> Features:
         """Run the student; with a teacher's features, read what the methods ask for and match the adapters."""
-        if self.resize_to is not None:
-            images = resize_images(images, self.resize_to)
+        images = self._resize(images)
         reader = self._plain_reader if teacher is None else self.reader
         if self.tap is None and reader.reads_logits_alone:
             return Features(logits=_first(self.student(images)))
@@ -122,14 +122,14 @@ class AdaptedStudent(nn.Module):
             images: torch.Tensor,
             teacher: Optional[Features],
     ) -> Features:
-        linear: AdaptedLinear = self.student.get_submodule(tap.inside)  # type: ignore[assignment]
+        classifier = self.student.get_submodule(tap.inside)
         if teacher is not None:
             teacher.wait()
-        linear.match_with(None if teacher is None else teacher.tap)
+        match_inside(classifier, None if teacher is None else teacher.tap)
         features, raw = reader.run_trunk(self.student, images)
         reader.read_feature(features, raw, self.student, images)
         reader.run_head(self.student, raw, features)
-        loss = linear.pop_loss()
+        loss = pop_inside_loss(classifier)
         features.matched = () if loss is None else (loss,)
         return features
 
@@ -200,18 +200,34 @@ class AdaptedStudent(nn.Module):
 
     def merged_copy(self) -> nn.Module:
         """Return a plain timm model with the merged weights, in eval mode."""
-        model = merged_copy(self.student, self.adapters, self.tap)
-        if hasattr(model, 'set_distilled_training'):
-            model.set_distilled_training(False)  # a plain model gives one tensor of logits in training too
+        model = copy_plain_student(self.student, self.tap)
+        model.load_state_dict(self.merged_state_dict())
         return model
 
-    def merge_error(self, images: torch.Tensor) -> float:
-        """Return the largest logit difference that merging makes on a batch, relative to the logits' spread."""
-        if self.resize_to is not None:
-            images = resize_images(images, self.resize_to)
-        # a classifier that runs its adapter itself needs a plain copy to be compared with
-        plain = self.merged_copy() if self.tap is not None and self.tap.inside else self.student
-        return merge_error(self, plain, merged_tensors(self.student, self.adapters, self.tap), images)
+    def plain_student(self, images: torch.Tensor) -> nn.Module:
+        """Return a plain timm model that takes the merged state dict, built again by name where that is the student.
+
+        Args:
+            images: Batch to measure that on, [B, C, H, W].
+        """
+        if not self.adapters or self.tap is None or not self.tap.consumers:
+            return copy_plain_student(self.student, self.tap)
+        return create_plain_student(self.student, self.tap, self._resize(images))
+
+    def merge_error(self, images: torch.Tensor, plain: Optional[nn.Module] = None) -> float:
+        """Return the largest logit difference that merging makes on a batch, relative to the logits' spread.
+
+        Args:
+            images: Normalised batch, [B, C, H, W].
+            plain: Model that the merged state dict was loaded into; by default a new one is made.
+        """
+        if plain is None:
+            plain = self.plain_student(images)
+            plain.load_state_dict(self.merged_state_dict())
+        return merge_error(self, plain, self._resize(images))
+
+    def _resize(self, images: torch.Tensor) -> torch.Tensor:
+        return images if self.resize_to is None else resize_images(images, self.resize_to)
 
     def memory(self) -> Dict[str, torch.Tensor]:
         """Return what the methods keep of the run, outside of their state dicts: their non-persistent buffers."""

@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from .errors import UsageError
 from .features import has_head, intermediate_maps, last_stage_feature, resolve_feature_layout
-from .folding import Consumer, fold_affine
+from .folding import Consumer, fold_affine, named_tensors, shared_names
 from .grids import candidate_layouts
 from .layouts import FeatureLayout
 from .linalg import AffineMap
@@ -204,12 +204,16 @@ def _measure_point(student: nn.Module, input_size: Sequence[int], point: str) ->
         return StudentTap(point, (TapSite(_last_index(raw), layout, tuple(feature.shape[1:])),))
     if point == 'features':
         layouts = _feature_layouts(student, raw, images)
-        return StudentTap(point, _measure_sites(student, Head(student, point), raw, layouts))
+        tap = StudentTap(point, _measure_sites(student, Head(student, point), raw, layouts))
+        _check_shared_weights(student, images, tap)
+        return tap
     if not classifier_reads_pre_logits(student, raw):
         return _measure_inside(student, images)
     pre_logits = student.forward_head(raw, pre_logits=True)
     try:
-        return StudentTap(point, _measure_sites(student, Head(student, point), pre_logits, _vector_layouts(pre_logits)))
+        tap = StudentTap(point, _measure_sites(student, Head(student, point), pre_logits, _vector_layouts(pre_logits)))
+        _check_shared_weights(student, images, tap)
+        return tap
     except _NoTap:  # something other than a linear layer comes first in the classifier
         return _measure_inside(student, images)
 
@@ -394,7 +398,10 @@ def _measure_inside(student: nn.Module, images: torch.Tensor) -> StudentTap:
         raise _NoTap(f'the classifier {name} is not run once on vectors or tokens')
     layout = _vector_layouts(inputs[0])[0][0]
     site = TapSite(None, layout, tuple(inputs[0].shape[1:]), (Consumer(name),))
-    error = _inside_error(student, images, site)
+    try:
+        error = _inside_error(student, images, site)
+    except CANNOT_RUN as e:
+        raise _NoTap(f'the classifier {name} cannot be measured: {" ".join(str(e).split())[:200]}') from e
     if not error < TAP_TOLERANCE:
         raise _NoTap(f'an affine map does not fold into the classifier {name} (measured error {error:.1e})')
     return StudentTap('pre_logits', (replace(site, error=error),), inside=name)
@@ -427,25 +434,60 @@ def last_linear(model: nn.Module, images: torch.Tensor) -> Optional[nn.Module]:
 
 def _inside_error(student: nn.Module, images: torch.Tensor, site: TapSite) -> float:
     """Compare a random map in front of the classifier with the map folded into it, in a float64 copy."""
-    model, images = copy.deepcopy(student).double(), images.double()
-    affine = _random_affine(site.layout.channels)
-    affine = AffineMap(affine.weight.to(images.device), affine.bias.to(images.device))
+    model, images, affine = _exact_copy(student, images, site)
     layout = site.layout
-    linear = model.get_submodule(site.consumers[0].linear)
-    for parameter in linear.parameters():  # a classifier that starts at zero would agree with everything
-        parameter.copy_(torch.randn(parameter.shape, generator=private_generator()))
     unmapped = _logits(model(images))
-    handle = linear.register_forward_pre_hook(
-        lambda module, args: (layout.from_positions(affine(layout.to_positions(args[0]))),))
+    handle = model.get_submodule(site.consumers[0].linear).register_forward_pre_hook(
+        lambda module, args: (layout.from_positions(affine(layout.to_positions(args[0]))), *args[1:]))
     unmerged = _logits(model(images))
     handle.remove()
-    model.load_state_dict(fold_affine(model, _tensors(model), site.consumers, affine), strict=False)
+    model.load_state_dict(fold_affine(model, named_tensors(model), site.consumers, affine), strict=False)
+    return _logit_error(_logits(model(images)), unmerged, unmapped)
+
+
+def _exact_copy(
+        student: nn.Module,
+        images: torch.Tensor,
+        site: TapSite,
+) -> Tuple[nn.Module, torch.Tensor, AffineMap]:
+    """Return a float64 copy of a student with random consumers, the images and a random map for the site's channels."""
+    model = copy.deepcopy(student).double()
+    for consumer in site.consumers:
+        for parameter in model.get_submodule(consumer.linear).parameters():
+            # a classifier that starts at zero would agree with everything
+            parameter.copy_(torch.randn(parameter.shape, generator=private_generator()))
+    affine = _random_affine(site.layout.channels, site.offset)
+    return model, images.double(), AffineMap(affine.weight.to(images.device), affine.bias.to(images.device))
+
+
+def _check_shared_weights(student: nn.Module, images: torch.Tensor, tap: StudentTap) -> None:
+    """Measure that the map folds where a consumer's tensors have other names, which other layers may read, too.
+
+    Raises:
+        _NoTap: If it does not.
+    """
+    shared = shared_names(student)
+    for site in tap.sites:
+        names = [name for c in site.consumers for layer in (c.linear, c.pre_norm, c.post_norm) if layer
+                 for name in shared if name.startswith(f'{layer}.')]
+        if names and not (error := _whole_error(student, images, tap, site)) < TAP_TOLERANCE:
+            raise _NoTap(f'{names[0]} is also {shared[names[0]][0]}, where the map does not belong '
+                         f'(measured error {error:.1e})')
+
+
+def _whole_error(student: nn.Module, images: torch.Tensor, tap: StudentTap, site: TapSite) -> float:
+    """Compare a random map at a site with the map folded into all of the model, in a float64 copy."""
+    model, images, affine = _exact_copy(student, images, site)
+    head = Head(model, tap.point)
+    one = StudentTap(tap.point, (site,))
+    raw = model.forward_features(images)
+    if tap.point == 'pre_logits':
+        raw = model.forward_head(raw, pre_logits=True)
+    mapped = [site.layout.from_positions(affine(site.layout.to_positions(one.read(raw)[0])))]
+    unmapped, unmerged = head(raw), head(one.write(raw, mapped))
+    model.load_state_dict(fold_affine(model, named_tensors(model), site.consumers, affine), strict=False)
     return _logit_error(_logits(model(images)), unmerged, unmapped)
 
 
 def _logits(output: object) -> torch.Tensor:
     return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[return-value]
-
-
-def _tensors(model: nn.Module) -> Mapping[str, torch.Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -1,6 +1,7 @@
 """The distillation task: a student with its adapters, a frozen teacher, methods, weights and schedules."""
 import logging
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple
+import math
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -290,11 +291,20 @@ class DistillTask(TrainingTask):
         trained = self._trained_module(ema)
         if trained is None:
             return None
-        if ema not in self._merged:
-            merged = trained.merged_copy()
-            self._merged[ema] = self._compile_eval(merged) if self._compile_eval else merged
-        unwrap_model(self._merged[ema]).load_state_dict(trained.merged_state_dict())
+        self._load_plain(trained, ema, trained.merged_state_dict())
         return self._merged[ema].eval()
+
+    def _load_plain(self, trained: AdaptedStudent, ema: bool, state: Mapping[str, torch.Tensor]) -> nn.Module:
+        """Load a merged state dict into the plain model that is kept for it, without its compile wrapper."""
+        if ema not in self._merged:
+            plain = trained.plain_student(self._probe_images(trained))
+            self._merged[ema] = self._compile_eval(plain) if self._compile_eval else plain
+        plain = unwrap_model(self._merged[ema])
+        plain.load_state_dict(state)
+        return plain.eval()
+
+    def _probe_images(self, trained: AdaptedStudent) -> torch.Tensor:
+        return random_images(trained, self.input_size, _PROBE_IMAGES)
 
     def _trained_module(self, ema: bool) -> Optional[AdaptedStudent]:
         module = self.get_trainable_module(ema=ema)
@@ -327,12 +337,10 @@ class DistillTask(TrainingTask):
         trained = self._trained_module(ema)
         if trained is None:
             return {}
-        self._verify_merge(trained, ema)
+        state = trained.merged_state_dict()
+        self._verify_merge(trained, ema, state)
         suffix = '_ema' if ema else ''
-        return {
-            f'state_dict{suffix}': trained.merged_state_dict(),
-            f'task_state{suffix}': self.get_task_state(ema=ema),
-        }
+        return {f'state_dict{suffix}': state, f'task_state{suffix}': self.get_task_state(ema=ema)}
 
     def load_checkpoint_state(
             self,
@@ -357,12 +365,17 @@ class DistillTask(TrainingTask):
         trained.load_task_state(state_dict, task_state)
 
     @torch.no_grad()
-    def _verify_merge(self, trained: AdaptedStudent, ema: bool) -> None:
-        if not trained.adapters or trained.tap.point == 'side':
+    def _verify_merge(self, trained: AdaptedStudent, ema: bool, state: Mapping[str, torch.Tensor]) -> None:
+        """Compare the student as trained with a plain model that the state dict of the file was loaded into."""
+        if not trained.adapters or trained.tap is None or trained.tap.point == 'side':
             return
-        probe = self._probe if self._probe is not None else random_images(trained, self.input_size)
+        plain = self._load_plain(trained, ema, state)
         parameter = next(trained.parameters())
-        error = trained.merge_error(probe.to(parameter.device, parameter.dtype))
+        error = float('nan')
+        for images in self._probes(trained):
+            error = trained.merge_error(images.to(parameter.device, parameter.dtype), plain)
+            if math.isfinite(error):
+                break  # logits of images that overflow tell nothing of the merge
         tolerance = MERGE_TOLERANCE[parameter.dtype]
         what = 'EMA student' if ema else 'student'
         if not error <= tolerance:  # true for nan
@@ -373,6 +386,14 @@ class DistillTask(TrainingTask):
             )
         if self.verbose:
             _logger.info(f"Merged {what} verified: largest logit difference {error:.1e} of the logits' spread.")
+
+    def _probes(self, trained: AdaptedStudent) -> Iterator[torch.Tensor]:
+        """Yield batches to measure a merge on: the finite images of the epoch's first batch, then random ones."""
+        if self._probe is not None:
+            finite = self._probe[self._probe.flatten(1).isfinite().all(1)]
+            if len(finite):
+                yield finite
+        yield self._probe_images(trained)
 
 
 def merge_student(task: DistillTask, ema: bool = False) -> nn.Module:
