@@ -354,6 +354,8 @@ def test_without_a_trained_classifier_the_best_epoch_is_that_of_the_least_distil
     assert result.best_metric == pytest.approx(losses[2])
     best = torch.load(Path(result.output_dir) / 'model_best.pth.tar', weights_only=False)
     assert best['epoch'] == 2
+    card = (Path(result.output_dir) / 'hub' / 'README.md').read_text()
+    assert 'training loss without schedules' in card and 'validation top1' not in card and 'Top-1' not in card
 
 
 def test_without_validation_data_a_schedule_does_not_choose_the_best_epoch(digits_dir: Path, tmp_path: Path) -> None:
@@ -361,6 +363,7 @@ def test_without_validation_data_a_schedule_does_not_choose_the_best_epoch(digit
                  '2e-3', '--val-split', '')
     assert result.best_epoch == 2
     assert result.history[-1]['train']['loss'] > result.history[0]['train']['loss']
+    assert 'validation' not in (Path(result.output_dir) / 'hub' / 'README.md').read_text()
 
 
 def _run_rank(rank: int, port: int, folder: str) -> None:

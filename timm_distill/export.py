@@ -96,7 +96,7 @@ def _check_finite(model: nn.Module, checkpoint: str) -> None:
 def _metrics(state: Dict[str, Any]) -> Dict[str, Any]:
     if state.get('metric') is None:
         return {}
-    name = f'validation {state["args"].eval_metric}'
+    name = state.get('metric_name') or f'validation {state["args"].eval_metric}'
     return {name: float(state['metric']), 'epochs trained': int(state['epoch']) + 1}
 
 

@@ -5,7 +5,7 @@ Logit Standardization in Knowledge Distillation (Sun et al., CVPR 2024), https:/
 Each sample's logits, of student and teacher, are brought to mean 0 and standard deviation 1 before the softened
 divergence, so that the student need not copy the teacher's logit range. The paper's CIFAR-100 runs with plain KD have
 temperature 2, weight 9 and 0.1 times the cross-entropy of the raw logits:
-`--kd logitstd --kd-weight logitstd=9 --task-loss-weight 0.1`.
+`--kd logitstd --task-loss-weight 0.1`.
 """
 from typing import Dict
 

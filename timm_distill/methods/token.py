@@ -5,8 +5,8 @@ https://arxiv.org/abs/2012.12877.
 
 The student has a distillation token beside its class token, each with a classifier. The class token learns from the
 labels, the distillation token from the teacher: from its decision (`hard=True`, the paper's choice) or its softened
-distribution. DeiT gives both losses the weight 1/2: `--task-loss-weight 0.5`. In evaluation the student's logits are
-the average of both classifiers, as timm computes them.
+distribution. DeiT gives both losses the weight 1/2: `--task-loss-weight 0.5 --kd-weight token=0.5`. In evaluation the
+student's logits are the average of both classifiers, as timm computes them.
 """
 from typing import Dict
 

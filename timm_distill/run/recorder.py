@@ -20,7 +20,7 @@ from ..summary import Summary
 from ..tracking import start_trackers
 from .folder import create_folder
 from .parts import Run, RunResult
-from .validation import ranking_metric
+from .validation import describe_metric, ranking_metric
 
 _logger = logging.getLogger(__name__)
 
@@ -52,9 +52,9 @@ class Recorder:
             lock: FolderLock,
     ):
         self.run = run
-        self.info = info
         self.signals = signals
         self.metric = ranking_metric(run.args, run.loaders, run.task)
+        self.info = {**info, 'metric_name': describe_metric(self.metric, run.loaders)}
         self.saver: Optional[DistillCheckpointSaver] = None
         self.trackers: List[Any] = []
         self.result = RunResult(param_count=sum(p.numel() for p in run.task.module.student.parameters()))

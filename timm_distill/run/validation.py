@@ -39,6 +39,13 @@ def ranking_metric(args: argparse.Namespace, loaders: DataLoaders, task: Distill
     return 'ranking_loss' if task.is_scheduled else 'loss'
 
 
+def describe_metric(metric: str, loaders: DataLoaders) -> str:
+    """Return the name of a ranking metric for readers of a checkpoint: validated, or of the training images."""
+    if metric == 'ranking_loss':
+        return 'training loss without schedules'
+    return f'validation {metric}' if loaders.eval is not None else f'training {metric}'
+
+
 def validate_with_agreement(run: Run, model: nn.Module, log_name: str = 'Test') -> 'OrderedDict[str, float]':
     """Validate a model, and measure how often it predicts what the teacher does, where that is known."""
     if run.teacher_predictions is None:
