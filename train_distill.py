@@ -10,7 +10,6 @@ run on data that it brings along.
 import argparse
 import json
 import os
-import shlex
 import sys
 import time
 from typing import List, Optional, Sequence
@@ -33,7 +32,6 @@ from timm_distill.demo import run_demo
 from timm_distill.locking import FolderLock
 from timm_distill.meters import NonFiniteLossError
 from timm_distill.methods import describe_methods, list_methods, load_method_file
-from timm_distill.progress import collect_warnings
 from timm_distill.resume import check_same_run, restore_rank
 from timm_distill.run import (
     Recorder,
@@ -73,18 +71,16 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
         check_folder(args.demo_dir, '--demo-dir')
         run_demo(main, args.demo_dir)
         return None
-    with collect_warnings() as warnings:
-        translate_timm_distillation(args, list_methods())
-        check_train_args(args, list_methods())
-        check_mixing(args.kd, mixing_flags(args))
-        if args.dry_run:
-            dry_run(args)
-            return None
-        if int(os.environ.get('RANK', 0)) == 0:  # the one that writes
-            check_folder(os.path.join(args.output or './output/train', args.experiment), '--output')
-        command = shlex.join(['train_distill.py', *(sys.argv[1:] if argv is None else argv)])
-        with create_lock() as lock:
-            return train(args, lock, command, warnings)
+    translate_timm_distillation(args, list_methods())
+    check_train_args(args, list_methods())
+    check_mixing(args.kd, mixing_flags(args))
+    if args.dry_run:
+        dry_run(args)
+        return None
+    if int(os.environ.get('RANK', 0)) == 0:  # the one that writes
+        check_folder(os.path.join(args.output or './output/train', args.experiment), '--output')
+    with create_lock() as lock:
+        return train(args, lock)
 
 
 def mixing_flags(args: argparse.Namespace) -> List[str]:
@@ -93,15 +89,8 @@ def mixing_flags(args: argparse.Namespace) -> List[str]:
     return [f'{flag} {value}' for flag, value in values.items() if value]
 
 
-def train(args: argparse.Namespace, lock: FolderLock, command: str = '', warnings: Sequence[str] = ()) -> RunResult:
-    """Train as the flags say. The output folder is made when everything else stands.
-
-    Args:
-        args: Flags.
-        lock: Keeps other runs out of the folder.
-        command: How the run was started, for its report.
-        warnings: What the log warns of, which grows while the run goes on; likewise.
-    """
+def train(args: argparse.Namespace, lock: FolderLock) -> RunResult:
+    """Train as the flags say. The output folder is made when everything else stands."""
     start = time.monotonic()
     args_text = args_to_yaml(args)
     checkpoint = open_run(args, lock)
@@ -124,7 +113,7 @@ def train(args: argparse.Namespace, lock: FolderLock, command: str = '', warning
         position = restore_rank(run.task, run.loaders, checkpoint) if checkpoint is not None else None
         fit(run, recorder, start_epoch, position)
         if not recorder.result.stopped_by:
-            write_run_report(run, recorder, command, warnings)
+            write_run_report(run, recorder)
     if args.distributed:
         torch.distributed.destroy_process_group()
     return recorder.finish(time.monotonic() - start)

@@ -411,3 +411,33 @@ def test_flags_without_effect_warn(caplog):
     assert '--drop-connect has no effect, as in timm: use --drop-path' in caplog.text
     assert '--resplit has no effect without --reprob' in caplog.text
     assert '--train-batch-sizes has no effect without --train-img-sizes' in caplog.text
+
+
+@pytest.mark.parametrize('name', [
+    'data_dir', 'train_split', 'class_map', 'output', 'experiment', 'resume', 'teacher', 'teacher_checkpoint',
+    'student', 'initial_checkpoint', 'nd_class_means', 'demo_dir', 'kd_module'])
+@pytest.mark.parametrize('value', ['a\0b', 300 * 'x', '/'.join(5000 * 'x')])
+def test_name_that_no_file_system_takes_is_one_message(
+        tmp_path: Path, capsys: pytest.CaptureFixture, name: str, value: str) -> None:
+    given = [value] if name == 'kd_module' else value
+    (tmp_path / 'config.yaml').write_text(yaml.safe_dump({name: given}))
+    for argv in (['--config', str(tmp_path / 'config.yaml')], ['--' + name.replace('_', '-'), value]):
+        with pytest.raises(SystemExit) as error:
+            parse_args(create_train_parser(), argv)
+        message = capsys.readouterr().err
+        assert error.value.code == 2 and message.count('\n') == 1
+        flag = '--model' if name == 'student' else '--' + name.replace('_', '-')
+        assert flag in message and ('NUL' in message or 'too long' in message)
+
+
+@pytest.mark.parametrize('value', ['a\0b', 300 * 'x'])
+def test_config_of_such_a_name_is_one_message(capsys: pytest.CaptureFixture, value: str) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(create_train_parser(), ['--config', value])
+    assert 'cannot read --config' in capsys.readouterr().err
+
+
+def test_addresses_and_texts_may_be_long() -> None:
+    address = 'https://example.org/' + 300 * 'x'
+    args = parse_args(create_train_parser(), ['--teacher-checkpoint', address, '--wandb-project', 300 * 'x'])
+    assert args.teacher_checkpoint == address

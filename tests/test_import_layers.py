@@ -12,7 +12,7 @@ SCRIPTS = ('train_distill', 'validate')
 
 # A file imports only from lower numbers.
 LAYERS = {
-    'errors': -3, 'console': -1, 'rng': -1, 'stopping': -1, 'gradients': -1, 'meters': -1,
+    'errors': -3, 'texts': -3, 'console': -1, 'rng': -1, 'stopping': -1, 'gradients': -1, 'meters': -1,
     'optimizer_state': -1,
     'precision': -2, 'products': -2, 'moments': -1, 'segments': -1,
     'norm_statistics': 0,

@@ -21,6 +21,7 @@ from .progress import progress_bar
 from .rng import get_rng_state, set_rng_state
 from .storage import flush, put_in_place
 from .teacher import Teacher
+from .texts import printable
 
 _logger = logging.getLogger(__name__)
 
@@ -148,17 +149,13 @@ def save_class_means(path: str, means: torch.Tensor, metadata: Dict[str, str]) -
     means = means.cpu().contiguous()
     try:
         with open(partial_path, 'wb') as file:
-            file.write(serialize({_NAME: means}, {**_printable(metadata), _CHECKSUM: _checksum(means)}))
+            file.write(serialize({_NAME: means}, {**printable(metadata), _CHECKSUM: _checksum(means)}))
         flush(partial_path)
         put_in_place(partial_path, path)
     except BaseException:  # an interrupt too
         if os.path.exists(partial_path):
             os.remove(partial_path)
         raise
-
-
-def _printable(metadata: Dict[str, str]) -> Dict[str, str]:
-    return {name: text.encode(errors='backslashreplace').decode() for name, text in metadata.items()}
 
 
 def _checksum(means: torch.Tensor) -> str:
@@ -183,7 +180,7 @@ def load_class_means(path: str, shape: Tuple[int, int], flag: str = '--nd-class-
             if _NAME not in file.keys():
                 raise UsageError(f"{flag} {path} holds no tensor '{_NAME}'; it holds: {', '.join(file.keys())}.")
             means, checksum = file.get_tensor(_NAME), (file.metadata() or {}).get(_CHECKSUM)
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, UnicodeError) as e:  # also for a path that is no UTF-8
         raise UsageError(f'{flag} {path} is not a safetensors file: {e}.') from e
     if checksum is not None and checksum != _checksum(means):
         raise UsageError(f'{flag} {path} is damaged: its content does not have the checksum that was written with it.')

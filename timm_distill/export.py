@@ -26,6 +26,7 @@ from .errors import UsageError
 from .model_card import create_model_card
 from .run_files import is_unmerged, nonfinite_tensors
 from .storage import check_file, check_folder, read_checkpoint, respect_umask
+from .texts import printable
 
 _logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def export_hub(release: Release, folder: str) -> str:
     save_for_hf(
         release.model, folder, model_config=model_config, safe_serialization=True, data_config=release.data_config)
     respect_umask(os.path.join(folder, 'model.safetensors'))
-    card = create_model_card(release.architecture, release.provenance, release.data_config, release.ema)
+    card = create_model_card(release.architecture, printable(release.provenance), release.data_config, release.ema)
     card.save(os.path.join(folder, 'README.md'))
     return folder
 

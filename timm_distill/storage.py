@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Dict, Optional
 import torch
 
 from .errors import UsageError
+from .texts import printable
 
 __all__ = [
     'DamagedFileError', 'check_file', 'check_folder', 'flush', 'put_in_place', 'read_checkpoint', 'read_metadata',
@@ -198,7 +199,7 @@ def read_metadata(path: str) -> Dict[str, Any]:
     Raises:
         UsageError: As `read_checkpoint`.
     """
-    return _load(path, '--resume', check=False, mmap=True)
+    return _load(path, '--resume', check=False, mmap=printable(path) == path)  # torch maps no other names
 
 
 def _load(path: str, flag: str, check: bool, **kwargs: Any) -> Dict[str, Any]:

@@ -105,11 +105,8 @@ def _check_name(name: str) -> None:
 def _create_model(name: str, **kwargs: Any) -> nn.Module:
     try:
         return timm.create_model(name, **kwargs)
-    except Exception as e:
-        if kwargs.get('pretrained') and not isinstance(e, (TypeError, AttributeError, AssertionError)):
-            raise  # of the weights
-        raise UsageError(f"The teacher '{name}' does not take these --teacher-kwargs: {type(e).__name__}: "
-                         f'{" ".join(str(e).split())[:300]}') from e
+    except (TypeError, AttributeError, AssertionError) as e:
+        raise UsageError(f"The teacher '{name}' does not take these --teacher-kwargs: {e}") from e
 
 
 def _similar_models(name: str) -> str:

@@ -1,6 +1,7 @@
 """Parsing a command line over the values of a `--config` file, and writing such a file."""
 import argparse
 import difflib
+import re
 from typing import Any, Dict, Mapping, Optional, Sequence
 
 import yaml
@@ -8,6 +9,14 @@ from timm.utils import ParseKwargs
 
 # Defaults that differ for multi-label targets, as in timm.
 _MULTILABEL_DEFAULTS = {'smoothing': 0., 'eval_metric': 'map'}
+
+# Flags that become the name of a file or a folder, and what the usual file systems take.
+_PATHS = frozenset({
+    'data', 'data_dir', 'train_split', 'val_split', 'split', 'class_map', 'class_stats', 'output', 'experiment',
+    'resume', 'teacher', 'teacher_checkpoint', 'model', 'initial_checkpoint', 'pretrained_path', 'checkpoint',
+    'nd_class_means', 'kd_module', 'demo_dir', 'results_file', 'valid_labels', 'real_labels',
+})
+_NAME_BYTES, _PATH_BYTES = 255, 4095
 
 
 def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -28,7 +37,23 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
     if args.task == 'multilabel':
         known = {name: value for name, value in _MULTILABEL_DEFAULTS.items() if hasattr(args, name)}
         args = _reparse(parser, argv, {**known, **config})
+    _check_names(parser, args)
     return args
+
+
+def _check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Reject names that no file system takes, before each of their users fails on them in its own way."""
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            if not isinstance(text, str):
+                continue
+            flag = '--' + name.replace('_', '-')
+            if '\0' in text:
+                parser.error(f'{flag} {text!r} holds a NUL character, which no name can')
+            longest = max(len(part.encode(errors='surrogatepass')) for part in re.split(r'[/\\]', text))
+            if name in _PATHS and '://' not in text and (longest > _NAME_BYTES or len(text) > _PATH_BYTES):
+                parser.error(f'{flag} {text[:40]!r}... is too long for a file system: a path has at most {_PATH_BYTES} '
+                             f'letters and a name in it {_NAME_BYTES} bytes, here {len(text)} and {longest}')
 
 
 def _reparse(
@@ -62,7 +87,7 @@ def _read_config(parser: argparse.ArgumentParser, path: str) -> Dict[str, Any]:
     try:
         with open(path, encoding='utf-8') as f:
             config = yaml.safe_load(f)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # also for names with NUL and for text that is no UTF-8
         parser.error(f'cannot read --config {path}: {" ".join(str(error).split())}')
     if not isinstance(config, dict):
         parser.error(f'--config {path} must hold lines of the form name: value')

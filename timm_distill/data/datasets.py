@@ -10,6 +10,8 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
 
 from ..errors import UsageError
+from ..texts import printable
+from .class_map import read_class_map, report_class_map, settle_order
 from .decoding import ImageDecoder
 from .images import DecodedStream, StrictImageDataset, load_file
 from .targets import set_multi_label_targets
@@ -110,7 +112,7 @@ def _create_split(
         kwargs,
         root=root,
         split=split,
-        class_map=args.class_map,
+        class_map=_read_class_map(args, is_folder, root, split),
         download=args.dataset_download,
         batch_size=args.batch_size,
         input_img_mode=args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L'),
@@ -122,9 +124,29 @@ def _create_split(
     if getattr(args, 'tf_preprocessing', False):
         kwargs['load_bytes'] = True
     dataset = _create_folder_dataset(args, flag, kwargs) if is_folder else _create_reader_dataset(args, flag, kwargs)
+    if is_folder:
+        _settle_folders(args, dataset)
     # in validation a replaced image would make the numbers wrong
     max_bad = args.max_bad_images if kwargs.get('is_training') else 0
     return StrictImageDataset(dataset, max_bad) if isinstance(dataset, ImageDataset) else dataset
+
+
+def _read_class_map(args: Namespace, is_folder: bool, root: Optional[str], split: str) -> Optional[Dict[Any, int]]:
+    if args.class_map and args.dataset.lower().startswith('torch/'):
+        raise UsageError(f'--class-map {args.class_map} does not go with --dataset {args.dataset}, whose labels are '
+                         'its own: leave it out')
+    aliases = [split, *(alias for group in _SPLIT_ALIASES if split in group for alias in group)]
+    classes = read_class_map(args.class_map, [*(os.path.join(root, name) for name in aliases), root] if root else [])
+    if classes and not is_folder and all(name.isdecimal() for name in classes):
+        return {int(name): index for name, index in classes.items()}  # labels that have no names
+    return dict(classes) if classes else None
+
+
+def _settle_folders(args: Namespace, dataset: Any) -> None:
+    reader = dataset.reader
+    settle_order(reader, bool(args.class_map))
+    if args.class_map and isinstance(reader.samples, list):
+        report_class_map(args.class_map, reader.root, reader.class_to_idx, reader.samples)
 
 
 def _create_folder_dataset(args: Namespace, flag: str, kwargs: Dict[str, Any]) -> Dataset:
@@ -203,11 +225,11 @@ def _class_to_idx(dataset: Dataset) -> Optional[Dict[str, int]]:
 
 
 def class_names(dataset: Dataset, num_classes: int) -> List[str]:
-    """Return a name for every class: of its folder or of the dataset, else its index."""
+    """Return a name for every class, as it can be written: of its folder or of the dataset, else its index."""
     names = [str(i) for i in range(num_classes)]
     for name, index in (_class_to_idx(dataset) or {}).items():
         if 0 <= index < num_classes:
-            names[index] = str(name)
+            names[index] = printable(str(name))
     return names
 
 

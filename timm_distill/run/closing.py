@@ -1,7 +1,7 @@
 """Phases of a run: what is drawn of it at its end."""
 import logging
 import os
-from typing import Dict, Sequence
+from typing import Dict
 
 import torch.nn as nn
 
@@ -19,15 +19,8 @@ from .validation import count_samples, has_single_predictions
 _logger = logging.getLogger(__name__)
 
 
-def write_run_report(run: Run, recorder: Recorder, command: str = '', warnings: Sequence[str] = ()) -> None:
-    """Write `report.html` and `report.png` of the best student beside the checkpoints.
-
-    Args:
-        run: The run.
-        recorder: What it left behind.
-        command: How it was started.
-        warnings: What its log warned of.
-    """
+def write_run_report(run: Run, recorder: Recorder) -> None:
+    """Write `report.html` and `report.png` of the best student beside the checkpoints."""
     args = run.args
     if not args.report or not can_draw():
         if args.report and args.rank == 0:
@@ -51,10 +44,6 @@ def write_run_report(run: Run, recorder: Recorder, command: str = '', warnings: 
         class_names=class_names(run.loaders.eval.dataset, args.num_classes) if run.loaders.eval is not None else (),
         times=split_step_time(run),
         facts=recorder.info['provenance'],
-        best_epoch=recorder.result.best_epoch,
-        ema=run.task.has_ema(),
-        command=command,
-        warnings=warnings,
     )
     try:
         paths = write_report(data, recorder.result.output_dir)

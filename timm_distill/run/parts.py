@@ -11,6 +11,7 @@ from ..meters import Streak
 from ..progress import StepTiming
 from ..provenance import collect_provenance
 from ..task import DistillTask
+from ..texts import printable
 
 
 @dataclass
@@ -96,6 +97,6 @@ def describe_run(run: Run, version: str) -> Dict[str, Any]:
     return {
         'data_config': dict(run.data_config),
         'label_names': label_names(train, run.args.num_classes),
-        'provenance': collect_provenance(run.args, version, teacher_hash, num_samples),
+        'provenance': printable(collect_provenance(run.args, version, teacher_hash, num_samples)),
         **fingerprints(run),
     }
