@@ -80,7 +80,7 @@ def test_file_that_says_nothing_warns_where_the_students_normalisation_is_anothe
     create_teacher('test_resnet', SIZE, 5, path, **STUDENT, mean=MEAN, std=STD)
     assert 'Nothing says' not in caplog.text
     create_teacher('test_resnet', SIZE, 5, path, **STUDENT)
-    assert 'Nothing says with which normalisation' in caplog.text and '--teacher-mean' in caplog.text
+    assert 'Nothing says with which mean' in caplog.text and '--teacher-mean' in caplog.text
 
 
 def test_flags_count_more_than_the_file_and_a_contradiction_is_said(
@@ -145,6 +145,21 @@ def test_entry_that_is_no_tensor_is_named(value: Any, tmp_path: Path) -> None:
         torch.save(content, tmp_path / 'teacher.pth')
         with pytest.raises(UsageError, match=rf"'fc.weight' is a {type(value).__name__}, not a tensor \(1 of"):
             create_teacher('test_resnet', SIZE, 5, str(tmp_path / 'teacher.pth'))
+
+
+def test_student_that_could_not_be_merged_is_no_teacher(tmp_path: Path) -> None:
+    torch.save({'unmerged_state_dict': create_model().state_dict()}, tmp_path / 'a.pth.tar')
+    torch.save({'state_dict': create_model().state_dict(), 'task_state': {}}, tmp_path / 'unmerged-3.pth.tar')
+    for name in ('a.pth.tar', 'unmerged-3.pth.tar'):
+        with pytest.raises(UsageError, match='could not be merged'):
+            create_teacher('test_resnet', SIZE, 5, str(tmp_path / name))
+
+
+def test_weights_that_are_not_finite_are_no_teacher(tmp_path: Path) -> None:
+    model = create_model()
+    model.layer1[0].conv1.weight.data[0] = float('nan')
+    with pytest.raises(UsageError, match=r'1 of its tensors are not finite \(layer1.0.conv1.weight\)'):
+        create_teacher('test_resnet', SIZE, 5, save_run(tmp_path, model))
 
 
 def test_positions_are_those_of_the_size_that_the_file_names(tmp_path: Path) -> None:

@@ -325,10 +325,11 @@ class Teacher(nn.Module):
     def _warn_of_assumptions(self, student_mean: Sequence[float], student_std: Sequence[float]) -> None:
         own = self.preprocessing
         said_by_nobody = set(own.assumed) & {'mean', 'std'}
+        student = ' and '.join(' '.join(f'{v:.4g}' for v in values) for values in (student_mean, student_std))
         if said_by_nobody and not is_same_normalization(own, student_mean, student_std):
             _logger.warning(
-                f'Nothing says with which normalisation the teacher was trained. Its images get {own}, those of the '
-                "student others. A wrong one costs the teacher's accuracy: give --teacher-mean and --teacher-std.")
+                'Nothing says with which mean and standard deviation the teacher was trained, and a wrong one costs '
+                f"its accuracy: its images get {own}; the student's {student}. Give --teacher-mean and --teacher-std.")
 
     def _register_normalization(self, student_mean: Sequence[float], student_std: Sequence[float]) -> None:
         scale, shift = renormalization(self.preprocessing, student_mean, student_std)

@@ -15,6 +15,7 @@ from timm.models import clean_state_dict
 
 from .errors import UsageError
 from .preprocessing import InputRecord
+from .run_files import is_unmerged, nonfinite_tensors
 from .storage import read_checkpoint
 
 _RAW_KEYS, _EMA_KEYS = ('state_dict', 'model'), ('state_dict_ema', 'model_ema')  # as timm reads them
@@ -52,12 +53,19 @@ def read_weight_file(path: str, flag: str, weights: Optional[str] = None) -> Wei
         weights: 'raw' or 'ema' of a training checkpoint; None takes the averaged ones where there are any.
 
     Raises:
-        UsageError: If the file is missing, unreadable, would run code, holds no weights, or not those asked for.
+        UsageError: If the file is missing, unreadable, would run code, holds no finite weights, or not those asked for.
     """
     content = _read(path, flag)
+    if is_unmerged(content, path):
+        raise UsageError(f'{flag} {path} holds a student that was written because it could not be merged: its adapter '
+                         'is not in its weights. Give another checkpoint of its run.')
     entry = _choose_entry(content, path, flag, weights)
     state_dict = content[entry] if entry else content
     _check_tensors(state_dict, path, flag)
+    nonfinite = nonfinite_tensors(state_dict, constant=None)
+    if nonfinite:
+        raise UsageError(f'{flag} {path}: {len(nonfinite)} of its tensors are not finite ({", ".join(nonfinite[:3])}): '
+                         'its training diverged. Give another checkpoint.')
     name = os.path.basename(path)
     args = content.get('args') if entry else None
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
