@@ -103,4 +103,4 @@ def test_distillation_reads_a_stream_and_methods_that_need_indices_refuse_it(dig
     row = train(tmp_path / 'output', *flags, '--kd', 'norm+kd')
     assert float(row['train_loss']) > 0
     with pytest.raises(train_distill.UsageError, match='needs no indices'):
-        train(tmp_path / 'output', *flags, '--kd', 'crd')
+        train(tmp_path / 'refused', *flags, '--kd', 'crd')

@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 
 import train_distill
 from timm_distill import UsageError
+from timm_distill.locking import LOCK_NAME
 from timm_distill.run import unchanged
 from timm_distill.storage import read_checkpoint
 
@@ -55,7 +56,8 @@ def remove(data_dir: Path) -> None:
 
 
 def listing(folder: Path) -> Dict[str, Any]:
-    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob('*'))}
+    paths = [path for path in sorted(folder.rglob('*')) if path.name != LOCK_NAME]  # says who looked last
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
 
 
 @pytest.mark.parametrize('change, words', [
