@@ -355,6 +355,8 @@ def test_without_a_trained_classifier_the_best_epoch_is_that_of_the_least_distil
     best = torch.load(Path(result.output_dir) / 'model_best.pth.tar', weights_only=False)
     assert best['epoch'] == 2
     card = (Path(result.output_dir) / 'hub' / 'README.md').read_text()
+    weights = torch.load(result.checkpoint, weights_only=False)['provenance']['training']['weights']
+    assert weights == {'task': 0., 'feature': 1.}  # defaults are written down, too
     assert 'training loss without schedules' in card and 'validation top1' not in card and 'Top-1' not in card
 
 
@@ -364,6 +366,12 @@ def test_without_validation_data_a_schedule_does_not_choose_the_best_epoch(digit
     assert result.best_epoch == 2
     assert result.history[-1]['train']['loss'] > result.history[0]['train']['loss']
     assert 'validation' not in (Path(result.output_dir) / 'hub' / 'README.md').read_text()
+
+
+def test_a_student_trained_alone_on_purpose_names_no_teacher(digits_dir: Path, tmp_path: Path) -> None:
+    result = run(digits_dir, tmp_path, '--kd', 'none', '--epochs', 1, '--lr', '1e-3')
+    provenance = torch.load(result.checkpoint, weights_only=False)['provenance']
+    assert 'teacher' not in provenance and 'weights' not in provenance['training']
 
 
 def _run_rank(rank: int, port: int, folder: str) -> None:

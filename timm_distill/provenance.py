@@ -9,8 +9,8 @@ import torch
 import torchvision
 
 _TRAINING_FLAGS = (
-    'kd', 'kd_weight', 'kd_kwargs', 'kd_schedule', 'task_loss_weight', 'distill_loss_weight', 'epochs', 'opt', 'lr',
-    'weight_decay', 'sched', 'warmup_epochs', 'grad_accum_steps', 'smoothing', 'mixup', 'cutmix', 'aa', 'reprob',
+    'kd', 'kd_kwargs', 'kd_schedule', 'epochs', 'opt', 'lr', 'weight_decay', 'sched', 'warmup_epochs',
+    'grad_accum_steps', 'smoothing', 'mixup', 'cutmix', 'aa', 'reprob',
     'model_ema_decay', 'amp_dtype', 'seed')
 
 
@@ -19,6 +19,7 @@ def collect_provenance(
         version: str,
         teacher_hash: str = '',
         num_samples: Optional[int] = None,
+        weights: Optional[Mapping[str, float]] = None,
 ) -> Dict[str, Any]:
     """Return what is known of a run before it trains.
 
@@ -27,9 +28,10 @@ def collect_provenance(
         version: Version of timm_distill.
         teacher_hash: Of the teacher's weights as loaded.
         num_samples: Images of the training set.
+        weights: Weights of the loss terms in force, defaults included.
     """
     provenance: Dict[str, Any] = {
-        'training': {name: value for name, value in _flags(args).items()},
+        'training': {**_flags(args), **({'weights': dict(weights)} if weights else {})},
         'data': {
             # a folder's last name says what it is; its path says where somebody's machine keeps it
             'name': args.dataset or os.path.basename(os.path.abspath(str(args.data_dir or ''))),
@@ -44,7 +46,7 @@ def collect_provenance(
             'python': platform.python_version(),
         },
     }
-    if args.teacher:
+    if args.teacher and args.kd != 'none':
         checkpoint = os.path.basename(str(args.teacher_checkpoint or ''))
         provenance['teacher'] = {'name': args.teacher, 'checkpoint': checkpoint, 'sha256 of its weights': teacher_hash}
     return provenance

@@ -93,10 +93,11 @@ def describe_run(run: Run, version: str) -> Dict[str, Any]:
     """Return what exporting a checkpoint needs to know: plain values."""
     train = run.loaders.train.dataset
     teacher_hash = getattr(run.task.teacher, 'digest', '')
+    weights = {'task': run.task.task_loss_weight, **run.task.weights} if run.task.weights else None
     num_samples = len(train) if hasattr(train, '__len__') else None
     return {
         'data_config': dict(run.data_config),
         'label_names': label_names(train, run.args.num_classes),
-        'provenance': printable(collect_provenance(run.args, version, teacher_hash, num_samples)),
+        'provenance': printable(collect_provenance(run.args, version, teacher_hash, num_samples, weights)),
         **fingerprints(run),
     }
