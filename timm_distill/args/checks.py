@@ -118,9 +118,10 @@ def _check_optimizer(args: argparse.Namespace) -> None:
     if opt not in names:
         closest = ', '.join(difflib.get_close_matches(opt, names) or names)
         raise UsageError(f"--opt '{args.opt}' is not an optimizer of timm; closest: {closest}")
-    known = _optimizer_options(opt)
+    with_flag = optimizer_kwargs(cfg=args)
+    known = [key for key in _optimizer_options(opt) if key not in with_flag]
     for key in args.opt_kwargs:
-        if key in optimizer_kwargs(cfg=args):
+        if key in with_flag:
             raise UsageError(f'--opt-kwargs {key}={args.opt_kwargs[key]}: {key} has a flag of its own, {_flag(key)}')
         if known and key not in known:
             closest = ', '.join(difflib.get_close_matches(key, known) or known)
