@@ -7,14 +7,30 @@
 Flags of timm's `train.py` keep their names, defaults and meanings; `--list-kd` shows the methods, `--demo` a complete
 run on data that it brings along.
 """
+# ruff: noqa: E402 (handlers of signals come before imports that take seconds)
+import os
+import signal
+import sys
+
+
+def _stop_before_start(number: int, frame: object) -> None:
+    """End the process while it imports torch and timm, which takes seconds."""
+    os.write(2, b'train_distill.py: stopped by a signal: nothing is saved yet, start the same command again.\n')
+    os._exit(130 if number == signal.SIGINT else 75)
+
+
+if __name__ == '__main__':
+    for _name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
+        if hasattr(signal, _name):
+            signal.signal(getattr(signal, _name), _stop_before_start)
+
 import argparse
 import json
-import os
-import sys
+import logging
 import time
+from functools import partial
 from typing import List, Optional, Sequence
 
-import torch
 from timm import utils
 
 from timm_distill import MergeError, UsageError, __version__
@@ -29,6 +45,7 @@ from timm_distill.composition import check_mixing
 from timm_distill.console import run_script
 from timm_distill.data import user_message
 from timm_distill.demo import run_demo
+from timm_distill.errors import LostStateError
 from timm_distill.locking import FolderLock
 from timm_distill.meters import NonFiniteLossError
 from timm_distill.methods import describe_methods, list_methods, load_method_file
@@ -39,6 +56,7 @@ from timm_distill.run import (
     build_run,
     check_same_data,
     check_same_teacher_input,
+    close,
     create_lock,
     describe_run,
     dry_run,
@@ -49,18 +67,26 @@ from timm_distill.run import (
     prepare_for_device,
     report_teacher,
     resume,
-    write_run_report,
 )
-from timm_distill.stopping import StopSignals, exit_code
+from timm_distill.stopping import EXIT_INTERRUPTED, StopRequested, StopSignals, end_child_processes, exit_code
 from timm_distill.storage import check_folder
 
 
-def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
+def main(argv: Optional[Sequence[str]] = None, signals: Optional[StopSignals] = None) -> Optional[RunResult]:
     """Run the script and return what it leaves behind; None for `--list-kd` and `--demo`.
+
+    Args:
+        argv: Flags; those of the command line if None.
+        signals: Already entered; by default entered here.
 
     Raises:
         UsageError: For anything that the user can put right.
+        LostStateError: The newest state of the run is not on disk.
+        StopRequested: A signal came before there was anything to save.
     """
+    if signals is None:
+        with StopSignals() as signals:
+            return main(argv, signals)
     args = parse_args(create_train_parser(), argv)
     for path in args.kd_module:
         load_method_file(path)
@@ -69,7 +95,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
         return None
     if args.demo:
         check_folder(args.demo_dir, '--demo-dir')
-        run_demo(main, args.demo_dir)
+        run_demo(partial(main, signals=signals), args.demo_dir)
         return None
     translate_timm_distillation(args, list_methods())
     check_train_args(args, list_methods())
@@ -80,7 +106,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Optional[RunResult]:
     if int(os.environ.get('RANK', 0)) == 0:  # the one that writes
         check_folder(os.path.join(args.output or './output/train', args.experiment), '--output')
     with create_lock() as lock:
-        return train(args, lock)
+        return train(args, signals, lock)
 
 
 def mixing_flags(args: argparse.Namespace) -> List[str]:
@@ -89,11 +115,14 @@ def mixing_flags(args: argparse.Namespace) -> List[str]:
     return [f'{flag} {value}' for flag, value in values.items() if value]
 
 
-def train(args: argparse.Namespace, lock: FolderLock) -> RunResult:
+def train(args: argparse.Namespace, signals: StopSignals, lock: FolderLock) -> RunResult:
     """Train as the flags say. The output folder is made when everything else stands."""
     start = time.monotonic()
+    signals.begin()
     args_text = args_to_yaml(args)
     checkpoint = open_run(args, lock)
+    if checkpoint is not None:
+        signals.last_words = f'{args.resume} stays the newest state, start the same command again'
     run = build_run(args)
     if checkpoint is not None:
         # weights that are not loaded are drawn by every rank and then the first one's
@@ -107,30 +136,45 @@ def train(args: argparse.Namespace, lock: FolderLock) -> RunResult:
         forget_data(run, checkpoint)
     start_epoch = resume(run, checkpoint)
     prepare_for_device(run)
-    with StopSignals(args.distributed) as signals:
-        recorder = Recorder(
-            run, args_text, checkpoint, start_epoch, signals, describe_run(run, __version__), lock)
-        position = restore_rank(run.task, run.loaders, checkpoint) if checkpoint is not None else None
-        fit(run, recorder, start_epoch, position)
-        if not recorder.result.stopped_by:
-            write_run_report(run, recorder)
     if args.distributed:
-        torch.distributed.destroy_process_group()
-    return recorder.finish(time.monotonic() - start)
+        signals.share()
+    recorder = Recorder(run, args_text, checkpoint, start_epoch, signals, describe_run(run, __version__), lock)
+    position = restore_rank(run.task, run.loaders, checkpoint) if checkpoint is not None else None
+    fit(run, recorder, start_epoch, position)
+    recorder.check_saved()
+    return close(run, recorder, start)
 
 
 def cli() -> int:
     """Run from the command line: 0 on success, 2 for what the user can put right, 1 where training fails.
 
-    A run that a signal stopped has saved its state and exits with 75, after Ctrl-C with 130.
+    A run that a signal stopped has saved its state, or has none, and exits with 75, after Ctrl-C with 130.
     """
     utils.setup_default_logging()
+    with StopSignals() as signals:
+        code = run_to_exit_code(signals)
+        signals.ignore()
+    if not end_child_processes():
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(code)  # the end of the interpreter would wait for them
+    return code
+
+
+def run_to_exit_code(signals: StopSignals) -> int:
+    """Run `main` and say in one line why it ends early."""
     try:
-        result = main()
+        result = main(signals=signals)
+    except StopRequested as e:
+        print(f'train_distill.py: stopped by {e}: {signals.last_words}.', file=sys.stderr)
+        return exit_code(e.number)
+    except KeyboardInterrupt:
+        print(f'train_distill.py: interrupted: {signals.last_words}.', file=sys.stderr)
+        return EXIT_INTERRUPTED
     except UsageError as e:
         print(f'train_distill.py: error: {user_message(e)}', file=sys.stderr)
         return 2
-    except (NonFiniteLossError, MergeError) as e:
+    except (LostStateError, NonFiniteLossError, MergeError) as e:
         print(f'train_distill.py: stopped: {e}', file=sys.stderr)
         return 1
     if result is not None and result.stopped_by:

@@ -25,7 +25,7 @@ class StubTraining:
         number = len(self.calls)
         return SimpleNamespace(
             best_metric=90. + number, best_epoch=number, checkpoint=f'out put/{number}/model_best.pth.tar',
-            param_count=1000 * number, seconds=10. * number)
+            param_count=1000 * number, seconds=10. * number, stopped_by=0)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from .run_files import (
     set_aside,
     weights_of,
 )
-from .storage import flush, put_in_place, write_checkpoint
+from .storage import DISK_FULL, checkpoint_size, describe_space, flush, put_in_place, why_unwritten, write_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -117,6 +117,7 @@ class DistillCheckpointSaver(CheckpointSaver):
         copy_of: `rollback_origin` too, until something was trained since.
         diverged: Why the newest save is marked, '' where it is not.
         finite: Whether the weights of the newest save were finite.
+        newest: Path of the newest file that was written, '' for none.
     """
 
     def __init__(
@@ -132,6 +133,8 @@ class DistillCheckpointSaver(CheckpointSaver):
         self.lr_scheduler = lr_scheduler
         self.ranks: List[Dict[str, Any]] = []
         self.unsaved = ''
+        self.newest = ''
+        self._needed = 0  # bytes of a file that did not find room
         self.info = dict(info or {})
         self.run_id = uuid.uuid4().hex
         self.num_saves = 0
@@ -165,6 +168,7 @@ class DistillCheckpointSaver(CheckpointSaver):
             if self._last_is_good and os.path.exists(self.last_path):
                 self._duplicate(self.last_path, self._path_of_previous)
             self._replace(self._path('tmp'), self.last_path)
+            self.newest = self.last_path
             self._last_is_good = not saved.diverged
             if self._earns_place(metric):
                 self._keep(self.last_path, epoch, metric)
@@ -185,24 +189,65 @@ class DistillCheckpointSaver(CheckpointSaver):
             self._replace(temporary, path)
             self._recoveries = [file for file in self._recoveries if file.path != path]
             self._recoveries.append(replace(saved, path=path))
+            self.newest = path
             self._remove_recoveries(keep=2)
             self.unsaved = ''
         except OSError as e:
             self._survive(e)
 
+    def save_milestone(self, completed_epochs: int) -> None:
+        """Keep `last` for good, as timm does; a file system that takes no more is reported and survived."""
+        try:
+            super().save_milestone(completed_epochs)
+        except OSError as e:
+            self._survive(e)
+
+    def _write(self, state: Dict[str, Any], path: str) -> None:
+        """Write a file; where the disk is full, once more without what newer files have made useless."""
+        try:
+            write_checkpoint(state, path)
+        except OSError as e:
+            self._needed = checkpoint_size(state)
+            if e.errno not in DISK_FULL or not self._free_obsolete():
+                raise
+            write_checkpoint(state, path)
+
+    def _free_obsolete(self) -> bool:
+        """Remove recoveries that newer files replace; returns whether there were any.
+
+        The newest goes, too, where `last` is left to fall back to and its room suffices.
+        """
+        before = os.listdir(self.recovery_dir)
+        has_last = self._last_is_good and os.path.isfile(self.last_path)
+        is_needed = self.newest != self.last_path or not has_last
+        self._remove_recoveries(keep=1 if is_needed else 0)
+        if is_needed and has_last and os.path.isfile(self.newest):
+            free = shutil.disk_usage(self.recovery_dir).free
+            if free < self._needed <= free + os.path.getsize(self.newest):
+                self._remove_recoveries(keep=0)
+        freed = sorted(set(before) - set(os.listdir(self.recovery_dir)))
+        if freed:
+            _logger.warning(f'The disk is full: {", ".join(freed)} gave way to a newer state.')
+        return bool(freed)
+
     def _remove_recoveries(self, keep: int, spare: str = '') -> None:
         """Remove this run's older recoveries; of those from inside a streak the newest is kept beside the good ones."""
-        good = [file for file in self._recoveries if not file.diverged][-keep:]
-        kept = [file for file in self._recoveries if file in good or file is self._recoveries[-1] or file.path == spare]
+        good = [file for file in self._recoveries if not file.diverged]
+        chosen = [*good[-keep:], self._recoveries[-1]] if keep and self._recoveries else []
+        kept = [file for file in self._recoveries if file in chosen or file.path == spare]
         for file in self._recoveries:
             if file not in kept and os.path.exists(file.path):
                 os.remove(file.path)
         self._recoveries = kept
 
     def _survive(self, error: OSError) -> None:
-        self.unsaved = f'{error.strerror or error}'
-        _logger.error(f'The checkpoint could not be written ({self.unsaved}): {self.checkpoint_dir} keeps the former '
-                      'files, training goes on, and the next save tries again.')
+        self.unsaved = why_unwritten(error)
+        _logger.error(f'The checkpoint could not be written ({self.unsaved}). The former files stay, training goes on, '
+                      f'and the next save tries again. {self.space()}')
+
+    def space(self) -> str:
+        """Return where the space of the folder went."""
+        return describe_space(self.checkpoint_dir, self._needed)
 
     def _keep(self, source: str, epoch: int, metric: Optional[float]) -> None:
         """Give a checkpoint its place among the best or newest, by timm's rules. May be repeated after a kill."""
@@ -301,7 +346,7 @@ class DistillCheckpointSaver(CheckpointSaver):
         state['ranks'] = self.ranks or [get_rank_state(self.task, None)]
         self.num_saves += 1
         state['run'] = self._identity()
-        write_checkpoint(state, save_path)
+        self._write(state, save_path)
         return describe_checkpoint(save_path, state)
 
     def _mark(self, nonfinite: List[str]) -> None:
@@ -345,8 +390,12 @@ class DistillCheckpointSaver(CheckpointSaver):
             path = os.path.join(self.checkpoint_dir, f'unmerged-{epoch}{self.extension}')
             # under keys that no reader of weights takes for a student's
             raw = {f'unmerged_{name}': value for name, value in e.raw_state.items()}
-            write_checkpoint({**self._run_state(epoch), **raw}, path + '.tmp')
-            self._replace(path + '.tmp', path)
+            try:
+                write_checkpoint({**self._run_state(epoch), **raw}, path + '.tmp')
+                self._replace(path + '.tmp', path)
+            except OSError as error:
+                raise MergeError(
+                    f'{e} (the unmerged tensors could not be written: {why_unwritten(error)})', e.raw_state) from e
             raise MergeError(f'{e} (the unmerged tensors are in {path})', e.raw_state) from e
 
     def _replace(self, src: str, dst: str) -> None:

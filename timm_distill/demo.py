@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .errors import UsageError
+from .stopping import StopRequested
 
 TEACHER = 'test_resnet'
 STUDENT = 'test_efficientnet'
@@ -180,7 +181,8 @@ def run_demo(train_main: Callable[[List[str]], Any], demo_dir: Union[str, Path])
 
     Args:
         train_main: Entry point of the training script: takes its arguments, returns an object with `best_metric`
-            (top-1, percent), `checkpoint` (path of the best one), `param_count` and `seconds`.
+            (top-1, percent), `checkpoint` (path of the best one), `param_count`, `seconds` and `stopped_by` (a signal,
+            or 0).
         demo_dir: Folder for images and outputs.
 
     Returns:
@@ -213,6 +215,8 @@ def _run_stage(train_main: Callable[[List[str]], Any], stage: DemoStage, bar: tq
     bar.set_description(f'demo: {stage.title} ({stage.model})')
     tqdm.write(f'\n$ {stage.command}')
     result = train_main(stage.argv)
+    if result.stopped_by:
+        raise StopRequested(result.stopped_by)
     bar.update()
     return DemoRow(
         stage.title, stage.model, result.best_metric, result.param_count, result.seconds, str(result.checkpoint))

@@ -9,6 +9,10 @@ class UsageError(ValueError):
     """A wrong name, value, file or combination: names the value, what is allowed and the flag to change."""
 
 
+class LostStateError(RuntimeError):
+    """A run ends, or stops, and its newest state is not on disk: says why and where the space went."""
+
+
 class MergeError(RuntimeError):
     """The merged student does not reproduce the student as trained.
 

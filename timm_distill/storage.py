@@ -5,11 +5,13 @@ stands in the comment at its end, a place that the zip format has for such thing
 numbers, text, containers of these and the `argparse.Namespace` of a run; never code.
 """
 import argparse
+import errno
 import hashlib
 import os
 import pickle
+import shutil
 import tempfile
-from typing import Any, BinaryIO, Dict, Optional
+from typing import Any, BinaryIO, Dict, Optional, Tuple
 
 import torch
 
@@ -17,13 +19,16 @@ from .errors import UsageError
 from .texts import printable
 
 __all__ = [
-    'DamagedFileError', 'check_file', 'check_folder', 'flush', 'put_in_place', 'read_checkpoint', 'read_metadata',
-    'respect_umask', 'verify', 'write_checkpoint', 'write_text',
+    'DISK_FULL', 'DamagedFileError', 'check_file', 'check_folder', 'checkpoint_size', 'describe_space', 'flush',
+    'put_in_place', 'read_checkpoint', 'read_metadata', 'respect_umask', 'verify', 'why_unwritten', 'write_checkpoint',
+    'write_text',
 ]
 
 _PREFIX = b'sha256:'
 _COMMENT_SIZE = len(_PREFIX) + 64
 _BLOCK = 1 << 20
+_MAX_LISTED = 8
+DISK_FULL = {errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC)}
 
 
 class DamagedFileError(UsageError):
@@ -108,10 +113,68 @@ def _write_hashed(state: Dict[str, Any], file: BinaryIO) -> None:
 def write_text(text: str, path: str) -> None:
     """Write a small text file in one step, newlines as they are."""
     temporary = path + '.tmp'
-    with open(temporary, 'w', newline='') as file:
-        file.write(text)
-    flush(temporary)
-    put_in_place(temporary, path)
+    try:
+        with open(temporary, 'w', newline='') as file:
+            file.write(text)
+        flush(temporary)
+        put_in_place(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+class _Counter:
+    """A file that keeps nothing but its length."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        self.size += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+def checkpoint_size(state: Dict[str, Any]) -> int:
+    """Return how many bytes `write_checkpoint` needs."""
+    counter = _Counter()
+    torch.save(state, counter)  # type: ignore[arg-type]
+    return counter.size + _COMMENT_SIZE
+
+
+def why_unwritten(error: BaseException) -> str:
+    """Return why a file was not written, with its name where the system gave it, in one line."""
+    if not isinstance(error, OSError):
+        return ' '.join(str(error).split())
+    return f'{error.strerror or error}' + (f': {error.filename}' if error.filename else '')
+
+
+def describe_space(folder: str, needed: int = 0) -> str:
+    """Return where the space of a run's folder went: what is free, what is needed, and its largest files."""
+    if not os.path.isdir(folder):
+        return f'The folder {folder} is gone.'
+    usage = shutil.disk_usage(folder)
+    sizes: Dict[Any, Tuple[int, str]] = {}
+    for name in sorted(os.listdir(folder)):
+        stat = os.stat(os.path.join(folder, name), follow_symlinks=False)
+        # names of the same file take its space once
+        sizes.setdefault(stat.st_ino or name, (stat.st_size, name))
+    largest = sorted(sizes.values(), reverse=True)[:_MAX_LISTED]
+    need = f', a checkpoint takes {_with_unit(needed)}' if needed else ''
+    files = ', '.join(f'{name} {_with_unit(size)}' for size, name in largest) or 'nothing'
+    return (f'{_with_unit(usage.free)} of {_with_unit(usage.total)} are free{need}; of that {folder} takes '
+            f'{_with_unit(sum(size for size, _ in sizes.values()))}: {files}.')
+
+
+def _with_unit(size: float) -> str:
+    for unit in ('B', 'KB', 'MB'):
+        if size < 1000:
+            return f'{size:.3g} {unit}'
+        size /= 1000
+    return f'{size:.4g} GB'
 
 
 def check_folder(path: str, flag: str) -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 from typing import Any, Dict, List, Optional, Tuple
 
-from .storage import write_text
+from .storage import why_unwritten, write_text
 
 _logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Summary:
         try:
             write_text(self._to_csv(), self.path)
         except OSError as e:
-            _logger.error(f'{self.path} could not be written ({e.strerror or e}), the next epoch tries again.')
+            _logger.error(f'{self.path} could not be written ({why_unwritten(e)}), the next epoch tries again.')
 
     def _to_csv(self) -> str:
         text = io.StringIO(newline='')

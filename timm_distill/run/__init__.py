@@ -1,6 +1,6 @@
 """A training run: its parts, and the phases that build, prepare, train and close it."""
 from .build import build_run
-from .closing import write_run_report
+from .closing import close, write_run_report
 from .epochs import fit
 from .folder import create_lock, open_run
 from .parts import Run, RunResult, describe_run
@@ -16,6 +16,7 @@ __all__ = [
     'build_run',
     'check_same_data',
     'check_same_teacher_input',
+    'close',
     'create_lock',
     'describe_run',
     'dry_run',

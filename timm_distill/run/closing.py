@@ -1,8 +1,10 @@
 """Phases of a run: what is drawn of it at its end."""
 import logging
 import os
+import time
 from typing import Dict
 
+import torch.distributed as dist
 import torch.nn as nn
 
 from ..analysis import Predictions, collect_predictions
@@ -10,13 +12,41 @@ from ..data import class_names
 from ..pair import time_teacher
 from ..report import ReportData, can_draw, write_report
 from ..sharding import share_weights
-from ..storage import read_checkpoint
+from ..stopping import StopRequested, end_child_processes
+from ..storage import read_checkpoint, why_unwritten
 from ..summary import read_summary
-from .parts import Run
+from .parts import Run, RunResult
 from .recorder import Recorder
 from .validation import count_samples, has_single_predictions
 
 _logger = logging.getLogger(__name__)
+
+
+def close(run: Run, recorder: Recorder, start: float) -> RunResult:
+    """Write the report and the student to release, where no signal stopped the run before, and return its result.
+
+    Args:
+        run: The run.
+        recorder: Knows what was saved.
+        start: When the run began, by `time.monotonic`.
+    """
+    signals = recorder.signals
+    try:
+        if not recorder.result.stopped_by:
+            signals.last_words = recorder.when_unfinished()
+            signals.let_go()
+            write_run_report(run, recorder)
+        if run.args.distributed:
+            dist.destroy_process_group()
+        recorder.finish(time.monotonic() - start)
+        signals.hold()
+    except StopRequested as e:
+        signals.note_only()
+        recorder.result.stopped_by = e.number
+        _logger.warning(f'Stopped by {e}: {signals.last_words}.')
+    if recorder.result.stopped_by:
+        end_child_processes()  # a frozen one would be waited for
+    return recorder.result
 
 
 def write_run_report(run: Run, recorder: Recorder) -> None:
@@ -48,7 +78,8 @@ def write_run_report(run: Run, recorder: Recorder) -> None:
     try:
         paths = write_report(data, recorder.result.output_dir)
     except Exception as e:  # a figure must not cost a finished run
-        _logger.warning(f'The report could not be written: {type(e).__name__}: {e}')
+        reason = why_unwritten(e) if isinstance(e, OSError) else f'{type(e).__name__}: {e}'
+        _logger.warning(f'The report could not be written: {reason}')
         return
     _logger.info(f'Report: {paths[0]}')
 

@@ -3,7 +3,7 @@ import argparse
 import logging
 import os
 import signal
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Iterator, Optional
 
 import torch
 import torchvision
@@ -12,7 +12,8 @@ from ..data import DataLoaders, set_loader_epoch
 from ..engine import train_one_epoch
 from ..errors import UsageError
 from ..meters import NonFiniteLossError
-from ..stopping import StopRequested
+from ..stopping import LoaderStalled, StopRequested, StopSignals
+from ..storage import why_unwritten
 from .parts import Run
 from .recorder import MAX_BAD_UPDATES, Recorder
 from .validation import share_batch_norm, validate_student
@@ -33,9 +34,13 @@ def fit(run: Run, recorder: Recorder, start_epoch: int, position: Optional[Dict[
         path = recorder.save_bad_batch(e)
         raise NonFiniteLossError(f'{e} The batch is in {path}.' if path else str(e)) from e
     except StopRequested as e:
+        recorder.signals.note_only()
+        if isinstance(e, LoaderStalled):
+            recorder.save_stalled()
         recorder.result.stopped_by = e.number
         _logger.warning(f'Stopped by {e}. {recorder.how_to_resume()}')
     except KeyboardInterrupt:  # a second Ctrl-C, before the first was acted upon
+        recorder.signals.note_only()
         recorder.result.stopped_by = signal.SIGINT
         _logger.warning(f'Interrupted inside an update, which is lost. {recorder.how_to_resume()}')
 
@@ -50,7 +55,7 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder, position: Optional[Dict[
     last_update = -(-len(run.loaders.train) // args.grad_accum_steps) - 1
     train_metrics = train_one_epoch(
         run.task,
-        run.loaders.train,
+        StoppableLoader(run.loaders.train, recorder.signals),
         run.optimizer,
         epoch=epoch,
         num_epochs=run.num_epochs,
@@ -83,7 +88,8 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder, position: Optional[Dict[
     metric = None
     validating = (epoch + 1) % args.val_interval == 0 or epoch + 1 in (run.last_epoch, *args.save_epochs)
     if validating:
-        eval_metrics = validate_student(run)
+        with recorder.interruptible(epoch, last_update):
+            eval_metrics = validate_student(run)
         if recorder.metric == 'ranking_loss':
             (eval_metrics or train_metrics)['ranking_loss'] = run.task.unscheduled_loss(train_metrics)
         metric = recorder.rank(train_metrics, eval_metrics)
@@ -91,6 +97,27 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder, position: Optional[Dict[
     if run.scheduler is not None:
         run.scheduler.step(epoch + 1, metric)  # before saving, so that a resumed schedule knows this epoch
     recorder.save(epoch, metric)
+
+
+class StoppableLoader:
+    """A loader that a signal ends while a batch does not come."""
+
+    def __init__(self, loader: Any, signals: StopSignals):
+        self.loader = loader
+        self.signals = signals
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        with self.signals.waiting():
+            batches = iter(self.loader)
+        while True:
+            with self.signals.waiting():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
 
 def create_update_hook(
@@ -109,7 +136,10 @@ def create_update_hook(
             torch.accelerator.synchronize(device)
         if saves_images and logged and isinstance(images, torch.Tensor):
             path = os.path.join(output_dir, f'train-batch-{batch_idx}.jpg')
-            torchvision.utils.save_image(images, path, padding=0, normalize=True)
+            try:
+                torchvision.utils.save_image(images, path, padding=0, normalize=True)
+            except OSError as e:
+                _logger.error(f'--save-images: {path} could not be written ({why_unwritten(e)}).')
 
     return after_update
 

@@ -5,17 +5,20 @@ All ranks have a recorder, since a checkpoint holds the state of all of them; th
 import logging
 import math
 import os
-from typing import Any, Callable, Dict, List, Optional
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from ..checkpoint import DistillCheckpointSaver, gather_rank_states, get_rank_state
+from ..errors import LostStateError, UsageError
 from ..export import export_hub, load_release, push_to_hub
 from ..locking import LOCK_NAME, FolderLock
 from ..meters import NonFiniteLossError
-from ..resume import belongs_to, done_batches, find_rollback, resume_task
+from ..resume import belongs_to, done_batches, find_newest, find_rollback, resume_task
 from ..stopping import StopRequested, StopSignals
-from ..storage import read_checkpoint, write_checkpoint, write_text
+from ..storage import describe_space, read_checkpoint, why_unwritten, write_checkpoint, write_text
 from ..summary import Summary
 from ..tracking import start_trackers
 from .folder import create_folder
@@ -39,6 +42,9 @@ class Recorder:
         signals: Asked after each update.
         info: More entries of every checkpoint.
         lock: Taken on the folder.
+
+    Raises:
+        UsageError: If the output folder cannot be written.
     """
 
     def __init__(
@@ -61,10 +67,24 @@ class Recorder:
         self._loaders_at_start: Dict[str, Any] = {}  # of the epoch
         self._save_due = False  # although no interval is over
         self._updates_since_rollback = 0  # or since the start
+        self._newest_update: Optional[Tuple[int, int, Callable[[], Dict[str, Any]]]] = None
+        self._end_of_training: Optional[Dict[str, Any]] = None  # this rank's state before validation
         run.streak.length = int(((checkpoint or {}).get('run') or {}).get('streak', 0))
         if run.args.rank != 0:
             return
-        self.result.output_dir = create_folder(run.args, run.data_config['input_size'][-1], checkpoint, lock)
+        try:
+            self.result.output_dir = create_folder(run.args, run.data_config['input_size'][-1], checkpoint, lock)
+            self._open(args_text, checkpoint, start_epoch)
+        except OSError as e:
+            folder = self.result.output_dir or run.args.output or './output/train'
+            space = describe_space(folder) if os.path.isdir(folder) else ''
+            if self.result.output_dir:
+                self._remove_unused_folder()
+            raise UsageError(f'--output {folder} cannot be written ({why_unwritten(e)}). {space}'.strip()) from e
+
+    def _open(self, args_text: str, checkpoint: Optional[Dict[str, Any]], start_epoch: int) -> None:
+        """Begin the files of a run, or take over those of a stopped one."""
+        run = self.run
         name = os.path.basename(self.result.output_dir)
         self.trackers = start_trackers(run.args, name, self.result.output_dir, start_epoch)
         write_text(args_text, self._path('args.yaml'))
@@ -110,8 +130,12 @@ class Recorder:
 
     def discard(self) -> None:
         """Remove what a run wrote that could not even save its first checkpoint."""
+        if self.saver is not None:
+            self._remove_unused_folder()
+
+    def _remove_unused_folder(self) -> None:
         folder = self.result.output_dir
-        if self.saver is None or [name for name in os.listdir(folder) if name not in ('args.yaml', LOCK_NAME)]:
+        if not os.path.isdir(folder) or not set(os.listdir(folder)) <= {'args.yaml', LOCK_NAME}:
             return
         for name in os.listdir(folder):
             os.remove(self._path(name))
@@ -134,6 +158,11 @@ class Recorder:
             StopRequested: After the save, on all ranks.
         """
         self._updates_since_rollback += 1
+        self.signals.hold()  # from the first update on there is something to save
+        self._newest_update = epoch, update_idx, get_position
+        if is_last:
+            position = {**get_position(), 'loaders': self._loaders_at_start}
+            self._end_of_training = get_rank_state(self.run.task, self.run.loaders, position)
         number = self.signals.poll()
         interval = self.run.args.recovery_interval
         # after the last update too, so that a kill during validation does not cost the epoch
@@ -144,6 +173,41 @@ class Recorder:
             self._save_due = False
         if number:
             raise StopRequested(number)
+
+    @contextmanager
+    def interruptible(self, epoch: int, update_idx: int) -> Iterator[None]:
+        """Around validation: a signal ends it at once, and what is saved is the state before it.
+
+        Several ranks finish it, since they have to stop together.
+
+        Raises:
+            StopRequested: After the save.
+        """
+        if dist.is_initialized() or self._end_of_training is None or self.saver is None:
+            yield
+            return
+        try:
+            self.signals.let_go()
+            yield
+            self.signals.hold()
+        except StopRequested:
+            self.signals.note_only()
+            self.saver.ranks = [self._end_of_training]
+            self.saver.save_recovery(epoch, update_idx)
+            raise
+        finally:
+            self._end_of_training = None
+
+    def save_stalled(self) -> None:
+        """Save the state behind the newest update, where the loop waited for a batch that did not come."""
+        if self.saver is None or self._newest_update is None:
+            return
+        epoch, update_idx, get_position = self._newest_update
+        if dist.is_initialized() or get_position()['data']['num_batches'] % self.run.args.grad_accum_steps:
+            self.saver.unsaved = 'the data loader did not bring the batches of an update that had begun'
+            return
+        self._gather({**get_position(), 'loaders': self._loaders_at_start})
+        self.saver.save_recovery(epoch, update_idx)
 
     def _gather(self, position: Optional[Dict[str, Any]] = None) -> None:
         ranks = gather_rank_states(get_rank_state(self.run.task, self.run.loaders, position))
@@ -180,7 +244,10 @@ class Recorder:
                 'lr': lr,
             })
             for tracker in self.trackers:
-                tracker.log(epoch, train_metrics, eval_metrics, lr)
+                try:
+                    tracker.log(epoch, train_metrics, eval_metrics, lr)
+                except OSError as e:  # TensorBoard writes files, too
+                    _logger.error(f'The metrics of epoch {epoch} could not be logged: {why_unwritten(e)}.')
 
     def save(self, epoch: int, metric: Optional[float]) -> None:
         """Write the checkpoints of an epoch; without a metric only if a signal asks the run to stop.
@@ -244,17 +311,56 @@ class Recorder:
         path = self._path('bad-batch.pth')
         input, target = error.batch
         images = {name: part.cpu() for name, part in input.items()} if isinstance(input, dict) else input.cpu()
-        write_checkpoint({'input': images, 'target': target.cpu(), 'reason': str(error)}, path)
+        try:
+            write_checkpoint({'input': images, 'target': target.cpu(), 'reason': str(error)}, path)
+        except OSError as e:
+            _logger.error(f'The batch of the divergence could not be kept ({why_unwritten(e)}).')
+            return ''
         return path
+
+    def check_saved(self) -> None:
+        """Find out whether the newest state of the run is on disk. All ranks call this together.
+
+        Raises:
+            LostStateError: If it is not, on all ranks.
+        """
+        reasons: List[Any] = [self._why_lost()]
+        if dist.is_initialized():
+            dist.broadcast_object_list(reasons)
+        if reasons[0]:
+            raise LostStateError(reasons[0])
+
+    def _why_lost(self) -> str:
+        saver = self.saver
+        if saver is None:
+            return ''
+        reason = saver.unsaved
+        if not reason and saver.newest and not os.path.isfile(saver.newest):
+            reason = f'{saver.newest} was written and is gone'
+        if not reason:
+            return ''
+        newest = find_newest(self.result.output_dir) if os.path.isdir(self.result.output_dir) else None
+        rest = f'The newest state there is: {newest[0]}. {self._resume_flags()}.' if newest else 'Nothing is saved.'
+        return (f'the newest state of the run is not on disk: {reason}. {saver.space()} {rest} Fewer files: '
+                '--checkpoint-hist, --recovery-interval; another place: --output.')
 
     def how_to_resume(self) -> str:
         """Return what to tell the user of an interrupted run."""
-        if self.saver is None:
+        if self.saver is None or self.saver.unsaved:  # what is lost is told at the end
             return ''
-        unsaved = f' The newest state could not be saved ({self.saver.unsaved}).' if self.saver.unsaved else ''
+        if not self.saver.newest:
+            self.discard()
+            return 'Nothing new is to be saved: start the same command again.'
+        return self._resume_flags()
+
+    def when_unfinished(self) -> str:
+        """Return what to tell the user where a signal comes behind the last epoch."""
+        return f'all epochs are trained and saved, report and hub folder are not. {self._resume_flags()}'
+
+    def _resume_flags(self) -> str:
         folder = self.result.output_dir
-        return (f'{unsaved} To go on, give the same flags with --output {os.path.dirname(folder)} '
-                f'--experiment {os.path.basename(folder)} --resume auto').strip()
+        return (f'To go on, give the same flags with --output {os.path.dirname(folder)} '
+                f'--experiment {os.path.basename(folder)} --resume auto')
 
     def finish(self, seconds: float) -> RunResult:
         """Return the run's result, its epochs ranked as timm prints them: the best last.
@@ -267,8 +373,6 @@ class Recorder:
             tracker.finish()
         if self.saver is None:
             return self.result
-        if self.saver.unsaved:
-            _logger.error(f'The last checkpoint is missing: {self.saver.unsaved}.')
         best = self._path('model_best.pth.tar')
         self.result.checkpoint = best if os.path.exists(best) else ''
         if self.result.best_metric is not None:
@@ -276,6 +380,8 @@ class Recorder:
         if not self.result.stopped_by:
             self._check_end()
             self._release()
+        if not self.result.stopped_by and self._why_lost():
+            raise LostStateError(self._why_lost())
         worst = math.inf if self.saver.decreasing else -math.inf
         values = [(x.get('validation', x['train'])[self.metric], x) for x in self.result.history]
         ranked = sorted(
@@ -302,7 +408,14 @@ class Recorder:
         """Write the best student in the hub's format beside the checkpoints, and push it where that is asked for."""
         if not self.best_path:
             return
-        folder = export_hub(load_release(self.best_path), self._path('hub'))
+        release = load_release(self.best_path)
+        try:
+            folder = export_hub(release, self._path('hub'))
+        except (OSError, SafetensorError) as e:
+            raise LostStateError(
+                f"all epochs are trained and saved, but {self._path('hub')} could not be written: {why_unwritten(e)}. "
+                f'{describe_space(self.result.output_dir)} To write it later: python -m timm_distill.export '
+                f'{self.best_path}') from e
         _logger.info(f"The student: timm.create_model('local-dir:{folder}', pretrained=True)")
         if self.run.args.push_to_hub:
             _logger.info(f'Pushed to {push_to_hub(folder, self.run.args.push_to_hub)}')
