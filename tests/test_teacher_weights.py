@@ -147,6 +147,17 @@ def test_entry_that_is_no_tensor_is_named(value: Any, tmp_path: Path) -> None:
             create_teacher('test_resnet', SIZE, 5, str(tmp_path / 'teacher.pth'))
 
 
+@pytest.mark.parametrize('config', [None, '{', '{"architecture": "no_such_model"}'])
+@pytest.mark.parametrize('checkpoint, img_size', [(True, None), (True, 48), (False, 48), (False, None)])
+def test_folder_that_describes_no_model_is_a_usage_error(
+        config: Optional[str], checkpoint: bool, img_size: Optional[int], tmp_path: Path) -> None:
+    path = save_run(tmp_path) if checkpoint else None
+    if config is not None:
+        (tmp_path / 'config.json').write_text(config)
+    with pytest.raises(UsageError, match='teacher .local-dir'):
+        create_teacher(f'local-dir:{tmp_path}', SIZE, 5, path, img_size=img_size)
+
+
 def test_student_that_could_not_be_merged_is_no_teacher(tmp_path: Path) -> None:
     torch.save({'unmerged_state_dict': create_model().state_dict()}, tmp_path / 'a.pth.tar')
     torch.save({'state_dict': create_model().state_dict(), 'task_state': {}}, tmp_path / 'unmerged-3.pth.tar')

@@ -107,6 +107,12 @@ def _create_model(name: str, **kwargs: Any) -> nn.Module:
         return timm.create_model(name, **kwargs)
     except (TypeError, AttributeError, AssertionError) as e:
         raise UsageError(f"The teacher '{name}' does not take these --teacher-kwargs: {e}") from e
+    except Exception as e:  # a hub's or folder's config that is missing, unreadable or of no model
+        if kwargs.get('pretrained'):
+            raise
+        reason = ' '.join(str(e).split())[:200]
+        raise UsageError(f"The teacher '{name}' cannot be built ({type(e).__name__}: {reason}): change --teacher or "
+                         '--teacher-kwargs.') from e
 
 
 def _similar_models(name: str) -> str:
@@ -280,7 +286,7 @@ def _shapes(name: str, kwargs: Mapping[str, Any]) -> Dict[str, Tuple[int, ...]]:
     try:
         with torch.device('meta'):
             model = timm.create_model(name, **kwargs)
-    except CANNOT_RUN:  # computes with its weights while it is built, or does not take these arguments at all
+    except (*CANNOT_RUN, OSError):  # computes with its weights while it is built, or cannot be built at all
         model = _create_model(name, **kwargs)
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
