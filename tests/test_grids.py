@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from timm_distill import Teacher, UsageError, create_distill_task
-from timm_distill.features import Features, layout_for, resolve_feature_layout
+from timm_distill.features import Features, drops_positions, layout_for, resolve_feature_layout
 from timm_distill.grids import grid_of_aspect
 from timm_distill.layouts import FeatureLayout
 from timm_distill.reading import FeatureReader
@@ -187,3 +187,80 @@ def test_map_of_another_number_of_tokens_is_refused(positions: int) -> None:
     with pytest.raises(UsageError, match='patch_drop_rate') as error:
         layout.to_map(layout.to_positions(torch.zeros(2, positions + 1, 6)))
     assert f'{positions} tokens' in str(error.value) and '4x4' in str(error.value)
+
+
+# Positions dropped in training
+
+DROPPING: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    'vit': ('test_vit', dict(img_size=64, patch_drop_rate=0.5)),
+    'to_a_square': ('test_vit', dict(img_size=64, patch_drop_rate=0.75)),
+    'eva': ('vit_tiny_patch16_dinov3_qkvb', dict(**EVA, patch_drop_rate=0.5)),
+    'hiera': ('hiera_tiny_224', dict(
+        img_size=64, embed_dim=16, num_heads=1, stages=(1, 1, 1, 1), patch_drop_rate=0.5)),
+}
+
+
+def create_dropping(kind: str) -> nn.Module:
+    name, kwargs = DROPPING[kind]
+    return timm.create_model(name, num_classes=CLASSES, **kwargs)
+
+
+def create_task(student: nn.Module, kd: str, teacher: Optional[nn.Module] = None, **kwargs: Any) -> Any:
+    return create_distill_task(
+        student, teacher or timm.create_model('test_resnet', num_classes=CLASSES), kd, input_size=(3, 64, 64),
+        verbose=False, **kwargs)
+
+
+@pytest.mark.parametrize('kd', ['at', 'sp', 'fitnet', 'ofa', 'reviewkd'])
+@pytest.mark.parametrize('kind', DROPPING)
+def test_student_that_drops_positions_is_refused_by_methods_that_compare_maps(kind: str, kd: str) -> None:
+    with pytest.raises(UsageError, match='drops positions.*patch_drop_rate'):
+        create_task(create_dropping(kind), kd)
+
+
+@pytest.mark.parametrize('kind', DROPPING)
+def test_adapter_of_a_student_that_drops_positions_sits_at_the_pre_logits_or_nowhere(kind: str) -> None:
+    task = create_task(create_dropping(kind), 'norm', kd_kwargs={'norm.segments': 2}).train()
+    assert task.module.tap.point == 'pre_logits' and 'patch_drop_rate' in task.module.tap.rejected
+    assert task(torch.randn(2, 3, 64, 64), torch.arange(2))['norm_loss'].isfinite()
+    for point in ('features', 'side'):
+        with pytest.raises(UsageError, match=f'not at {point}: the student drops positions in training'):
+            create_task(create_dropping(kind), 'norm', kd_tap=point)
+
+
+@pytest.mark.parametrize('kind', DROPPING)
+def test_teacher_never_drops_positions(kind: str) -> None:
+    task = create_task(
+        timm.create_model('test_resnet', num_classes=CLASSES), 'norm', create_dropping(kind),
+        kd_kwargs={'norm.segments': 2}).train()
+    features = task.teacher_features(torch.randn(2, 3, 64, 64))
+    assert features.feature.shape[-2:] == task.teacher.layout.grid
+
+
+def test_measuring_whether_positions_are_dropped_changes_nothing() -> None:
+    model = timm.create_model('test_resnet', drop_rate=0.5).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state, modes = torch.get_rng_state(), [module.training for module in model.modules()]
+    assert not drops_positions(model, torch.randn(2, 3, 64, 64))
+    torch.set_rng_state(state)
+    dropping = create_dropping('vit').train()
+    state = torch.get_rng_state()
+    assert drops_positions(dropping, torch.zeros(2, 3, 64, 64)) and torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# Logits of positions
+
+@pytest.mark.parametrize('role', ['student', 'teacher'])
+@pytest.mark.parametrize('name', ['test_vit', 'test_resnet', 'test_convnext'])
+def test_model_without_pooling_is_one_clear_message(name: str, role: str) -> None:
+    kwargs = dict(img_size=64) if name == 'test_vit' else {}
+    without = timm.create_model(name, num_classes=CLASSES, global_pool='', **kwargs)
+    other = timm.create_model('test_efficientnet', num_classes=CLASSES)
+    student, teacher = (without, other) if role == 'student' else (other, without)
+    with pytest.raises(UsageError, match=f"The {role} .* not pooled: leave out global_pool=''"):
+        create_task(student, 'kd', teacher)
+    if role == 'student':
+        with pytest.raises(UsageError, match='not pooled'):
+            create_distill_task(student, None, 'none', input_size=(3, 64, 64), verbose=False)

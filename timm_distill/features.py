@@ -122,6 +122,27 @@ def count_classes(model: nn.Module, input_size: Sequence[int]) -> int:
     return classes_of(logits, pre_logits)
 
 
+def drops_positions(model: nn.Module, images: torch.Tensor) -> bool:
+    """Measure whether a model's feature has other positions in training, as with `patch_drop_rate`.
+
+    Modules with buffers stay in eval mode, so that no statistics move, and so does the random state.
+    """
+    devices = [images.device] if images.is_cuda else []
+    with evaluation_mode(model), torch.random.fork_rng(devices=devices):
+        expected = _shapes(model.forward_features(images))
+        for module in model.modules():
+            module.training = not any(True for _ in module.buffers(recurse=False))
+        try:
+            return _shapes(model.forward_features(images)) != expected
+        except CANNOT_RUN as e:
+            _logger.debug(f'{type(model).__name__} does not run without its statistics: {e}')
+            return False
+
+
+def _shapes(raw: RawFeature) -> List[torch.Size]:
+    return [raw.shape] if isinstance(raw, torch.Tensor) else [shape for part in raw for shape in _shapes(part)]
+
+
 def last_stage_feature(raw: RawFeature, model: nn.Module) -> torch.Tensor:
     """Return the tensor of the last stage of what `forward_features` returned: the last, where there are several.
 

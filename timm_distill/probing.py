@@ -188,13 +188,24 @@ def runnable_size(
 
 
 def reason_not_to_run(model: nn.Module, input_size: Sequence[int]) -> str:
-    """Return why a model does not run on an input (channels, height, width), '' where it does."""
+    """Return why a model does not run on an input (channels, height, width), '' where it does.
+
+    One with a classifier has to give a vector of logits per image: without pooling it gives one per position.
+    """
     try:
         with evaluation_mode(model):
-            model(random_images(model, input_size))
+            output = model(random_images(model, input_size))
     except CANNOT_RUN as e:
-        return ' '.join(str(e).split())[:200] or type(e).__name__
+        return (' '.join(str(e).split())[:200] or type(e).__name__) + _explain_pooling(model)
+    logits = output[0] if isinstance(output, (tuple, list)) else output
+    if getattr(model, 'num_classes', 1) != 0 and getattr(logits, 'ndim', 2) != 2:
+        return f'its logits for an image are {list(logits.shape[1:])}, not one per class{_explain_pooling(model)}'
     return ''
+
+
+def _explain_pooling(model: nn.Module) -> str:
+    unpooled = any('' in (getattr(m, 'global_pool', None), getattr(m, 'pool_type', None)) for m in model.modules())
+    return " (its feature is not pooled: leave out global_pool='')" if unpooled else ''
 
 
 def count_flops(model: nn.Module, images: torch.Tensor) -> int:

@@ -13,6 +13,7 @@ from .features import (
     Features,
     Stage,
     classes_of,
+    drops_positions,
     forward_with_stages,
     has_head,
     last_stage_feature,
@@ -109,10 +110,18 @@ class FeatureReader:
             model.get_submodule(name).register_forward_pre_hook(_capture_input)
         if self.split:
             self.layout = resolve_feature_layout(model, input_size)
+            self._check_positions(model, images)
             stages = resolve_stages(model, input_size)
             if stages and stages_share_trunk(model, images, stages):
                 self.stages = stages
         self.spec = self._measure(model, images)
+
+    def _check_positions(self, model: nn.Module, images: torch.Tensor) -> None:
+        if self.outputs & {'feature', 'stages'} and drops_positions(model, images):
+            raise UsageError(
+                f'The student {type(model).__name__} drops positions in training, so that no feature map '
+                'of it can be compared with the teacher\'s. Leave patch_drop_rate at 0 in --model-kwargs, or choose '
+                '--kd methods that read no feature maps (--list-kd).')
 
     def _measure(self, model: nn.Module, images: torch.Tensor) -> FeatureSpec:
         """Run the model once and note the shapes of all features."""

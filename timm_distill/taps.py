@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from .errors import UsageError
-from .features import has_head, intermediate_maps, last_stage_feature, resolve_feature_layout
+from .features import drops_positions, has_head, intermediate_maps, last_stage_feature, resolve_feature_layout
 from .folding import Consumer, fold_affine, named_tensors, shared_names
 from .grids import candidate_layouts
 from .layouts import FeatureLayout
@@ -197,6 +197,8 @@ def _measure_point(student: nn.Module, input_size: Sequence[int], point: str) ->
         if point != 'pre_logits':
             raise _NoTap('the model has no forward_features() and forward_head()')
         return _measure_inside(student, images)
+    if point != 'pre_logits' and drops_positions(student, images):
+        raise _NoTap('the student drops positions in training (patch_drop_rate), and those left are not told apart')
     raw = student.forward_features(images)
     if point == 'side':
         layout = resolve_feature_layout(student, input_size)
