@@ -13,6 +13,7 @@ from timm_distill import UsageError
 from timm_distill.args import create_train_parser
 from timm_distill.data import class_names, create_datasets
 from timm_distill.data.class_map import read_class_map, settle_order
+from timm_distill.texts import model_file_name
 
 
 class Planted:
@@ -154,3 +155,8 @@ def test_run_on_folders_that_are_no_utf8_writes_all_its_files_and_resumes(odd_fo
             assert '\udce9' not in path.read_text(encoding='utf-8')
     if 'report.html' in files:
         assert r'caf\xe9' in (Path(result['output_dir']) / 'report.html').read_text(encoding='utf-8')
+
+
+def test_model_whose_name_is_a_long_path_has_a_short_name_in_files() -> None:
+    assert len(model_file_name('local-dir:/' + '/'.join(99 * ['folder']))) == 100
+    assert model_file_name('resnet50.a1_in1k') == 'resnet50_a1_in1k'

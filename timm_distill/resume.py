@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
-from timm.models import clean_state_dict, safe_model_name
+from timm.models import clean_state_dict
 from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
@@ -32,6 +32,7 @@ from .run_files import (
     weights_of,
 )
 from .storage import DamagedFileError, read_checkpoint
+from .texts import model_file_name
 
 _logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def _run_folders(args: argparse.Namespace) -> List[str]:
         return []
     if used_by(root):
         return [root]
-    runs = [name for name in os.listdir(root) if f'-{safe_model_name(args.model)}-' in name]
+    runs = [name for name in os.listdir(root) if f'-{model_file_name(args.model)}-' in name]
     return [os.path.join(root, name) for name in sorted(runs, reverse=True)]  # names begin with the time
 
 

@@ -4,13 +4,13 @@ import os
 from datetime import datetime
 from typing import Any, Dict, Optional
 
-from timm.models import safe_model_name
 from timm.utils.distributed import world_info_from_env
 
 from ..errors import UsageError
 from ..locking import FolderLock
 from ..resume import belongs_to, resolve_resume
 from ..run_files import remove_run, used_by
+from ..texts import model_file_name
 
 
 def create_lock() -> FolderLock:
@@ -50,7 +50,7 @@ def create_folder(
     if args.experiment:
         os.makedirs(folder, exist_ok=True)
     else:
-        name = '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(input_size)])
+        name = '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), model_file_name(args.model), str(input_size)])
         folder = _create_new(os.path.join(folder, name))
     lock.acquire(folder)
     check_unused(args, folder, checkpoint)  # another run may have begun here in the meantime

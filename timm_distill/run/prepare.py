@@ -6,7 +6,6 @@ from typing import Any, Dict, Optional
 
 import torch
 import torch.nn as nn
-from timm.models import safe_model_name
 from timm.scheduler import PlateauLRScheduler
 
 from ..analysis import PredictionRecorder
@@ -15,12 +14,11 @@ from ..data import create_pass_loader
 from ..gradients import allow_retained_graphs
 from ..resume import done_batches, resume_task
 from ..teacher import Teacher
+from ..texts import model_file_name
 from .parts import Run
 from .validation import count_samples, has_single_predictions, validate
 
 _logger = logging.getLogger(__name__)
-
-_NAME_LENGTH = 100  # of a teacher, whose name may be a path, in that of a file
 
 
 def report_teacher(run: Run) -> None:
@@ -75,7 +73,7 @@ def prepare_class_means(run: Run) -> None:
     key = class_means_key(task.teacher, loader.dataset, settings) if args.rank == 0 else ''
     folder = os.path.join(args.output or './output/train', 'class_means')
     task.set_class_means(cached_class_means(
-        os.path.join(folder, f'{safe_model_name(args.teacher)[:_NAME_LENGTH]}-{key}.safetensors'),
+        os.path.join(folder, f'{model_file_name(args.teacher)}-{key}.safetensors'),
         shape,
         partial(compute_class_means, task.teacher, loader, shape[0], run.device, run.precision.model_dtype,
                 run.precision.autocast, args.distributed),
