@@ -38,6 +38,8 @@ def dry_run(args: argparse.Namespace) -> None:
         num_epochs=count_epochs(args),
         num_samples=args.train_num_samples,
         input_size=data_config['input_size'],
+        mean=data_config['mean'],
+        std=data_config['std'],
         device=device,
     )
     if not report.ok:
