@@ -15,7 +15,7 @@ LAYERS = {
     'errors': -3, 'texts': -3, 'console': -1, 'rng': -1, 'stopping': -1, 'gradients': -1, 'meters': -1,
     'optimizer_state': -1,
     'precision': -2, 'products': -2, 'moments': -1, 'segments': -1,
-    'norm_statistics': 0,
+    'norm_statistics': 0, 'dropout': -3,
     'registry': 0, 'losses': 0, 'expansion': 0, 'linalg': 0, 'layouts': -1, 'probing': -1, 'grids': 0, 'schedules': 0,
     'connectors': 0, 'provenance': 0, 'model_card': 0, 'analysis': 0, 'tracking': 0, 'preprocessing': 0,
     'sharding': 0, 'models': 0,

@@ -348,3 +348,117 @@ def test_adapter_inside_a_forward_keeps_nothing_of_a_batch(factory: Callable[[],
     assert module.forward_with_features(images).matched == ()
     module(images)
     copy.deepcopy(module)
+
+
+# Dropout in front of the classifier
+
+class DropsBetween(Plain):
+    """timm's parts with pre-logits in front of the dropout that the head runs, and a classifier behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_features = CHANNELS
+        self.head = nn.Sequential(nn.Dropout(0.5), self.fc)
+        del self.fc
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run_stem(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = x.mean((2, 3))
+        return x if pre_logits else self.head(x)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class DropsInForward(Plain):
+    """A model with nothing but a forward, with a dropout in the middle and one before the classifier."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.dropout(self.run_stem(x), 0.1 if self.training else 0.2, False)
+        return self.fc(nn.functional.dropout(x.mean((2, 3)), 0.5, self.training))
+
+
+DROPPING: Dict[str, Callable[[], nn.Module]] = {
+    'function': lambda: timm.create_model('test_efficientnet', num_classes=CLASSES, drop_rate=0.5),
+    'module': lambda: timm.create_model('test_convnext', num_classes=CLASSES, drop_rate=0.5),
+    'tokens': lambda: timm.create_model('test_vit', num_classes=CLASSES, drop_rate=0.5, img_size=32),
+    'behind the pre-logits': DropsBetween,
+    'in a plain forward': DropsInForward,
+}
+each_dropping = pytest.mark.parametrize('kind', DROPPING)
+
+
+def create_dropping(kind: str, form: str = 'direct') -> AdaptedStudent:
+    torch.manual_seed(0)
+    student = DROPPING[kind]().double()
+    tap = resolve_student_tap(student, SIZE, 'pre_logits')
+    adapter = create_adapter('norm', tap.layout.channels, 3, segments=2, form=form)
+    module = AdaptedStudent(student, [adapter], tap).double().train()
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.momentum = 1.
+    return module
+
+
+@each_form
+@each_dropping
+def test_batch_norms_at_the_pre_logits_see_what_they_see_at_inference(kind: str, form: str) -> None:
+    module, images = create_dropping(kind, form), torch.randn(32, *SIZE, dtype=torch.float64)
+    module(images)
+    for part in module.student.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.eval()
+    dropped = module(images)
+    trained = copy.deepcopy(module.adapters[0].state_dict())
+    module.student.eval()
+    expected = module(images)  # the adapter alone in training
+    for name, tensor in module.adapters[0].state_dict().items():
+        if 'running' in name:
+            torch.testing.assert_close(trained[name], tensor, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(dropped, expected, rtol=0.1)
+
+
+@each_dropping
+def test_half_of_the_classifiers_input_is_dropped_behind_the_adapter(kind: str) -> None:
+    module, images = create_dropping(kind), torch.randn(32, *SIZE, dtype=torch.float64)
+    inputs = []
+    name = module.tap.consumers[0].linear
+    linear = module.student.get_submodule(name)
+    forward = nn.functional.linear
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, 'linear', lambda x, weight, *bias: [
+            inputs.append(x) if weight is linear.weight else None, forward(x, weight, *bias)][1])
+        module(images)
+        module.eval()(images)
+    dropped, kept = inputs
+    assert 0.3 < (dropped == 0).double().mean() < 0.7
+    assert (kept != 0).all()
+
+
+@each_dropping
+def test_logits_of_eval_and_the_loss_do_not_depend_on_the_dropout(kind: str) -> None:
+    module, images = create_dropping(kind), torch.randn(8, *SIZE, dtype=torch.float64)
+    teacher = torch.randn(8, 3, 1, 1, dtype=torch.float64)
+    losses = [module.forward_with_features(images, Features(tap=teacher)).matched[0] for _ in range(2)]
+    torch.testing.assert_close(*losses)
+    module.eval()
+    torch.testing.assert_close(module(images), module.merged_copy()(images))
+    copy.deepcopy(module)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['function', 'module', 'in a plain forward'])
+def test_compiled_student_drops_behind_the_adapter_too(kind: str) -> None:
+    torch.compiler.reset()
+    module, images = create_dropping(kind), torch.randn(32, *SIZE, dtype=torch.float64)
+    module(images)
+    expected = copy.deepcopy(module.adapters[0].state_dict())
+    torch.compile(module, backend='aot_eager')(images)
+    for name, tensor in module.adapters[0].state_dict().items():
+        if 'running' in name:
+            torch.testing.assert_close(tensor, expected[name])

@@ -4,7 +4,7 @@ Knows a student, its adapters and the tap between them; nothing of methods, teac
 """
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Dict, Iterable, Iterator, Optional, Set, Tuple
+from typing import Callable, Dict, Iterable, Iterator, Optional, Set, Tuple
 
 import torch
 import torch.nn as nn
@@ -86,9 +86,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @dataclass
 class _Inside:
-    """An adapter in front of a classifier, what it matches with in the next forward, and the loss of the last one."""
+    """An adapter in front of a classifier, what it matches with in a forward and what runs behind it, and its loss."""
     adapter: nn.Module
     target: Optional[torch.Tensor] = None
+    behind: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
     loss: Optional[torch.Tensor] = None
 
 
@@ -108,18 +109,30 @@ def _run_adapter(layer: nn.Module, args: Tuple[torch.Tensor, ...]) -> Tuple[torc
     inside = layer.__dict__[_INSIDE]
     adapted = inside.adapter(args[0], inside.target)
     inside.loss = adapted.loss
-    return (adapted.output, *args[1:])
+    output = adapted.output if inside.behind is None else inside.behind(adapted.output)
+    return (output, *args[1:])
 
 
-def match_inside(layer: nn.Module, target: Optional[torch.Tensor]) -> None:
-    """Set what the adapter in front of a layer matches with: the teacher's feature, [B, Ct, H, W]."""
-    layer.__dict__[_INSIDE].target = target
+def match_inside(
+        layer: nn.Module,
+        target: Optional[torch.Tensor],
+        behind: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
+) -> None:
+    """Set what the adapter in front of a layer matches with, and what runs between the two.
+
+    Args:
+        layer: The layer.
+        target: The teacher's feature, [B, Ct, H, W].
+        behind: Function of the adapter's output.
+    """
+    inside = layer.__dict__[_INSIDE]
+    inside.target, inside.behind = target, behind
 
 
 def pop_inside_loss(layer: nn.Module) -> Optional[torch.Tensor]:
     """Return the loss of the last forward; nothing of a batch stays behind, so that the module can be copied."""
     inside = layer.__dict__[_INSIDE]
-    loss, inside.loss, inside.target = inside.loss, None, None
+    loss, inside.loss, inside.target, inside.behind = inside.loss, None, None, None
     return loss
 
 

@@ -2,14 +2,28 @@
 
 One module, so that optimizer, DDP, EMA and compile see everything that trains in one forward.
 """
-from contextlib import contextmanager
-from typing import Any, Callable, Dict, FrozenSet, Iterator, Mapping, Optional, Sequence, Set, Tuple, Union
+from contextlib import contextmanager, nullcontext
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    FrozenSet,
+    Iterator,
+    Mapping,
+    Optional,
+    Sequence,
+    Set,
+    Tuple,
+    Union,
+)
 
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
 
 from .adapters import Adapter, AdapterOutput, Match
+from .dropout import DelayedDropout
 from .errors import UsageError
 from .features import Features, layout_for
 from .layouts import FeatureLayout
@@ -125,10 +139,11 @@ class AdaptedStudent(nn.Module):
         classifier = self.student.get_submodule(tap.inside)
         if teacher is not None:
             teacher.wait()
-        match_inside(classifier, None if teacher is None else teacher.tap)
-        features, raw = reader.run_trunk(self.student, images)
-        reader.read_feature(features, raw, self.student, images)
-        reader.run_head(self.student, raw, features)
+        with self._delayed_dropout() as dropout:
+            match_inside(classifier, None if teacher is None else teacher.tap, dropout)
+            features, raw = reader.run_trunk(self.student, images)
+            reader.read_feature(features, raw, self.student, images)
+            reader.run_head(self.student, raw, features)
         loss = pop_inside_loss(classifier)
         features.matched = () if loss is None else (loss,)
         return features
@@ -142,10 +157,18 @@ class AdaptedStudent(nn.Module):
         if not at_pre_logits:
             reader.run_head(self.student, raw, features)
             return features
-        pre_logits = self._adapt(features, self.student.forward_head(raw, pre_logits=True), images, teacher)
+        with self._delayed_dropout() as dropout:
+            pre_logits = self.student.forward_head(raw, pre_logits=True)
+        pre_logits = dropout(self._adapt(features, pre_logits, images, teacher))  # type: ignore[arg-type]
         reader.note_pre_logits(features, pre_logits)  # type: ignore[arg-type]
         reader.note_logits(features, self.student.get_classifier()(pre_logits))
         return features
+
+    def _delayed_dropout(self) -> ContextManager[Callable[[torch.Tensor], torch.Tensor]]:
+        """Skip the dropout behind which the tap is, in training; what the context gives applies it."""
+        if self.tap is None or self.tap.dropout is None or not self.training:
+            return nullcontext(lambda x: x)
+        return DelayedDropout(self.tap.dropout, self.tap.layout.channels)
 
     def _adapt(
             self,

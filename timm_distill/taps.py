@@ -12,6 +12,7 @@ from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 
+from .dropout import count_dropouts, find_dropout_before, find_dropout_of
 from .errors import UsageError
 from .features import drops_positions, has_head, intermediate_maps, last_stage_feature, resolve_feature_layout
 from .folding import Consumer, fold_affine, named_tensors, shared_names
@@ -79,11 +80,14 @@ class StudentTap:
         sites: The tensors at this point that get an adapter each: one, but for heads that read several features.
         rejected: Why the points tried before do not fit.
         inside: Name of the classifier where only the model's own forward reaches its input, '' otherwise.
+        dropout: Which dropout call gives the feature at this point, counted in what runs up to it; the adapter goes
+            before it. None where none does.
     """
     point: str
     sites: Tuple[TapSite, ...]
     rejected: str = ''
     inside: str = ''
+    dropout: Optional[int] = None
 
     @property
     def layout(self) -> FeatureLayout:
@@ -209,15 +213,21 @@ def _measure_point(student: nn.Module, input_size: Sequence[int], point: str) ->
         tap = StudentTap(point, _measure_sites(student, Head(student, point), raw, layouts))
         _check_shared_weights(student, images, tap)
         return tap
-    if not classifier_reads_pre_logits(student, raw):
+    if not classifier_reads_pre_logits(student, raw) or _drops_in_between(student, raw):
         return _measure_inside(student, images)
     pre_logits = student.forward_head(raw, pre_logits=True)
     try:
         tap = StudentTap(point, _measure_sites(student, Head(student, point), pre_logits, _vector_layouts(pre_logits)))
         _check_shared_weights(student, images, tap)
-        return tap
+        return replace(tap, dropout=find_dropout_of(lambda: student.forward_head(raw, pre_logits=True)))
     except _NoTap:  # something other than a linear layer comes first in the classifier
         return _measure_inside(student, images)
+
+
+def _drops_in_between(student: nn.Module, raw: RawFeature) -> bool:
+    """Whether a model runs a dropout between its pre-logits and its classifier, which the two alone would not."""
+    to_pre_logits, classifier = Head(student, 'to_pre_logits'), Head(student, 'pre_logits')
+    return count_dropouts(lambda: classifier(to_pre_logits(raw))) < count_dropouts(lambda: student.forward_head(raw))
 
 
 def _feature_layouts(student: nn.Module, raw: RawFeature, images: torch.Tensor) -> List[List[FeatureLayout]]:
@@ -406,7 +416,8 @@ def _measure_inside(student: nn.Module, images: torch.Tensor) -> StudentTap:
         raise _NoTap(f'the classifier {name} cannot be measured: {" ".join(str(e).split())[:200]}') from e
     if not error < TAP_TOLERANCE:
         raise _NoTap(f'an affine map does not fold into the classifier {name} (measured error {error:.1e})')
-    return StudentTap('pre_logits', (replace(site, error=error),), inside=name)
+    dropout = find_dropout_before(student.get_submodule(name), lambda: student(images))
+    return StudentTap('pre_logits', (replace(site, error=error),), inside=name, dropout=dropout)
 
 
 def _linear_classifier(student: nn.Module, images: torch.Tensor) -> str:
