@@ -160,7 +160,7 @@ class AdaptedStudent(nn.Module):
         with self._delayed_dropout() as dropout:
             pre_logits = self.student.forward_head(raw, pre_logits=True)
         pre_logits = dropout(self._adapt(features, pre_logits, images, teacher))  # type: ignore[arg-type]
-        reader.note_pre_logits(features, pre_logits)  # type: ignore[arg-type]
+        reader.note_pre_logits(features, pre_logits)
         reader.note_logits(features, self.student.get_classifier()(pre_logits))
         return features
 
