@@ -27,6 +27,7 @@ if __name__ == '__main__':
 import argparse
 import json
 import logging
+import shlex
 import time
 from functools import partial
 from typing import List, Optional, Sequence
@@ -49,6 +50,7 @@ from timm_distill.errors import LostStateError
 from timm_distill.locking import FolderLock
 from timm_distill.meters import NonFiniteLossError
 from timm_distill.methods import describe_methods, list_methods, load_method_file
+from timm_distill.progress import collect_warnings
 from timm_distill.resume import check_same_run, restore_rank
 from timm_distill.run import (
     Recorder,
@@ -97,16 +99,18 @@ def main(argv: Optional[Sequence[str]] = None, signals: Optional[StopSignals] = 
         check_folder(args.demo_dir, '--demo-dir')
         run_demo(partial(main, signals=signals), args.demo_dir)
         return None
-    translate_timm_distillation(args, list_methods())
-    check_train_args(args, list_methods())
-    check_mixing(args.kd, mixing_flags(args))
-    if args.dry_run:
-        dry_run(args)
-        return None
-    if int(os.environ.get('RANK', 0)) == 0:  # the one that writes
-        check_folder(os.path.join(args.output or './output/train', args.experiment), '--output')
-    with create_lock() as lock:
-        return train(args, signals, lock)
+    with collect_warnings() as warnings:
+        translate_timm_distillation(args, list_methods())
+        check_train_args(args, list_methods())
+        check_mixing(args.kd, mixing_flags(args))
+        if args.dry_run:
+            dry_run(args)
+            return None
+        if int(os.environ.get('RANK', 0)) == 0:  # the one that writes
+            check_folder(os.path.join(args.output or './output/train', args.experiment), '--output')
+        command = shlex.join(['train_distill.py', *(sys.argv[1:] if argv is None else argv)])
+        with create_lock() as lock:
+            return train(args, signals, lock, command, warnings)
 
 
 def mixing_flags(args: argparse.Namespace) -> List[str]:
@@ -115,8 +119,22 @@ def mixing_flags(args: argparse.Namespace) -> List[str]:
     return [f'{flag} {value}' for flag, value in values.items() if value]
 
 
-def train(args: argparse.Namespace, signals: StopSignals, lock: FolderLock) -> RunResult:
-    """Train as the flags say. The output folder is made when everything else stands."""
+def train(
+        args: argparse.Namespace,
+        signals: StopSignals,
+        lock: FolderLock,
+        command: str = '',
+        warnings: Sequence[str] = (),
+) -> RunResult:
+    """Train as the flags say. The output folder is made when everything else stands.
+
+    Args:
+        args: Flags.
+        signals: Asked whether to stop.
+        lock: Keeps other runs out of the folder.
+        command: How the run was started, for its report.
+        warnings: What the log warns of, which grows while the run goes on; likewise.
+    """
     start = time.monotonic()
     signals.begin()
     args_text = args_to_yaml(args)
@@ -142,7 +160,7 @@ def train(args: argparse.Namespace, signals: StopSignals, lock: FolderLock) -> R
     position = restore_rank(run.task, run.loaders, checkpoint) if checkpoint is not None else None
     fit(run, recorder, start_epoch, position)
     recorder.check_saved()
-    return close(run, recorder, start)
+    return close(run, recorder, start, command, warnings)
 
 
 def cli() -> int:

@@ -1,12 +1,15 @@
 """Every numeric flag has the range in which it makes sense, and a value outside is one message that names it."""
 import argparse
 import math
+from pathlib import Path
 from typing import Any, List
 
 import pytest
+import torch
 from timm.data import Mixup
 from timm.models import list_pretrained
 from timm.models._registry import get_pretrained_cfg
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
 from timm_distill.args import (
     check_train_args,
@@ -16,8 +19,12 @@ from timm_distill.args import (
     create_validate_parser,
     parse_args,
 )
+from timm_distill.args.checks import SCHEDULES
 from timm_distill.args.ranges import RANGES, Range, range_of
+from timm_distill.data import create_train_loss
 from timm_distill.errors import UsageError
+from timm_distill.evaluation import read_valid_labels
+from timm_distill.run.build import check_rates
 
 PARSERS = {'train': create_train_parser, 'validate': create_validate_parser, 'export': create_export_parser}
 CHECKS = {'train': check_train_args, 'validate': check_validate_args}
@@ -149,6 +156,7 @@ def test_what_timm_can_use_stays_legal(argv: List[str]) -> None:
     (['--opt', 'adamw', '--opt-kwargs', 'amsgard=True'], 'closest: amsgrad'),
     (['--opt', 'lookahead_adamw', '--opt-kwargs', 'amsgard=True'], 'closest: amsgrad'),
     (['--opt-kwargs', 'lr=1'], 'lr has a flag of its own, --lr'),
+    (['--opt-kwargs', 'weight_decay=1'], 'weight_decay has a flag of its own, --weight-decay'),
 ])
 def test_an_unknown_argument_of_the_optimizer_is_named_with_the_closest(argv: List[str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
@@ -158,6 +166,48 @@ def test_an_unknown_argument_of_the_optimizer_is_named_with_the_closest(argv: Li
 def test_arguments_of_the_optimizer_and_of_timms_factory_pass() -> None:
     check('train', '--opt-kwargs', 'nesterov=False', 'foreach=True')
     check('train', '--opt', 'muon', '--opt-kwargs', 'fallback_list=[]', 'ns_steps=4')
+
+
+@pytest.mark.parametrize('text', [
+    'rand-mnan', 'rand-m9-mstdinf', 'rand-m9-magic', 'rand-m9.5', 'rand-m-9', 'rand-m9-q3',
+    'augmix-w', 'augmix-z3', 'v0-mstd', 'original-x1'])
+def test_an_augmentation_policy_that_timm_cannot_read_or_reads_in_part_is_named(text: str) -> None:
+    with pytest.raises(UsageError, match='--aa'):
+        check('train', '--aa', text)
+
+
+@pytest.mark.parametrize('text', [
+    'rand', 'rand-m9-mstd0.5-inc1', 'rand-m7-mstd1-tweights', 'rand-m15-n2-p0.6-mmax20', 'augmix-m5-w4-d2', 'v0',
+    'v0r-mstd0.5', 'original', 'originalr', '3a', 'rand-mstd101'])
+def test_an_augmentation_policy_of_timm_passes(text: str) -> None:
+    check('train', '--aa', text)
+
+
+@pytest.mark.parametrize('flags', [
+    ['--lr-cycle-mul', '0.5', '--lr-cycle-limit', '2', '--cooldown-epochs', '40'],  # a logarithm of less than nothing
+    ['--sched', 'step', '--decay-epochs', '0.001', '--decay-rate', '1e30'],
+])
+@pytest.mark.parametrize('on_updates', [False, True])
+def test_a_schedule_that_would_end_inside_the_run_is_found_before_it(flags: List[str], on_updates: bool) -> None:
+    argv = ['--lr', '0.1', '--epochs', '10', '--warmup-epochs', '0', *flags, *['--sched-on-updates'] * on_updates]
+    with pytest.raises(UsageError, match='the learning rate of epoch'):
+        schedule(argv)
+
+
+def schedule(argv: List[str]) -> None:
+    args = parse_args(create_train_parser(), argv)
+    check_train_args(args)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.lr)
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=7)
+    check_rates(args, scheduler, epochs, 7)
+
+
+@pytest.mark.parametrize('sched', SCHEDULES)
+@pytest.mark.parametrize('on_updates', [False, True])
+def test_every_schedule_of_timm_passes(sched: str, on_updates: bool) -> None:
+    argv = ['--sched', sched, '--lr', '0.1', '--epochs', '30', '--decay-epochs', '3', '--cooldown-epochs', '5']
+    schedule([*argv, *['--sched-on-updates'] * (on_updates and sched != 'plateau')])
+    schedule(['--sched', sched, '--lr', '0.1', '--epochs', '200000', '--decay-epochs', '30'])
 
 
 def test_normalisation_and_crop_of_every_timm_model_are_in_range() -> None:
@@ -172,7 +222,7 @@ def test_normalisation_and_crop_of_every_timm_model_are_in_range() -> None:
 def test_timms_mixup_needs_two_different_ends_of_cutmix_minmax() -> None:
     mixup = Mixup(cutmix_minmax=(0.3, 0.3), mixup_alpha=0., num_classes=2)
     with pytest.raises(ValueError):  # the reason for the rule
-        mixup._params_per_batch(), mixup._mix_batch(__import__('torch').zeros(2, 3, 8, 8))
+        mixup(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))
 
 
 @pytest.mark.parametrize(('span', 'text'), [
@@ -186,3 +236,22 @@ def test_timms_mixup_needs_two_different_ends_of_cutmix_minmax() -> None:
 ])
 def test_a_range_is_told_in_words(span: Range, text: str) -> None:
     assert str(span) == text
+
+
+@pytest.mark.parametrize('flag', ['--loss-pos-weight', '--loss-class-weight'])
+@pytest.mark.parametrize('value', ['nan,1', '1,inf', '-1,1', 'nan', 'inf', '-2'])
+def test_weights_of_classes_are_finite_and_not_negative(flag: str, value: str) -> None:
+    args = parse_args(create_train_parser(), ['--bce-loss', f'{flag}={value}'])
+    with pytest.raises(UsageError, match='weight'):
+        create_train_loss(args, num_classes=2)
+
+
+@pytest.mark.parametrize(('text', 'reason'), [('0\n-1\n', '-1 is none'), ('0\n10', '10 is none'), ('3\n3\n', 'twice'),
+                                              ('\n', 'empty'), ('1.5\n', 'one class index per line')])
+def test_valid_labels_are_different_classes_of_the_model(text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / 'labels.txt'
+    path.write_text(text)
+    with pytest.raises(UsageError, match=reason):
+        read_valid_labels(str(path), 10)
+    path.write_text('9\n0\n')
+    assert read_valid_labels(str(path), 10) == [9, 0]

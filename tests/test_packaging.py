@@ -57,7 +57,13 @@ def test_requirements_admit_every_torch_since_2_8(config: configparser.ConfigPar
 
 def test_package_is_typed(config: configparser.ConfigParser) -> None:
     assert files('timm_distill').joinpath('py.typed').is_file()
-    assert config['options.package_data']['timm_distill'] == 'py.typed'
+    assert 'py.typed' in config['options.package_data']['timm_distill'].split(', ')
+
+
+def test_the_template_of_the_report_is_installed(config: configparser.ConfigParser) -> None:
+    assert files('timm_distill').joinpath('templates/report.html').is_file()
+    assert 'templates/*.html' in config['options.package_data']['timm_distill'].split(', ')
+    assert 'jinja2' in config['options']['install_requires'].split()
 
 
 def test_scripts_are_declared(config: configparser.ConfigParser) -> None:

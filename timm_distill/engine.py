@@ -269,7 +269,7 @@ def train_one_epoch(
     if position is not None:
         state.load_position(position)
     plan = islice(accumulation_plan(len(loader), grad_accum_steps), state.data.num_batches, None)
-    desc = f"{desc} epoch {epoch + 1}{f'/{num_epochs}' if num_epochs else ''} train".lstrip()
+    desc = f"{desc} epoch {epoch}{f' of 0-{num_epochs - 1}' if num_epochs else ''} train".lstrip()
     begins_update = True
     num_done, epoch_start = state.data.num_batches, time.perf_counter()
     with progress_bar(state.data, desc, progress if state.log.primary else False, state.data.num_batches) as bar:

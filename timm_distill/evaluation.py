@@ -44,7 +44,7 @@ def evaluate_model(args: Namespace) -> Dict[str, Any]:
         set_fast_norm()
     model = build_model(args)
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size, verbose=True)
-    valid_labels = read_valid_labels(args.valid_labels)
+    valid_labels = read_valid_labels(args.valid_labels, model.num_classes)  # type: ignore[arg-type]
     dataset = create_eval_dataset(args, data_config, len(valid_labels) or model.num_classes)  # type: ignore[arg-type]
     patch_size = find_patch_size(model) if args.naflex_loader else None
     param_count = sum(p.numel() for p in model.parameters())
@@ -86,7 +86,7 @@ def build_model(args: Namespace) -> nn.Module:
             scriptable=args.torchscript,
             **args.model_kwargs,
         )
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as e:
+    except Exception as e:  # a hub, a file and a constructor each raise their own errors
         raise UsageError(f"--model '{args.model}' cannot be built with these flags: {' '.join(str(e).split())}") from e
     if state_dict is not None:
         load_weights(model, state_dict, args)
@@ -136,15 +136,21 @@ def load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], args: Na
             f'(with its --num-classes and --model-kwargs): {reason[:300]}') from e
 
 
-def read_valid_labels(path: str) -> List[int]:
+def read_valid_labels(path: str, num_classes: int) -> List[int]:
     """Read `--valid-labels`, one class index per line; empty without a file."""
     if not path:
         return []
     try:
         with open(path, encoding='utf-8') as f:
-            return [int(line) for line in f if line.strip()]
+            labels = [int(line) for line in f if line.strip()]
     except (OSError, ValueError) as e:
         raise UsageError(f"--valid-labels '{path}' must be a text file with one class index per line: {e}") from e
+    wrong = [label for label in labels if not 0 <= label < num_classes]
+    if wrong or not labels or len(set(labels)) < len(labels):
+        reason = f'{wrong[0]} is none' if wrong else 'one is there twice' if labels else 'it is empty'
+        raise UsageError(f"--valid-labels '{path}' must hold different class indices from 0 to {num_classes - 1}: "
+                         f'{reason}')
+    return labels
 
 
 def prepare_model(

@@ -98,7 +98,10 @@ def _describe(architecture: str, provenance: Mapping[str, Any], ema: bool) -> st
 
 def _input_facts(data_config: Mapping[str, Any]) -> Dict[str, Any]:
     names = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
-    return {name: data_config[name] for name in names if data_config.get(name) is not None}
+    facts = {name: data_config[name] for name in names if data_config.get(name) is not None}
+    if 'input_size' in facts:
+        facts['input_size'] = ' x '.join(map(str, facts['input_size']))
+    return facts
 
 
 def _items(facts: Mapping[str, Any]) -> List[str]:
@@ -110,6 +113,5 @@ def format_fact(value: Any) -> str:
     if isinstance(value, Mapping):
         return ', '.join(f'{key} {format_fact(v)}' for key, v in value.items())
     if isinstance(value, (list, tuple)):
-        separator = ' x ' if all(isinstance(v, int) for v in value) else ', '
-        return separator.join(format_fact(v) for v in value)
+        return ', '.join(format_fact(v) for v in value)
     return f'{value:.6g}' if isinstance(value, float) else str(value)

@@ -5,7 +5,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Dict, Iterator, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from .meters import LossMeter
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ['StepTiming', 'TrainLog', 'progress_bar']
+__all__ = ['StepTiming', 'TrainLog', 'collect_warnings', 'progress_bar']
 
 
 @dataclass
@@ -115,6 +115,31 @@ class TrainLog:
         """Return the training time left at the speed since the last line, h:mm:ss; validation is not counted."""
         updates = (self.num_epochs - self.epoch) * self.num_updates - update_idx - 1
         return str(timedelta(seconds=round(elapsed / self.updates * max(updates, 0))))
+
+
+class _WarningList(logging.Handler):
+    """Notes each message once; one that changes with every update does not make it endless."""
+
+    def __init__(self, longest: int = 100):
+        super().__init__(logging.WARNING)
+        self.longest = longest
+        self.lines: List[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if line not in self.lines and len(self.lines) < self.longest:
+            self.lines.append(line)
+
+
+@contextmanager
+def collect_warnings() -> Iterator[List[str]]:
+    """Collect what the log warns of, errors too, each message once and at most a hundred, while this is entered."""
+    handler = _WarningList()
+    logging.getLogger().addHandler(handler)
+    try:
+        yield handler.lines
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 @contextmanager

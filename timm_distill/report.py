@@ -1,32 +1,21 @@
 """The report of a run: one HTML file that needs nothing else, and the same figures as one PNG."""
 import base64
-import html
 import importlib.util
 import io
+import math
 import os
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from .analysis import Predictions, agreement, calibrate
+from jinja2 import Environment, PackageLoader
 
-_STYLE = '''
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin: 0 0 .5rem; }
-.sub { color: #666; margin-top: 0; }
-.tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; }
-.tile { border: 1px solid #ddd; border-radius: 8px; padding: .6rem 1rem; min-width: 7rem; }
-.tile b { display: block; font-size: 1.5rem; font-weight: 600; } .tile span { color: #666; font-size: .85rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 1.2rem; }
-section { border: 1px solid #e4e4e4; border-radius: 8px; padding: 1rem; overflow-x: auto; }
-section img { max-width: 100%; height: auto; display: block; margin: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; }
-th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #eee; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } td.text { text-align: left; white-space: normal; }
-section.wide { grid-column: 1 / -1; margin-top: 1.2rem; }
-@media (max-width: 520px) { .figures { grid-template-columns: 1fr; } }
-'''
-_DPI = 110
+from .analysis import Predictions, agreement, calibrate
+from .model_card import format_fact
+
+_PAGE_DPI = 150  # screens have up to twice the pixels that a page counts
+_SHEET_DPI = 110
+_GROUPS = ('train_', 'eval_')  # prefixes of columns that a table puts under one heading
 
 
 @dataclass
@@ -41,6 +30,10 @@ class ReportData:
         class_names: Name of every class.
         times: Seconds of a training step by part: 'teacher', 'student', 'data'.
         facts: What else there is to know, in tables by heading.
+        best_epoch: Epoch of the released student, counted from 0; None where it is not known.
+        ema: Whether the released student's weights are averaged ones.
+        command: What started the run.
+        warnings: What the log warned of, in its order.
     """
     title: str
     rows: List[Dict[str, float]]
@@ -49,6 +42,10 @@ class ReportData:
     class_names: Sequence[str] = ()
     times: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    best_epoch: Optional[int] = None
+    ema: bool = False
+    command: str = ''
+    warnings: Sequence[str] = ()
 
 
 def can_draw() -> bool:
@@ -62,83 +59,97 @@ def write_report(data: ReportData, folder: str) -> List[str]:
     Returns:
         Their paths.
     """
-    from .report_figures import draw_figures  # matplotlib is an extra
-    figures = draw_figures(data.rows, data.student, data.teacher, data.class_names, data.times)
-    images = {title: _png(figure) for title, figure in figures.items()}
+    from .report_figures import draw_plot, draw_sheet, list_plots  # matplotlib is an extra
+    plots = list_plots(
+        data.rows, data.student, data.teacher, data.class_names, data.times, data.best_epoch, data.ema)
+    figures = [dict(title=plot.title, wide=plot.wide, image=_png(draw_plot(plot), _PAGE_DPI)) for plot in plots]
     paths = [os.path.join(folder, name) for name in ('report.html', 'report.png')]
     with open(paths[0], 'w', encoding='utf-8', errors='backslashreplace') as f:
-        f.write(render_html(data, images))
+        f.write(render_html(data, figures))
     with open(paths[1], 'wb') as f:
-        f.write(_tile(images))
+        f.write(_png(draw_sheet(plots, data.title), _SHEET_DPI))
     return paths
 
 
-def _png(figure: Any) -> bytes:
+def _png(figure: Any, dpi: int) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format='png', dpi=_DPI)
+    figure.savefig(buffer, format='png', dpi=dpi)
     return buffer.getvalue()
 
 
-def _tile(images: Mapping[str, bytes]) -> bytes:
-    """Return all figures on one page, two in a row."""
-    from PIL import Image
-    pages = [Image.open(io.BytesIO(data)).convert('RGB') for data in images.values()]
-    rows = [pages[i:i + 2] for i in range(0, len(pages), 2)]
-    width = max(sum(page.width for page in row) for row in rows)
-    sheet = Image.new('RGB', (width, sum(max(page.height for page in row) for row in rows)), 'white')
-    top = 0
-    for row in rows:
-        left = 0
-        for page in row:
-            sheet.paste(page, (left, top))
-            left += page.width
-        top += max(page.height for page in row)
-    buffer = io.BytesIO()
-    sheet.save(buffer, format='PNG')
-    return buffer.getvalue()
+def render_html(data: ReportData, figures: Sequence[Mapping[str, Any]]) -> str:
+    """Return the report as a page.
+
+    Args:
+        data: What it shows.
+        figures: Title, width ('wide': all columns) and 'image', a PNG that becomes part of the page, of each figure.
+    """
+    environment = Environment(loader=PackageLoader('timm_distill'), autoescape=True)
+    return environment.get_template('report.html').render(
+        title=data.title,
+        weights=_describe_weights(data),
+        headline=headline(data),
+        command=data.command,
+        warnings=data.warnings,
+        figures=[{**figure, 'image': base64.b64encode(figure['image']).decode()} for figure in figures],
+        epochs=epochs_table(data.rows, data.best_epoch),
+        facts=_facts_tables(data.facts),
+    )
 
 
-def render_html(data: ReportData, images: Mapping[str, bytes]) -> str:
-    """Return the report as a page; the figures are in it as they are."""
-    tiles = ''.join(f'<div class="tile"><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>'
-                    for name, value in headline(data).items())
-    figures = ''.join(
-        f'<section><h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" '
-        f'src="data:image/png;base64,{base64.b64encode(image).decode()}"></section>' for title, image in images.items())
-    tables = ''.join(_facts_table(heading, facts) for heading, facts in data.facts.items() if facts)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(data.title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n<body>'
-        f'<h1>{html.escape(data.title)}</h1><p class="sub">timm_distill report</p><div class="tiles">{tiles}</div>\n'
-        f'<div class="figures">{figures}{_rows_table(data.rows)}{tables}</div>\n</body></html>\n')
+def _describe_weights(data: ReportData) -> str:
+    if not data.rows and data.student is None:
+        return ''
+    weights = 'the averaged weights (EMA)' if data.ema else 'the weights as trained (raw)'
+    return weights if data.best_epoch is None else f'{weights} of epoch {data.best_epoch}, the best one'
 
 
 def headline(data: ReportData) -> Dict[str, str]:
     """Return the few numbers that matter most, by what they are."""
     numbers: Dict[str, str] = {}
     if data.student is not None:
-        numbers['student top-1, %'] = f'{data.student.top1:.2f}'
+        numbers[f'student top-1, % ({"EMA" if data.ema else "raw"} weights)'] = f'{data.student.top1:.2f}'
     if data.teacher is not None:
         numbers['teacher top-1, %'] = f'{data.teacher.top1:.2f}'
     if data.student is not None and data.teacher is not None:
         numbers['same prediction, %'] = f'{agreement(data.student.classes, data.teacher.classes):.2f}'
     if data.student is not None:
         numbers['calibration error, %'] = f'{100 * calibrate(data.student).error:.1f}'
-    numbers['epochs'] = str(len(data.rows))
+    if data.best_epoch is not None:
+        numbers['best epoch, from 0'] = str(data.best_epoch)
+    numbers['epochs validated'] = str(len(data.rows))
     return numbers
 
 
-def _facts_table(heading: str, facts: Mapping[str, Any]) -> str:
-    rows = ''.join(f'<tr><td>{html.escape(str(name))}</td><td class="text">{html.escape(str(value))}</td></tr>'
-                   for name, value in facts.items() if value not in (None, '', {}, []))
-    return f'<section><h2>{html.escape(heading.capitalize())}</h2><table>{rows}</table></section>' if rows else ''
+def epochs_table(rows: Sequence[Mapping[str, float]], best_epoch: Optional[int] = None) -> Dict[str, Any]:
+    """Return the table of epochs.
+
+    Args:
+        rows: Rows of `summary.csv`.
+        best_epoch: Which one to mark.
+
+    Returns:
+        'groups' (heading and number of columns), 'names' of the columns, and 'rows' of 'cells', 'best' for one.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    groups = [next((prefix for prefix in _GROUPS if name.startswith(prefix)), '') for name in columns]
+    return {
+        'groups': [(prefix.rstrip('_'), len(list(same))) for prefix, same in groupby(groups)],
+        'names': [name[len(prefix):].replace('_', ' ') for name, prefix in zip(columns, groups)],
+        'rows': [
+            {'cells': [_number(row.get(name, math.nan)) for name in columns], 'best': row.get('epoch') == best_epoch}
+            for row in rows],
+    }
 
 
-def _rows_table(rows: Sequence[Mapping[str, float]]) -> str:
-    if not rows:
+def _number(value: float) -> str:
+    if math.isnan(value):
         return ''
-    names = list(rows[0])
-    head = ''.join(f'<th>{html.escape(name.replace("_", " "))}</th>' for name in names)
-    body = ''.join('<tr>' + ''.join(f'<td>{row[name]:.6g}</td>' if name in row else '<td></td>' for name in names)
-                   + '</tr>' for row in rows)
-    return f'<section class="wide"><h2>Epochs</h2><table><tr>{head}</tr>{body}</table></section>'
+    return str(int(value)) if value == int(value) and abs(value) < 1e6 else f'{value:.4g}'
+
+
+def _facts_tables(facts: Mapping[str, Mapping[str, Any]]) -> Dict[str, Dict[str, str]]:
+    """Return what is known under each heading, in words; what is empty is left out."""
+    tables = {heading.capitalize(): {name: format_fact(value) for name, value in table.items()
+                                     if value not in (None, '', {}, [])} for heading, table in facts.items() if table}
+    return {heading: table for heading, table in tables.items() if table}

@@ -4,8 +4,10 @@ import difflib
 import inspect
 import logging
 import math
+import re
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.optim import get_optimizer_class, list_optimizers, optimizer_kwargs
 
 from ..errors import UsageError
@@ -144,6 +146,8 @@ def _optimizer_options(opt: str) -> List[str]:
 def _check_augmentation(args: argparse.Namespace) -> None:
     if args.aa and args.aa.split('-')[0] not in _AUTO_AUGMENT:
         raise UsageError(f"--aa '{args.aa}' must begin with one of {', '.join(_AUTO_AUGMENT)}")
+    if args.aa:
+        _check_policy(args.aa)
     for name in ('scale', 'ratio', 'cutmix_minmax'):
         value = getattr(args, name)
         if value is not None and (len(value) != 2 or value[0] > value[1]):
@@ -154,6 +158,20 @@ def _check_augmentation(args: argparse.Namespace) -> None:
         raise UsageError(f'--cutmix-minmax {" ".join(map(str, args.cutmix_minmax))} must be two different numbers')
     if (args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None) and args.batch_size % 2:
         raise UsageError(f'--batch-size {args.batch_size} must be even with --mixup or --cutmix, which mix in pairs')
+
+
+def _check_policy(text: str) -> None:
+    """Reject an `--aa` that timm cannot read, or of which it passes over a part."""
+    create = {'rand': rand_augment_transform, 'augmix': augment_and_mix_transform}.get(
+        text.split('-')[0], auto_augment_transform)
+    ignored = [part for part in text.split('-')[1:] if not re.search(r'\d', part) and not part.startswith('t')]
+    if ignored:
+        raise UsageError(f"--aa '{text}': '{ignored[0]}' has no number, timm passes over it; e.g. rand-m9-mstd0.5-inc1")
+    try:
+        create(text, {})
+    except (AssertionError, KeyError, TypeError, ValueError) as e:
+        reason = str(e) or type(e).__name__
+        raise UsageError(f"--aa '{text}' is no policy of timm ({reason}), e.g. rand-m9-mstd0.5-inc1") from e
 
 
 def _check_distillation(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Phases of a run: everything that can fail before anything is written."""
 import argparse
 import logging
+import math
 from typing import Any, Dict, Tuple
 
 import torch
@@ -10,7 +11,7 @@ from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 
 from ..composition import methods_of
 from ..data import DataLoaders, IndexedDataset, create_loaders, create_train_loss, read_labels
@@ -198,9 +199,30 @@ def build_scheduler(
         )
     except ValueError as e:  # lengths that do not fit into one another
         raise UsageError(f'--sched {args.sched}: {e}') from e
+    check_rates(args, scheduler, num_epochs, -(-len(loaders.train) // args.grad_accum_steps))
     if args.rank == 0:
         _logger.info(f'Scheduled epochs: {num_epochs}.')
     return scheduler, num_epochs
+
+
+def check_rates(args: argparse.Namespace, scheduler: Any, num_epochs: int, updates_per_epoch: int) -> None:
+    """Compute the learning rate of every epoch, of ten thousand where there are more, before any is trained.
+
+    Raises:
+        UsageError: If one is not finite, is negative or cannot be computed: it would be at that epoch otherwise.
+    """
+    if scheduler is None or isinstance(scheduler, PlateauLRScheduler):  # which knows none in advance
+        return
+    scale = updates_per_epoch if args.sched_on_updates else 1
+    for epoch in [*range(0, num_epochs, max(1, num_epochs // 10_000)), num_epochs]:
+        try:
+            rates = scheduler._get_lr(epoch * scale)  # timm has no public way to ask
+            problem = '' if all(0 <= rate < math.inf for rate in rates) else f'is {rates[0]}'
+        except (ArithmeticError, TypeError, ValueError) as e:
+            problem = f'cannot be computed ({type(e).__name__}: {e})'
+        if problem:
+            raise UsageError(f'--sched {args.sched}: the learning rate of epoch {epoch} of {num_epochs} {problem}: '
+                             'change --lr-cycle-mul, --lr-cycle-decay, --lr-k-decay, --decay-rate or --cooldown-epochs')
 
 
 def count_epochs(args: argparse.Namespace) -> int:

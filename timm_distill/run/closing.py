@@ -2,7 +2,7 @@
 import logging
 import os
 import time
-from typing import Dict
+from typing import Dict, Sequence
 
 import torch.distributed as dist
 import torch.nn as nn
@@ -22,20 +22,28 @@ from .validation import count_samples, has_single_predictions
 _logger = logging.getLogger(__name__)
 
 
-def close(run: Run, recorder: Recorder, start: float) -> RunResult:
+def close(
+        run: Run,
+        recorder: Recorder,
+        start: float,
+        command: str = '',
+        warnings: Sequence[str] = (),
+) -> RunResult:
     """Write the report and the student to release, where no signal stopped the run before, and return its result.
 
     Args:
         run: The run.
         recorder: Knows what was saved.
         start: When the run began, by `time.monotonic`.
+        command: How it was started, for the report.
+        warnings: What its log warned of, likewise.
     """
     signals = recorder.signals
     try:
         if not recorder.result.stopped_by:
             signals.last_words = recorder.when_unfinished()
             signals.let_go()
-            write_run_report(run, recorder)
+            write_run_report(run, recorder, command, warnings)
         if run.args.distributed:
             dist.destroy_process_group()
         recorder.finish(time.monotonic() - start)
@@ -49,8 +57,15 @@ def close(run: Run, recorder: Recorder, start: float) -> RunResult:
     return recorder.result
 
 
-def write_run_report(run: Run, recorder: Recorder) -> None:
-    """Write `report.html` and `report.png` of the best student beside the checkpoints."""
+def write_run_report(run: Run, recorder: Recorder, command: str = '', warnings: Sequence[str] = ()) -> None:
+    """Write `report.html` and `report.png` of the best student beside the checkpoints.
+
+    Args:
+        run: The run.
+        recorder: What it left behind.
+        command: How it was started.
+        warnings: What its log warned of.
+    """
     args = run.args
     if not args.report or not can_draw():
         if args.report and args.rank == 0:
@@ -74,6 +89,10 @@ def write_run_report(run: Run, recorder: Recorder) -> None:
         class_names=class_names(run.loaders.eval.dataset, args.num_classes) if run.loaders.eval is not None else (),
         times=split_step_time(run),
         facts=recorder.info['provenance'],
+        best_epoch=recorder.result.best_epoch,
+        ema=run.task.has_ema(),
+        command=command,
+        warnings=warnings,
     )
     try:
         paths = write_report(data, recorder.result.output_dir)
