@@ -43,7 +43,6 @@ from timm_distill.args import (
     translate_timm_distillation,
 )
 from timm_distill.composition import check_mixing
-from timm_distill.console import run_script
 from timm_distill.data import user_message
 from timm_distill.demo import run_demo
 from timm_distill.errors import LostStateError
@@ -72,6 +71,7 @@ from timm_distill.run import (
 )
 from timm_distill.stopping import EXIT_INTERRUPTED, StopRequested, StopSignals, end_child_processes, exit_code
 from timm_distill.storage import check_folder
+from timm_distill.utils.console import run_script
 
 
 def main(argv: Optional[Sequence[str]] = None, signals: Optional[StopSignals] = None) -> Optional[RunResult]:

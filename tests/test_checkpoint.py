@@ -22,8 +22,8 @@ import timm_distill.storage
 from timm_distill.checkpoint import DistillCheckpointSaver, get_rank_state
 from timm_distill.errors import MergeError, UsageError
 from timm_distill.resume import check_same_run, find_newest, resolve_resume, restore_rank, resume_task
-from timm_distill.rng import get_rng_state, set_rng_state
 from timm_distill.storage import read_checkpoint, verify, write_checkpoint
+from timm_distill.utils.random import get_rng_state, set_rng_state
 
 
 class StubTask(ClassificationTask):

@@ -13,7 +13,7 @@ from timm_distill import UsageError
 from timm_distill.args import create_train_parser
 from timm_distill.data import class_names, create_datasets
 from timm_distill.data.class_map import read_class_map, settle_order
-from timm_distill.texts import model_file_name
+from timm_distill.utils.text import model_file_name
 
 
 class Planted:

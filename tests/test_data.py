@@ -27,7 +27,7 @@ from timm_distill.data import (
 )
 from timm_distill.data.batch_scale import BatchScale
 from timm_distill.errors import UsageError
-from timm_distill.rng import get_rng_state, set_rng_state
+from timm_distill.utils.random import get_rng_state, set_rng_state
 
 CPU = torch.device('cpu')
 DATA_CONFIG = {

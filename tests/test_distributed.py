@@ -13,7 +13,8 @@ from timm.utils import unwrap_model
 
 from timm_distill import Teacher, UsageError, create_distill_task
 from timm_distill.engine import evaluate, train_one_epoch
-from timm_distill.sharding import count_local_parameters, count_parameters, find_parts, share_weights
+from timm_distill.sharding import count_local_parameters, count_parameters, find_parts
+from timm_distill.utils.distributed import share_weights
 
 pytestmark = pytest.mark.dist
 CPU, STEPS, IMAGES = torch.device('cpu'), 4, 8

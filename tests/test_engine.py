@@ -15,7 +15,7 @@ from timm.utils import NativeScaler
 
 from timm_distill.engine import NonFiniteLossError, evaluate, train_one_epoch
 from timm_distill.errors import UsageError
-from timm_distill.rng import get_rng_state, set_rng_state
+from timm_distill.utils.random import get_rng_state, set_rng_state
 
 CPU = torch.device('cpu')
 

@@ -18,9 +18,9 @@ from torchvision.models import resnet18
 from timm_distill import Teacher, UsageError, create_distill_task, create_teacher
 from timm_distill.features import Features
 from timm_distill.fusing import settle_batch_norms
-from timm_distill.norm_statistics import is_batch_norm
 from timm_distill.preprocessing import InputRecord
 from timm_distill.teacher import hash_weights
+from timm_distill.utils.batch_norm import is_batch_norm
 
 SIZE = (3, 32, 32)
 UNREADABLE = 'Cannot read .* check --teacher-checkpoint|is refused: .* Check --teacher-checkpoint'

@@ -14,9 +14,9 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .linalg import AffineMap, batch_norm_affine, scale_shift, to_float64
-from .norm_statistics import is_batch_norm
 from .probing import CANNOT_RUN, output_error
+from .utils.affine import AffineMap, batch_norm_affine, scale_shift, to_float64
+from .utils.batch_norm import is_batch_norm
 
 FUSE_TOLERANCE = 1e-9  # relative to each output's spread, in float64
 _LINEAR_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

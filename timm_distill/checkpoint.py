@@ -19,7 +19,6 @@ from timm.utils import CheckpointSaver, unwrap_model
 
 from .errors import MergeError
 from .optimizer_state import get_hidden_state
-from .rng import get_rng_state, unchanged_randomness
 from .run_files import (
     PREVIOUS,
     RunFile,
@@ -31,7 +30,16 @@ from .run_files import (
     set_aside,
     weights_of,
 )
-from .storage import DISK_FULL, checkpoint_size, describe_space, flush, put_in_place, why_unwritten, write_checkpoint
+from .storage import (
+    DISK_FULL,
+    checkpoint_size,
+    describe_space,
+    flush,
+    put_in_place,
+    why_unwritten,
+    write_checkpoint,
+)
+from .utils.random import get_rng_state, unchanged_randomness
 
 _logger = logging.getLogger(__name__)
 

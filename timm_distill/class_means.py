@@ -18,10 +18,10 @@ from timm.task import evaluation_sample_limit
 from .data import digest_fingerprint, fingerprint_dataset
 from .errors import UsageError
 from .progress import progress_bar
-from .rng import get_rng_state, set_rng_state
 from .storage import flush, put_in_place
 from .teacher import Teacher
-from .texts import printable
+from .utils.random import get_rng_state, set_rng_state
+from .utils.text import printable
 
 _logger = logging.getLogger(__name__)
 

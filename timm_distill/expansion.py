@@ -17,9 +17,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .moments import Moments, residual_spread
-from .precision import full_float32
 from .products import channel_means, gram, matmul_nn, matmul_nt, matmul_tn, row_products
 from .segments import Segments, put_part
+from .utils.precision import full_float32
 
 
 class Expansion(NamedTuple):

@@ -13,7 +13,6 @@ import torch.nn as nn
 from timm.utils.model import reparameterize_model
 
 from .batch_norms import FUSE_TOLERANCE, Pair, Read, find_pairs, fold_pair
-from .norm_statistics import is_batch_norm
 from .probing import (
     CANNOT_RUN,
     classifier_parameters,
@@ -22,6 +21,7 @@ from .probing import (
     private_generator,
     random_images,
 )
+from .utils.batch_norm import is_batch_norm
 
 _logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Tuple
 import torch
 import torch.nn.functional as F
 
-from .precision import in_full_precision, to_full_precision
+from .utils.precision import in_full_precision, to_full_precision
 
 
 def kl_divergence(

@@ -11,9 +11,9 @@ import torch.nn as nn
 from timm.layers import SplitBatchNorm2d
 
 from .folding import fold_affine, named_tensors
-from .precision import full_float32
 from .probing import evaluation_mode
 from .taps import StudentTap
+from .utils.precision import full_float32
 
 # Largest logit difference, relative to the logits' spread, that rounding explains.
 MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -11,15 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
 from .moments import BatchStatistics, Moments, share_moments
-from .precision import to_full_precision
+from .utils.precision import to_full_precision
 
 _KNOWN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)  # the last is what timm freezes them to
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """Whether a module normalises with running statistics: batch norms of torch and timm, frozen ones included."""
-    return hasattr(module, 'eps') and all(
-        isinstance(getattr(module, name, None), torch.Tensor) for name in ('running_mean', 'running_var'))
 
 
 def is_known_norm(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ of workers. Knows no model and no flags.
 import logging
 from typing import Any, Dict, Iterator, Optional
 
-from .rng import RandomState
+from .utils.random import RandomState
 
 _logger = logging.getLogger(__name__)
 

@@ -59,7 +59,7 @@ def write_report(data: ReportData, folder: str) -> List[str]:
     Returns:
         Their paths.
     """
-    from .report_figures import draw_plot, draw_sheet, list_plots  # matplotlib is an extra
+    from .report_figures import draw_plot, draw_sheet, list_plots
     plots = list_plots(
         data.rows, data.student, data.teacher, data.class_names, data.times, data.best_epoch, data.ema)
     figures = [dict(title=plot.title, wide=plot.wide, image=_png(draw_plot(plot), _PAGE_DPI)) for plot in plots]

@@ -19,7 +19,6 @@ from .checkpoint import PLATEAU_COUNTERS, get_rank_buffers
 from .errors import UsageError
 from .locking import FolderLock
 from .optimizer_state import load_optimizer_state, set_hidden_state
-from .rng import set_rng_state
 from .run_files import (
     RunFile,
     checkpoint_progress,
@@ -32,7 +31,8 @@ from .run_files import (
     weights_of,
 )
 from .storage import DamagedFileError, read_checkpoint
-from .texts import model_file_name
+from .utils.random import set_rng_state
+from .utils.text import model_file_name
 
 _logger = logging.getLogger(__name__)
 

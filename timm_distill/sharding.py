@@ -51,20 +51,6 @@ def _local(parameter: Any) -> torch.Tensor:
     return parameter.to_local() if hasattr(parameter, 'to_local') else parameter
 
 
-@torch.no_grad()
-def share_weights(module: nn.Module, device: torch.device) -> None:
-    """Give all processes the first one's weights: those of a model without any are drawn by each for itself.
-
-    Args:
-        module: The same architecture in every process, on any device.
-        device: Where the process group communicates.
-    """
-    for tensor in module.state_dict().values():
-        shared = tensor.to(device)
-        dist.broadcast(shared, src=0)
-        tensor.copy_(shared)
-
-
 def create_mesh(device: torch.device) -> DeviceMesh:
     """Return the mesh to shard over: the processes of a node, so that parts are not gathered through the network."""
     world_size = dist.get_world_size()

@@ -18,8 +18,6 @@ from .features import drops_positions, has_head, intermediate_maps, last_stage_f
 from .folding import Consumer, fold_affine, named_tensors, shared_names
 from .grids import candidate_layouts
 from .layouts import FeatureLayout
-from .linalg import AffineMap
-from .norm_statistics import is_batch_norm
 from .probing import (
     CANNOT_RUN,
     Call,
@@ -33,6 +31,8 @@ from .probing import (
     random_tensors,
     trace,
 )
+from .utils.affine import AffineMap
+from .utils.batch_norm import is_batch_norm
 
 _logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from timm.models import resolve_model_input_args
 from .errors import UsageError
 from .preprocessing import InputRecord, is_same
 from .probing import CANNOT_RUN
-from .rng import unchanged_randomness
+from .utils.random import unchanged_randomness
 from .weight_files import WeightFile, read_weight_file, recorded_size
 
 _logger = logging.getLogger(__name__)

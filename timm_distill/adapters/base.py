@@ -5,8 +5,8 @@ from typing import Callable, Optional
 import torch
 import torch.nn as nn
 
-from ..linalg import AffineMap
-from ..registry import Registry
+from ..utils.affine import AffineMap
+from ..utils.registry import Registry
 
 ADAPTERS = Registry('adapter', '--kd', __package__)
 

@@ -15,19 +15,11 @@ import torch.nn as nn
 
 from ..errors import UsageError
 from ..expansion import Expansion, expand_moments
-from ..linalg import AffineMap, add_identity, batch_norm_affine, compose, scale_shift, to_float64
 from ..losses import match_grids, n_to_one_loss, to_full_precision
-from ..moments import (
-    BatchStatistics,
-    Moments,
-    compute_moments,
-    map_rows,
-    row_variances,
-)
+from ..moments import BatchStatistics, Moments, compute_moments, map_rows, row_variances
 from ..norm_statistics import (
     batch_statistics,
     count_ranks,
-    is_batch_norm,
     is_known_norm,
     reads_batch,
     running_scale_and_shift,
@@ -36,6 +28,8 @@ from ..norm_statistics import (
     value_at_zero,
 )
 from ..products import from_rows
+from ..utils.affine import AffineMap, add_identity, batch_norm_affine, compose, scale_shift, to_float64
+from ..utils.batch_norm import is_batch_norm
 from .base import Adapter, AdapterOutput, Match, register_adapter
 
 _logger = logging.getLogger(__name__)

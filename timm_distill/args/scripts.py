@@ -12,7 +12,13 @@ from .dataset import (
     add_train_split_args,
 )
 from .distillation import add_distillation_args, add_timm_distillation_args
-from .model import add_device_args, add_distributed_args, add_model_args, add_train_device_args, add_train_model_args
+from .model import (
+    add_device_args,
+    add_distributed_args,
+    add_model_args,
+    add_train_device_args,
+    add_train_model_args,
+)
 from .optimization import add_batch_norm_args, add_ema_args, add_optimizer_args, add_schedule_args
 from .output import add_output_args, add_wandb_args
 from .parser import ArgumentParser

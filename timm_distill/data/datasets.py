@@ -10,7 +10,7 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
 
 from ..errors import UsageError
-from ..texts import printable
+from ..utils.text import printable
 from .class_map import read_class_map, report_class_map, settle_order
 from .decoding import ImageDecoder
 from .images import DecodedStream, StrictImageDataset, load_file

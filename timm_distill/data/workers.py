@@ -10,8 +10,8 @@ from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from ..rng import get_rng_state, set_rng_state
 from ..stopping import outlive_stop_signals
+from ..utils.random import get_rng_state, set_rng_state
 
 # A pickle of the worker's own making: bytes cross the process boundary faster than tensors, which need shared memory.
 WorkerState = Tuple[int, bytes]

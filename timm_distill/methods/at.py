@@ -13,9 +13,9 @@ import torch
 from ..errors import UsageError
 from ..features import Features
 from ..losses import l2_normalize, match_grids
-from ..precision import in_full_precision
 from ..reading import PairSpec
 from ..stage_matching import StageChoice, StagePairs, check_stage_choice, matched_stages, select_stages
+from ..utils.precision import in_full_precision
 from .base import DistillMethod, register_method
 
 

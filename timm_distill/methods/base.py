@@ -11,8 +11,8 @@ import torch.nn as nn
 from ..errors import UsageError
 from ..features import Features
 from ..reading import PairSpec
-from ..registry import Registry
 from ..schedules import Steps
+from ..utils.registry import Registry
 
 METHODS = Registry('method', '--kd', __package__, entry_points='timm_distill.methods')
 

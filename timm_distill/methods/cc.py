@@ -13,8 +13,8 @@ import torch.nn as nn
 
 from ..errors import UsageError
 from ..features import Features
-from ..precision import in_full_precision
 from ..reading import PairSpec
+from ..utils.precision import in_full_precision
 from .base import DistillMethod, register_method
 
 

@@ -21,9 +21,16 @@ from ..connectors import BatchNorm2d
 from ..errors import UsageError
 from ..features import Features
 from ..losses import l2_normalize, match_grids
-from ..precision import in_full_precision
 from ..reading import PairSpec
-from ..stage_matching import StageChoice, StagePairs, check_stage_choice, matched_stages, select_stages, stages_of_pairs
+from ..stage_matching import (
+    StageChoice,
+    StagePairs,
+    check_stage_choice,
+    matched_stages,
+    select_stages,
+    stages_of_pairs,
+)
+from ..utils.precision import in_full_precision
 from .base import DistillMethod, register_method
 
 

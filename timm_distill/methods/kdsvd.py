@@ -22,9 +22,16 @@ from ..connectors import equal_channels
 from ..errors import UsageError
 from ..features import Features
 from ..losses import l2_normalize, pool_to_grid, squared_norm_of_product
-from ..precision import in_full_precision
 from ..reading import PairSpec
-from ..stage_matching import StageChoice, StagePairs, check_stage_choice, matched_stages, select_stages, stages_of_pairs
+from ..stage_matching import (
+    StageChoice,
+    StagePairs,
+    check_stage_choice,
+    matched_stages,
+    select_stages,
+    stages_of_pairs,
+)
+from ..utils.precision import in_full_precision
 from .base import DistillMethod, register_method
 
 _EXTRA_VECTORS = 3  # of the student's, among which the best aligned are chosen

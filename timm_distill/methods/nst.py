@@ -16,9 +16,9 @@ import torch
 
 from ..features import Features
 from ..losses import l2_normalize, match_grids, squared_norm_of_product
-from ..precision import in_full_precision
 from ..reading import PairSpec
 from ..stage_matching import StageChoice, StagePairs, check_stage_choice, matched_stages, select_stages
+from ..utils.precision import in_full_precision
 from .base import DistillMethod, register_method
 
 

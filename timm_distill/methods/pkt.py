@@ -12,7 +12,7 @@ from typing import Dict
 import torch
 
 from ..features import Features
-from ..precision import in_full_precision
+from ..utils.precision import in_full_precision
 from .base import DistillMethod, register_method
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..errors import UsageError
 from ..features import Features
-from ..precision import in_full_precision
+from ..utils.precision import in_full_precision
 from .base import DistillMethod, register_method
 
 _EPS = 1e-12  # smallest squared distance

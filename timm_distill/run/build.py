@@ -26,8 +26,8 @@ from ..device import (
 from ..errors import UsageError
 from ..factory import create_distill_task
 from ..probing import CANNOT_RUN, find_patch_size, random_images
-from ..sharding import share_weights
 from ..task import DistillTask
+from ..utils.distributed import share_weights
 from .parts import Run
 from .student import build_student, check_train_sizes, comes_with_weights, fit_input_size
 from .unchanged import check_equal_data

@@ -11,10 +11,10 @@ from ..analysis import Predictions, collect_predictions
 from ..data import class_names
 from ..pair import time_teacher
 from ..report import ReportData, can_draw, write_report
-from ..sharding import share_weights
 from ..stopping import StopRequested, end_child_processes
 from ..storage import read_checkpoint, why_unwritten
 from ..summary import read_summary
+from ..utils.distributed import share_weights
 from .parts import Run, RunResult
 from .recorder import Recorder
 from .validation import count_samples, has_single_predictions

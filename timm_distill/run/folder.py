@@ -10,7 +10,7 @@ from ..errors import UsageError
 from ..locking import FolderLock
 from ..resume import belongs_to, resolve_resume
 from ..run_files import remove_run, used_by
-from ..texts import model_file_name
+from ..utils.text import model_file_name
 
 
 def create_lock() -> FolderLock:

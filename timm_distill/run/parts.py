@@ -11,7 +11,7 @@ from ..meters import Streak
 from ..progress import StepTiming
 from ..provenance import collect_provenance
 from ..task import DistillTask
-from ..texts import printable
+from ..utils.text import printable
 
 
 @dataclass

@@ -14,7 +14,7 @@ from ..data import create_pass_loader
 from ..gradients import allow_retained_graphs
 from ..resume import done_batches, resume_task
 from ..teacher import Teacher
-from ..texts import model_file_name
+from ..utils.text import model_file_name
 from .parts import Run
 from .validation import count_samples, has_single_predictions, validate
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from timm_distill.linalg import (
+from timm_distill.utils.affine import (
     AffineMap,
     add_identity,
     batch_norm_affine,

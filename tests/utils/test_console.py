@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-import timm_distill.console as console
+from timm_distill.utils import console
 
-REPO_DIR = Path(__file__).resolve().parent.parent
+REPO_DIR = Path(__file__).resolve().parent.parent.parent
 # the file by itself, since importing the package takes seconds
 LOAD = ("import importlib.util, sys\n"
         f"spec = importlib.util.spec_from_file_location('console', {console.__file__!r})\n"

@@ -10,10 +10,11 @@ import timm
 import torch
 
 import train_distill
-from timm_distill import UsageError, list_methods, registry
+from timm_distill import UsageError, list_methods
 from timm_distill.methods import METHODS, load_method_file
+from timm_distill.utils import registry
 
-REPO_DIR = Path(__file__).resolve().parent.parent
+REPO_DIR = Path(__file__).resolve().parent.parent.parent
 METHOD = '''
 from timm_distill.methods import DistillMethod, register_method
 

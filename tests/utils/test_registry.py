@@ -7,7 +7,7 @@ import pytest
 from timm_distill import UsageError, create_adapter, create_method, list_adapters, list_methods
 from timm_distill.adapters import ADAPTERS
 from timm_distill.methods import METHODS, describe_methods
-from timm_distill.registry import Registry
+from timm_distill.utils.registry import Registry
 
 
 class Stub:

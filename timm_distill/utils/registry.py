@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Callable, Dict, List, Mapping
 
-from .errors import UsageError
+from ..errors import UsageError
 
 _logger = logging.getLogger(__name__)
 _LARGEST = 10 ** 8  # no weight, width or count of a method is as large
