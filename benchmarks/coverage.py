@@ -25,10 +25,10 @@ import torch
 from tqdm import tqdm
 
 import timm_distill
-from timm_distill.features import last_stage_feature, resolve_feature_layout
-from timm_distill.layouts import FeatureLayout
+from timm_distill.features.inputs import CANNOT_RUN, evaluation_mode, random_images
+from timm_distill.features.layouts import FeatureLayout
+from timm_distill.features.stages import last_stage_feature, resolve_feature_layout
 from timm_distill.merge import MERGE_TOLERANCE
-from timm_distill.probing import CANNOT_RUN, evaluation_mode, random_images
 from timm_distill.taps import resolve_student_tap
 from timm_distill.teacher import Teacher
 

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn as nn
 
-from timm_distill.probing import CANNOT_RUN, evaluation_mode
+from timm_distill.features.inputs import CANNOT_RUN, evaluation_mode
 
 LIST = Path(__file__).resolve().parent / 'head_families.json'
 CLASSES = 5

@@ -3,8 +3,7 @@ from typing import Sequence
 
 import torch
 
-from timm_distill.features import Features, Stage
-from timm_distill.reading import FeatureSpec, PairSpec
+from timm_distill.features.spec import Features, FeatureSpec, PairSpec, Stage
 
 INPUT_SIZE = (3, 16, 16)
 CLASSES = 5

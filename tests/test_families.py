@@ -15,10 +15,11 @@ from conftest import REPO_DIR
 from families import CLASSES, HUGE_M, Built, Family, build_small, family_params, list_families
 
 from timm_distill import DistillTask, Teacher, create_distill_task, merge_student
-from timm_distill.features import Features, last_stage_feature, resolve_feature_layout, resolve_stages
+from timm_distill.features.classifier import classifier_linear
+from timm_distill.features.inputs import RawFeature, evaluation_mode
+from timm_distill.features.spec import Features
+from timm_distill.features.stages import last_stage_feature, resolve_feature_layout, resolve_stages
 from timm_distill.fusing import settle_batch_norms
-from timm_distill.probing import RawFeature, evaluation_mode
-from timm_distill.taps import classifier_linear
 from timm_distill.utils.batch_norm import is_batch_norm
 
 SHARED_LIST = REPO_DIR.parent / 'shared' / 'timm_heads.json'

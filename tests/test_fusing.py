@@ -11,8 +11,9 @@ from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, Scaled
 
 from timm_distill import fusing
 from timm_distill.batch_norms import Pair, find_pairs
+from timm_distill.features.inputs import evaluation_mode
+from timm_distill.features.tracing import output_error
 from timm_distill.fusing import fuse_batch_norms, settle_batch_norms
-from timm_distill.probing import evaluation_mode, output_error
 from timm_distill.utils.batch_norm import is_batch_norm
 
 SIZE = (3, 16, 16)

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from timm_distill import UsageError
-from timm_distill.features import Features, Stage
-from timm_distill.reading import FeatureSpec, PairSpec
+from timm_distill.features.spec import Features, FeatureSpec, PairSpec, Stage
 from timm_distill.stage_matching import (
     check_stage_choice,
     match_stages,

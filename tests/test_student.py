@@ -11,7 +11,7 @@ from tiny_models import CHANNELS, Plain, TwoScales, WithClassifier
 
 from timm_distill import UsageError, create_adapter
 from timm_distill.adapters import Match
-from timm_distill.features import Features
+from timm_distill.features.spec import Features
 from timm_distill.losses import match_grids, n_to_one_loss
 from timm_distill.methods import DistillMethod
 from timm_distill.student import AdaptedStudent

@@ -9,9 +9,10 @@ from timm.layers import freeze_batch_norm_2d
 from tiny_models import Plain, TwoScales, WithClassifier, WithoutLinear
 
 from timm_distill import UsageError
-from timm_distill.features import last_stage_feature, resolve_feature_layout
+from timm_distill.features.classifier import classifier_reads_pre_logits
+from timm_distill.features.stages import last_stage_feature, resolve_feature_layout
 from timm_distill.folding import Consumer, fold_affine
-from timm_distill.taps import StudentTap, classifier_reads_pre_logits, resolve_student_tap
+from timm_distill.taps import StudentTap, resolve_student_tap
 from timm_distill.utils.affine import AffineMap, batch_norm_affine
 
 SIZE = (3, 32, 32)

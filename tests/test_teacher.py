@@ -16,7 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.models import resnet18
 
 from timm_distill import Teacher, UsageError, create_distill_task, create_teacher
-from timm_distill.features import Features
+from timm_distill.features.spec import Features
 from timm_distill.fusing import settle_batch_norms
 from timm_distill.preprocessing import InputRecord
 from timm_distill.teacher import hash_weights

@@ -14,7 +14,8 @@ import torch.nn as nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .probing import CANNOT_RUN, output_error
+from .features.inputs import CANNOT_RUN
+from .features.tracing import output_error
 from .utils.affine import AffineMap, batch_norm_affine, scale_shift, to_float64
 from .utils.batch_norm import is_batch_norm
 

@@ -11,10 +11,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from .adapters import Adapter, create_adapter
 from .composition import Composition, create_composition
 from .errors import UsageError
-from .features import Stage, count_classes
+from .features.inputs import count_flops, evaluation_mode, random_images, runnable_size
+from .features.reader import FeatureReader
+from .features.spec import FeatureSpec, PairSpec, Stage
+from .features.stages import count_classes
 from .methods import DistillMethod
-from .probing import count_flops, evaluation_mode, random_images, runnable_size
-from .reading import FeatureReader, FeatureSpec, PairSpec
 from .schedules import ScheduleSpec
 from .student import AdaptedStudent
 from .taps import StudentTap, resolve_student_tap

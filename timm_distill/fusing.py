@@ -13,14 +13,9 @@ import torch.nn as nn
 from timm.utils.model import reparameterize_model
 
 from .batch_norms import FUSE_TOLERANCE, Pair, Read, find_pairs, fold_pair
-from .probing import (
-    CANNOT_RUN,
-    classifier_parameters,
-    evaluation_mode,
-    output_error,
-    private_generator,
-    random_images,
-)
+from .features.classifier import classifier_parameters
+from .features.inputs import CANNOT_RUN, evaluation_mode, private_generator, random_images
+from .features.tracing import output_error
 from .utils.batch_norm import is_batch_norm
 
 _logger = logging.getLogger(__name__)

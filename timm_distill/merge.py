@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 from timm.layers import SplitBatchNorm2d
 
+from .features.inputs import evaluation_mode
 from .folding import fold_affine, named_tensors
-from .probing import evaluation_mode
 from .taps import StudentTap
 from .utils.precision import full_float32
 

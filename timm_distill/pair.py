@@ -12,9 +12,9 @@ import torch.nn as nn
 
 from .errors import UsageError
 from .factory import create_distill_task
-from .features import classes_of
+from .features.inputs import evaluation_mode, random_images
+from .features.stages import classes_of
 from .merge import MERGE_TOLERANCE
-from .probing import evaluation_mode, random_images
 from .task import DistillTask
 from .teacher import Teacher
 

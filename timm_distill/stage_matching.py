@@ -5,8 +5,7 @@ from typing import List, Sequence, Tuple, Union
 import torch
 
 from .errors import UsageError
-from .features import Features, Stage
-from .reading import FeatureSpec, PairSpec
+from .features.spec import Features, FeatureSpec, PairSpec, Stage
 
 StagePairs = Tuple[Tuple[int, int], ...]
 StageChoice = Union[str, int, Sequence[int]]

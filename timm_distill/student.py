@@ -25,8 +25,11 @@ from timm.models import group_parameters
 from .adapters import Adapter, AdapterOutput, Match
 from .dropout import DelayedDropout
 from .errors import UsageError
-from .features import Features, layout_for
-from .layouts import FeatureLayout
+from .features.inputs import RawFeature, resize_images
+from .features.layouts import FeatureLayout
+from .features.reader import FeatureReader
+from .features.spec import Features
+from .features.stages import layout_for
 from .merge import (
     adapt_input,
     match_inside,
@@ -37,8 +40,6 @@ from .merge import (
     split_batch_norm_tensors,
 )
 from .plain_student import copy_plain_student, create_plain_student
-from .probing import RawFeature, resize_images
-from .reading import FeatureReader
 from .taps import StudentTap, TapSite
 
 MethodTerms = Dict[str, Dict[str, torch.Tensor]]  # unweighted terms by method

@@ -14,31 +14,31 @@ import torch.nn as nn
 
 from .dropout import count_dropouts, find_dropout_before, find_dropout_of
 from .errors import UsageError
-from .features import drops_positions, has_head, intermediate_maps, last_stage_feature, resolve_feature_layout
-from .folding import Consumer, fold_affine, named_tensors, shared_names
-from .grids import candidate_layouts
-from .layouts import FeatureLayout
-from .probing import (
-    CANNOT_RUN,
-    Call,
-    Head,
-    RawFeature,
-    call_head,
-    evaluation_mode,
-    private_generator,
-    random_images,
-    random_like,
-    random_tensors,
-    trace,
+from .features.classifier import (
+    TAP_TOLERANCE,
+    check_classifier,
+    classifier_linear,
+    classifier_reads_pre_logits,
+    last_linear,
 )
+from .features.grids import candidate_layouts
+from .features.inputs import CANNOT_RUN, RawFeature, evaluation_mode, private_generator, random_images
+from .features.layouts import FeatureLayout
+from .features.stages import (
+    drops_positions,
+    has_head,
+    intermediate_maps,
+    last_stage_feature,
+    resolve_feature_layout,
+)
+from .features.tracing import Call, Head, call_head, random_like, random_tensors, trace
+from .folding import Consumer, fold_affine, named_tensors, shared_names
 from .utils.affine import AffineMap
 from .utils.batch_norm import is_batch_norm
 
 _logger = logging.getLogger(__name__)
-
 TAP_POINTS = ('features', 'pre_logits', 'side')
 _AUTOMATIC_POINTS = ('features', 'pre_logits')
-TAP_TOLERANCE = 1e-9  # relative to the logits' spread, in float64
 
 
 @dataclass(frozen=True)
@@ -152,47 +152,6 @@ def resolve_student_tap(student: nn.Module, input_size: Sequence[int], point: st
             return replace(tap, rejected='; '.join(rejected))
     raise UsageError(f'No adapter fits the student {type(student).__name__}: {"; ".join(rejected)}. '
                      'Choose another --student, --kd-tap side, or a --kd method without an adapter.')
-
-
-def check_classifier(model: nn.Module) -> None:
-    """Raise a UsageError for an encoder, or a model that was built without its classifier."""
-    classifier = getattr(model, 'get_classifier', lambda: None)()
-    if isinstance(classifier, nn.Identity) or getattr(model, 'num_classes', 1) == 0:
-        raise UsageError(f'{type(model).__name__} has no classifier: give --num-classes N, or choose another model '
-                         'if it is an encoder that takes none.')
-
-
-def classifier_reads_pre_logits(model: nn.Module, feature: RawFeature) -> bool:
-    """Measure whether `get_classifier()` maps `forward_head(f, pre_logits=True)` to `forward_head(f)`.
-
-    Args:
-        model: Model in eval mode.
-        feature: Output of its `forward_features`.
-    """
-    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
-    if not isinstance(classifier, nn.Module) or not hasattr(model, 'forward_head'):
-        return False
-    heads = {part: Head(model, part) for part in ('features', 'to_pre_logits', 'pre_logits')}
-    tensors = random_tensors(model, trace(heads['features'], feature))
-    probe = random_like(feature)
-    try:
-        expected = call_head(heads['features'], tensors, probe)
-        logits = call_head(heads['pre_logits'], tensors, call_head(heads['to_pre_logits'], tensors, probe))
-    except CANNOT_RUN:
-        return False
-    return logits.shape == expected.shape and torch.allclose(logits, expected, rtol=TAP_TOLERANCE, atol=TAP_TOLERANCE)
-
-
-def classifier_linear(model: nn.Module) -> Optional[nn.Module]:
-    """Return the one linear layer that the classifier is, for methods that reuse its weight; None for other heads."""
-    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
-    if isinstance(classifier, (tuple, list)):
-        classifier = classifier[0]
-    if isinstance(classifier, nn.Module):
-        linears = [m for m in classifier.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        if len(linears) == 1:
-            return linears[0]
-    return None
 
 
 def _measure_point(student: nn.Module, input_size: Sequence[int], point: str) -> StudentTap:
@@ -430,19 +389,6 @@ def _linear_classifier(student: nn.Module, images: torch.Tensor) -> str:
     if not isinstance(classifier, nn.Linear) or classifier.bias is None:
         raise _NoTap('the classifier is not a linear layer with bias')
     return next(name for name, module in student.named_modules() if module is classifier)
-
-
-def last_linear(model: nn.Module, images: torch.Tensor) -> Optional[nn.Module]:
-    """Return the linear layer that a model runs last."""
-    calls: List[nn.Module] = []
-    handles = [m.register_forward_hook(lambda module, args, out: calls.append(module))
-               for m in model.modules() if isinstance(m, nn.Linear)]
-    try:
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls[-1] if calls else None
 
 
 def _inside_error(student: nn.Module, images: torch.Tensor, site: TapSite) -> float:

@@ -10,10 +10,11 @@ from timm.utils import unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import MergeError, UsageError
-from .features import Features
+from .features.classifier import classifier_parameters
+from .features.inputs import random_images
+from .features.spec import Features
 from .gradients import reached_tensors
 from .merge import MERGE_TOLERANCE
-from .probing import classifier_parameters, random_images
 from .student import AdaptedStudent
 from .teacher import Teacher
 

@@ -14,9 +14,19 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .errors import UsageError
-from .features import (
-    Features,
-    Stage,
+from .features.classifier import classifier_linear, classifier_reads_pre_logits, last_linear
+from .features.inputs import (
+    CANNOT_RUN,
+    RawFeature,
+    evaluation_mode,
+    random_images,
+    reason_not_to_run,
+    resize_images,
+    runnable_size,
+)
+from .features.layouts import FeatureLayout
+from .features.spec import Features, Stage
+from .features.stages import (
     classes_of,
     forward_with_stages,
     has_head,
@@ -28,7 +38,6 @@ from .features import (
 )
 from .fusing import FuseReport, fuse_batch_norms
 from .heads import HeadInput, find_head_input
-from .layouts import FeatureLayout
 from .preprocessing import (
     InputRecord,
     first_record,
@@ -36,17 +45,7 @@ from .preprocessing import (
     renormalization,
     resolve_preprocessing,
 )
-from .probing import (
-    CANNOT_RUN,
-    RawFeature,
-    evaluation_mode,
-    random_images,
-    reason_not_to_run,
-    resize_images,
-    runnable_size,
-)
 from .sharding import count_local_parameters, find_parts, shard
-from .taps import classifier_linear, classifier_reads_pre_logits, last_linear
 from .teacher_weights import TeacherSource, load_teacher_model
 
 _logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import torch.nn as nn
 from timm.models import resolve_model_input_args
 
 from .errors import UsageError
+from .features.inputs import CANNOT_RUN
 from .preprocessing import InputRecord, is_same
-from .probing import CANNOT_RUN
 from .utils.random import unchanged_randomness
 from .weight_files import WeightFile, read_weight_file, recorded_size
 

@@ -16,7 +16,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from timm_distill import DistillTask, UsageError, create_adapter, create_distill_task, products
 from timm_distill.adapters import AdapterOutput, Match
 from timm_distill.adapters.norm import NToOneTransform
-from timm_distill.layouts import FeatureLayout
+from timm_distill.features.layouts import FeatureLayout
 
 CS, CT, SEGMENTS = 6, 5, 3
 TOLERANCE = 1e-9

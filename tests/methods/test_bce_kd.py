@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from timm_distill import UsageError, create_method
-from timm_distill.features import Features
+from timm_distill.features.spec import Features
 from timm_distill.methods.bce_kd import binary_kd_loss
 
 

@@ -11,9 +11,8 @@ import torch
 from golden_data import GoldenCase, assert_golden, case_id, golden_cases
 
 from timm_distill import DistillTask, UsageError, create_distill_task, create_method
-from timm_distill.features import Features
+from timm_distill.features.spec import Features, FeatureSpec, PairSpec
 from timm_distill.methods.crd import CRD, contrastive_loss, last_of_equals
-from timm_distill.reading import FeatureSpec, PairSpec
 
 LABELS = torch.tensor([2, 0, 1, 1, 0, 2, 2, 0, 3, 2, 1, 0])
 SIZE = (3, 32, 32)

@@ -4,7 +4,7 @@ import torch
 from golden_data import GoldenCase, assert_golden, case_id, golden_cases
 
 from timm_distill import UsageError, create_method
-from timm_distill.features import Features
+from timm_distill.features.spec import Features
 from timm_distill.methods.dist import EPS, dist_losses
 
 CASES = golden_cases('dist')

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.task import FeatureDistillationTask
 
 from timm_distill import UsageError, create_distill_task, create_method
-from timm_distill.features import Features
+from timm_distill.features.spec import Features
 from timm_distill.methods.feature import cosine_distance
 
 TEACHERS: Dict[str, Dict[str, Any]] = {'test_vit': {'img_size': 32}, 'test_resnet': {}}

@@ -10,7 +10,7 @@ import torch
 from feature_pairs import create_features, create_pair
 
 from timm_distill import DistillTask, UsageError, create_distill_task, create_method, list_methods
-from timm_distill.features import Features
+from timm_distill.features.spec import Features
 from timm_distill.methods import METHODS, DistillMethod
 
 _READABLE = {'logits', 'feature', 'pre_logits', 'stages'}

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from golden_data import GoldenCase, assert_golden, case_id, golden_cases
 
 from timm_distill import UsageError, create_method
-from timm_distill.features import Features
+from timm_distill.features.spec import Features
 from timm_distill.methods.logitstd import standardize
 
 CASES = golden_cases('logitstd')

@@ -20,7 +20,7 @@ from golden_data import (
 
 from timm_distill import DistillTask, UsageError, create_adapter, create_method
 from timm_distill.adapters import Match
-from timm_distill.features import Features
+from timm_distill.features.spec import Features
 from timm_distill.losses import match_grids, n_to_one_loss, standardize_logits
 from timm_distill.methods.norm import SCHEDULES
 from timm_distill.student import AdaptedStudent

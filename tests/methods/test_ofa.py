@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from golden_data import GoldenCase, assert_golden, case_id, golden_cases
 
 from timm_distill import UsageError, create_method
-from timm_distill.features import Features, Stage
+from timm_distill.features.spec import Features, FeatureSpec, PairSpec, Stage
 from timm_distill.methods.ofa import ofa_loss
-from timm_distill.reading import FeatureSpec, PairSpec
 
 each_case = pytest.mark.parametrize('case', golden_cases('ofa'), ids=case_id)
 SHAPES = [(4, 16, 16), (6, 8, 8), (8, 4, 4), (10, 2, 2)]

@@ -6,9 +6,8 @@ import torch
 from golden_data import GoldenCase, assert_golden, case_id, golden_cases
 
 from timm_distill import UsageError, create_method
-from timm_distill.features import Features, Stage
+from timm_distill.features.spec import Features, FeatureSpec, PairSpec, Stage
 from timm_distill.methods.reviewkd import ReviewKD, hierarchical_context_loss
-from timm_distill.reading import FeatureSpec, PairSpec
 
 FUSION_CASES = golden_cases('reviewkd', having='abfs.0.conv1.0.weight')
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from golden_data import GoldenCase, case_id, golden_cases
 
 from timm_distill import UsageError, create_method
-from timm_distill.features import Features
+from timm_distill.features.spec import Features
 from timm_distill.methods.rkd import angle_cosines, angle_loss, distance_loss
 
 

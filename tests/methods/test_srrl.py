@@ -11,9 +11,8 @@ from golden_data import GoldenCase, assert_golden, case_id, golden_cases
 from tiny_models import CHANNELS, Plain, WithClassifier
 
 from timm_distill import DistillTask, Teacher, UsageError, create_distill_task, create_method
-from timm_distill.features import Features, Stage
+from timm_distill.features.spec import Features, FeatureSpec, PairSpec, Stage
 from timm_distill.methods.srrl import Connector, regression_loss, statistics_loss
-from timm_distill.reading import FeatureSpec, PairSpec
 
 SIZE, CLASSES = (3, 32, 32), 5
 CASES = golden_cases('srrl')

@@ -10,7 +10,7 @@ from timm.task import TokenDistillationTask
 from timm.utils import unwrap_model
 
 from timm_distill import DistillTask, UsageError, create_distill_task, create_method, merge_student
-from timm_distill.features import Features
+from timm_distill.features.spec import Features
 from timm_distill.losses import kl_divergence
 
 SIZE, CLASSES = (3, 32, 32), 5

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 
 from ..connectors import conv_norm
 from ..errors import UsageError
-from ..features import Features
+from ..features.spec import Features, PairSpec
 from ..losses import pool_to_grid
-from ..reading import PairSpec
 from ..stage_matching import (
     StageChoice,
     StagePairs,

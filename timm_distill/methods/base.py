@@ -9,8 +9,7 @@ import torch
 import torch.nn as nn
 
 from ..errors import UsageError
-from ..features import Features
-from ..reading import PairSpec
+from ..features.spec import Features, PairSpec
 from ..schedules import Steps
 from ..utils.registry import Registry
 

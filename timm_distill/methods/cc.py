@@ -12,8 +12,7 @@ import torch
 import torch.nn as nn
 
 from ..errors import UsageError
-from ..features import Features
-from ..reading import PairSpec
+from ..features.spec import Features, PairSpec
 from ..utils.precision import in_full_precision
 from .base import DistillMethod, register_method
 

@@ -21,9 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..errors import UsageError
-from ..features import Features
+from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, to_full_precision
-from ..reading import PairSpec
 from .base import DistillMethod, check_temperature, register_method
 
 _MODES = ('exact', 'relax', 'instance')

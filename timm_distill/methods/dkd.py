@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UsageError
-from ..features import Features
+from ..features.spec import Features
 from ..losses import to_full_precision
 from .base import DistillMethod, check_temperature, register_method
 

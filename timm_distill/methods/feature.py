@@ -11,9 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..errors import UsageError
-from ..features import Features
+from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, to_full_precision
-from ..reading import PairSpec
 from .base import DistillMethod, register_method
 
 

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 
 from ..connectors import BatchNorm2d
 from ..errors import UsageError
-from ..features import Features
+from ..features.spec import Features, PairSpec
 from ..losses import match_grids
-from ..reading import PairSpec
 from ..stage_matching import (
     StageChoice,
     StagePairs,

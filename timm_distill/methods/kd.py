@@ -11,7 +11,7 @@ from typing import Dict
 import torch
 import torch.nn.functional as F
 
-from ..features import Features
+from ..features.spec import Features
 from ..losses import kl_divergence, to_full_precision
 from .base import DistillMethod, check_temperature, register_method
 

@@ -20,9 +20,8 @@ import torch.nn as nn
 
 from ..connectors import equal_channels
 from ..errors import UsageError
-from ..features import Features
+from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, pool_to_grid, squared_norm_of_product
-from ..reading import PairSpec
 from ..stage_matching import (
     StageChoice,
     StagePairs,

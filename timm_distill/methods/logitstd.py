@@ -12,7 +12,7 @@ from typing import Dict
 import torch
 
 from ..errors import UsageError
-from ..features import Features
+from ..features.spec import Features
 from ..losses import is_constant, kl_divergence, to_full_precision
 from .base import DistillMethod, check_temperature, register_method
 

@@ -20,9 +20,8 @@ import torch.nn as nn
 
 from ..connectors import BatchNorm2d
 from ..errors import UsageError
-from ..features import Features
+from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, to_full_precision
-from ..reading import PairSpec
 from .base import DistillMethod, register_method
 
 EPS = 1e-12  # below it a vector has no direction

@@ -17,7 +17,7 @@ from typing import Any, Dict
 import torch
 
 from ..errors import UsageError
-from ..features import Features
+from ..features.spec import Features
 from ..losses import standardize_logits
 from ..schedules import ScheduleSpec, create_weight_schedule
 from .base import DistillMethod, register_method

@@ -16,9 +16,8 @@ import torch.nn.functional as F
 
 from ..connectors import BatchNorm2d
 from ..errors import UsageError
-from ..features import Features, Stage
+from ..features.spec import Features, PairSpec, Stage
 from ..losses import to_full_precision
-from ..reading import PairSpec
 from .base import DistillMethod, check_temperature, register_method
 
 

@@ -11,7 +11,7 @@ from typing import Dict
 
 import torch
 
-from ..features import Features
+from ..features.spec import Features
 from ..utils.precision import in_full_precision
 from .base import DistillMethod, register_method
 

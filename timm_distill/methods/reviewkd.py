@@ -16,9 +16,8 @@ import torch.nn.functional as F
 
 from ..connectors import conv_norm
 from ..errors import UsageError
-from ..features import Features
+from ..features.spec import Features, PairSpec
 from ..losses import pool_to_grid, to_full_precision
-from ..reading import PairSpec
 from ..stage_matching import StagePairs, match_stages, stages_of_pairs
 from .base import DistillMethod, register_method
 

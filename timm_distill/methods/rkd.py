@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UsageError
-from ..features import Features
+from ..features.spec import Features
 from ..utils.precision import in_full_precision
 from .base import DistillMethod, register_method
 

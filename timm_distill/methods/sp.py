@@ -9,9 +9,8 @@ from typing import Dict, Sequence
 
 import torch
 
-from ..features import Features
+from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize
-from ..reading import PairSpec
 from ..stage_matching import StageChoice, StagePairs, check_stage_choice, matched_stages, select_stages
 from ..utils.precision import in_full_precision
 from .base import DistillMethod, register_method

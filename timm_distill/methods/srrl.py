@@ -21,9 +21,8 @@ import torch.nn.functional as F
 
 from ..connectors import BatchNorm2d
 from ..errors import UsageError
-from ..features import Features
+from ..features.spec import Features, PairSpec
 from ..losses import to_full_precision
-from ..reading import PairSpec
 from .base import DistillMethod, register_method
 
 

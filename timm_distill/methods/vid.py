@@ -15,9 +15,8 @@ import torch.nn.functional as F
 
 from ..connectors import conv1x1
 from ..errors import UsageError
-from ..features import Features
+from ..features.spec import Features, PairSpec
 from ..losses import match_grids
-from ..reading import PairSpec
 from ..stage_matching import (
     StageChoice,
     StagePairs,

@@ -25,7 +25,7 @@ from ..device import (
 )
 from ..errors import UsageError
 from ..factory import create_distill_task
-from ..probing import CANNOT_RUN, find_patch_size, random_images
+from ..features.inputs import CANNOT_RUN, find_patch_size, random_images
 from ..task import DistillTask
 from ..utils.distributed import share_weights
 from .parts import Run

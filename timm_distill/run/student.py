@@ -10,7 +10,7 @@ import torch.nn as nn
 from timm.layers import convert_splitbn_model
 
 from ..errors import UsageError
-from ..probing import runnable_size
+from ..features.inputs import runnable_size
 
 _logger = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ import timm
 import torch
 import torch.nn as nn
 
-from timm_distill.features import resolve_feature_layout
-from timm_distill.grids import candidate_layouts
-from timm_distill.layouts import FeatureLayout
+from timm_distill.features.grids import candidate_layouts
+from timm_distill.features.layouts import FeatureLayout
+from timm_distill.features.stages import resolve_feature_layout
 
 SWIN = dict(img_size=64, window_size=2, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 MODELS = [

@@ -7,7 +7,7 @@ from typing import Optional, Sequence, Tuple
 
 import torch
 
-from .errors import UsageError
+from ..errors import UsageError
 
 GridSize = Tuple[int, int]
 

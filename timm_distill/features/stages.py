@@ -1,93 +1,23 @@
-"""Features of a timm model: the last stage's, those of the stages before it, and what a forward gives to methods.
-
-Stages and layouts are read off a forward of random images, not off names. Knows nothing of what is done with them.
-"""
+"""Stages of a timm model: its last feature and those before it, measured on a forward of random images."""
 import logging
-from dataclasses import dataclass, replace
-from typing import Callable, Dict, List, MutableMapping, Optional, Sequence, Tuple
+from dataclasses import replace
+from typing import Dict, List, MutableMapping, Optional, Sequence, Tuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
 
-from .errors import UsageError
+from ..errors import UsageError
 from .grids import candidate_layouts, patch_grid
+from .inputs import CANNOT_RUN, RawFeature, evaluation_mode, random_images
 from .layouts import FeatureLayout, GridSize, layout_of_map
-from .probing import CANNOT_RUN, RawFeature, evaluation_mode, random_images
+from .spec import Stage
 
 _logger = logging.getLogger(__name__)
 
 # Grids of models whose patch embedding does not tell them, by input size and tensor.
 _MEASURED_GRIDS: MutableMapping[nn.Module, Dict[Tuple[GridSize, Optional[int]], Optional[GridSize]]] = (
     WeakKeyDictionary())
-
-
-@dataclass
-class Features:
-    """What one forward of a model gives to the methods.
-
-    Attributes:
-        logits: [B, K].
-        feature: Last-stage feature as a map, [B, C, H, W]; a vector as [B, C, 1, 1].
-        pre_logits: The classifier's input, [B, D].
-        stages: Intermediate features as maps, [B, C, H, W] each, shallow to deep.
-        tap: Teacher's counterpart of the student's insertion point, [B, C, H, W] or [B, D, 1, 1].
-        matched: Each adapter's loss against the teacher's counterpart (student only), scalars.
-        token_logits: Logits of the distillation token, [B, K] (students with one only).
-        head: The teacher's frozen head, from a map [B, Ct, H, W] or vector [B, D, 1, 1] to logits (teacher only).
-        transform_logits: The map that `logits` went through, for other logits that are compared with them.
-        indices: Indices of the batch's samples in the training set, [B] (teacher only).
-        ready: What a CUDA stream other than the one that computes them has to wait for (teacher only).
-    """
-    logits: Optional[torch.Tensor] = None
-    feature: Optional[torch.Tensor] = None
-    pre_logits: Optional[torch.Tensor] = None
-    stages: Tuple[torch.Tensor, ...] = ()
-    tap: Optional[torch.Tensor] = None
-    matched: Tuple[torch.Tensor, ...] = ()
-    token_logits: Optional[torch.Tensor] = None
-    head: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
-    transform_logits: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits
-    indices: Optional[torch.Tensor] = None
-    ready: Optional[torch.cuda.Event] = None
-
-    def tensors(self) -> List[torch.Tensor]:
-        """Return what the model gave: logits, feature, pre-logits and stages, as far as they were asked for."""
-        return [x for x in (self.logits, self.feature, self.pre_logits, *self.stages) if x is not None]
-
-    def to(self, dtype: torch.dtype) -> 'Features':
-        """Convert what the model gave, in place."""
-        self.logits, self.feature, self.pre_logits = (
-            None if x is None else x.to(dtype) for x in (self.logits, self.feature, self.pre_logits))
-        self.stages = tuple(x.to(dtype) for x in self.stages)
-        return self
-
-    def wait(self) -> None:
-        """Let the current CUDA stream wait until the features are there."""
-        if self.ready is not None:
-            self._join(self.ready)
-            self.ready = None
-
-    @torch.compiler.disable
-    def _join(self, ready: torch.cuda.Event) -> None:
-        stream = torch.cuda.current_stream()
-        stream.wait_event(ready)
-        for tensor in self.tensors():
-            tensor.record_stream(stream)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """An intermediate feature of a model.
-
-    Attributes:
-        index: Its index for `forward_intermediates`.
-        shape: Shape of the map for one image, (C, H, W).
-        nonnegative: Whether it was measured to hold no negative number, as behind a ReLU.
-    """
-    index: int
-    shape: Tuple[int, int, int]
-    nonnegative: bool = False
 
 
 def has_head(model: nn.Module) -> bool:

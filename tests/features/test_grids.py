@@ -7,10 +7,11 @@ import torch
 import torch.nn as nn
 
 from timm_distill import Teacher, UsageError, create_distill_task
-from timm_distill.features import Features, drops_positions, layout_for, resolve_feature_layout
-from timm_distill.grids import grid_of_aspect
-from timm_distill.layouts import FeatureLayout
-from timm_distill.reading import FeatureReader
+from timm_distill.features.grids import grid_of_aspect
+from timm_distill.features.layouts import FeatureLayout
+from timm_distill.features.reader import FeatureReader
+from timm_distill.features.spec import Features
+from timm_distill.features.stages import drops_positions, layout_for, resolve_feature_layout
 from timm_distill.taps import resolve_student_tap
 
 CLASSES = 5

@@ -8,8 +8,8 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 
+from .inputs import CANNOT_RUN
 from .layouts import FeatureLayout, GridSize
-from .probing import CANNOT_RUN
 
 _MAX_PREFIX_TOKENS = 16
 _LIKENESS_TOLERANCE = 1e-3

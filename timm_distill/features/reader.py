@@ -2,16 +2,17 @@
 
 A reader holds names and layouts, never modules, so that it serves every copy of its model (EMA, merged, compiled).
 """
-from dataclasses import dataclass
-from typing import AbstractSet, Any, FrozenSet, List, Optional, Sequence, Tuple
+from typing import AbstractSet, Any, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 
-from .errors import UsageError
-from .features import (
-    Features,
-    Stage,
+from ..errors import UsageError
+from .classifier import last_linear
+from .inputs import RawFeature, evaluation_mode, random_images
+from .layouts import FeatureLayout
+from .spec import STUDENT_OUTPUTS, Features, FeatureSpec, Stage
+from .stages import (
     classes_of,
     drops_positions,
     forward_with_stages,
@@ -22,49 +23,6 @@ from .features import (
     resolve_stages,
     stages_share_trunk,
 )
-from .layouts import FeatureLayout
-from .probing import RawFeature, evaluation_mode, random_images
-from .taps import last_linear
-
-STUDENT_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages', 'token_logits'})
-
-
-@dataclass(frozen=True)
-class FeatureSpec:
-    """What the features of a model look like for one image.
-
-    Attributes:
-        num_classes: K, 0 without a classifier.
-        feature: Shape of the last-stage feature as a map, (C, H, W); a vector as (C, 1, 1).
-        pre_logits: Width of the classifier's input.
-        stages: Intermediate features, shallow to deep; at least one, the last-stage feature.
-        input_size: What this model itself is fed, (channels, height, width).
-        head: What the frozen head takes, 'feature' or 'pre_logits' (teacher only); '' where it cannot be run.
-        non_negative: Which of 'feature' and 'pre_logits' are never negative, as behind a ReLU (teacher only).
-    """
-    num_classes: int
-    feature: Tuple[int, int, int]
-    pre_logits: int
-    stages: Tuple[Stage, ...]
-    input_size: Tuple[int, int, int]
-    head: str = ''
-    non_negative: FrozenSet[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class PairSpec:
-    """What a method is built for.
-
-    Attributes:
-        student: Features of the student.
-        teacher: Features of the teacher.
-        num_samples: Images of the training set, None where that is unknown.
-        sample_labels: Their labels by index, [num_samples], None where these are unknown.
-    """
-    student: FeatureSpec
-    teacher: FeatureSpec
-    num_samples: Optional[int] = None
-    sample_labels: Optional[torch.Tensor] = None
 
 
 class FeatureReader:

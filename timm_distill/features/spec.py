@@ -1,0 +1,116 @@
+"""Features of one forward, and the shapes of a model's features.
+
+Knows nothing of how they are read."""
+from dataclasses import dataclass
+from typing import Callable, FrozenSet, List, Optional, Tuple
+
+import torch
+
+
+@dataclass
+class Features:
+    """What one forward of a model gives to the methods.
+
+    Attributes:
+        logits: [B, K].
+        feature: Last-stage feature as a map, [B, C, H, W]; a vector as [B, C, 1, 1].
+        pre_logits: The classifier's input, [B, D].
+        stages: Intermediate features as maps, [B, C, H, W] each, shallow to deep.
+        tap: Teacher's counterpart of the student's insertion point, [B, C, H, W] or [B, D, 1, 1].
+        matched: Each adapter's loss against the teacher's counterpart (student only), scalars.
+        token_logits: Logits of the distillation token, [B, K] (students with one only).
+        head: The teacher's frozen head, from a map [B, Ct, H, W] or vector [B, D, 1, 1] to logits (teacher only).
+        transform_logits: The map that `logits` went through, for other logits that are compared with them.
+        indices: Indices of the batch's samples in the training set, [B] (teacher only).
+        ready: What a CUDA stream other than the one that computes them has to wait for (teacher only).
+    """
+    logits: Optional[torch.Tensor] = None
+    feature: Optional[torch.Tensor] = None
+    pre_logits: Optional[torch.Tensor] = None
+    stages: Tuple[torch.Tensor, ...] = ()
+    tap: Optional[torch.Tensor] = None
+    matched: Tuple[torch.Tensor, ...] = ()
+    token_logits: Optional[torch.Tensor] = None
+    head: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
+    transform_logits: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits
+    indices: Optional[torch.Tensor] = None
+    ready: Optional[torch.cuda.Event] = None
+
+    def tensors(self) -> List[torch.Tensor]:
+        """Return what the model gave: logits, feature, pre-logits and stages, as far as they were asked for."""
+        return [x for x in (self.logits, self.feature, self.pre_logits, *self.stages) if x is not None]
+
+    def to(self, dtype: torch.dtype) -> 'Features':
+        """Convert what the model gave, in place."""
+        self.logits, self.feature, self.pre_logits = (
+            None if x is None else x.to(dtype) for x in (self.logits, self.feature, self.pre_logits))
+        self.stages = tuple(x.to(dtype) for x in self.stages)
+        return self
+
+    def wait(self) -> None:
+        """Let the current CUDA stream wait until the features are there."""
+        if self.ready is not None:
+            self._join(self.ready)
+            self.ready = None
+
+    @torch.compiler.disable
+    def _join(self, ready: torch.cuda.Event) -> None:
+        stream = torch.cuda.current_stream()
+        stream.wait_event(ready)
+        for tensor in self.tensors():
+            tensor.record_stream(stream)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An intermediate feature of a model.
+
+    Attributes:
+        index: Its index for `forward_intermediates`.
+        shape: Shape of the map for one image, (C, H, W).
+        nonnegative: Whether it was measured to hold no negative number, as behind a ReLU.
+    """
+    index: int
+    shape: Tuple[int, int, int]
+    nonnegative: bool = False
+
+
+STUDENT_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages', 'token_logits'})
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What the features of a model look like for one image.
+
+    Attributes:
+        num_classes: K, 0 without a classifier.
+        feature: Shape of the last-stage feature as a map, (C, H, W); a vector as (C, 1, 1).
+        pre_logits: Width of the classifier's input.
+        stages: Intermediate features, shallow to deep; at least one, the last-stage feature.
+        input_size: What this model itself is fed, (channels, height, width).
+        head: What the frozen head takes, 'feature' or 'pre_logits' (teacher only); '' where it cannot be run.
+        non_negative: Which of 'feature' and 'pre_logits' are never negative, as behind a ReLU (teacher only).
+    """
+    num_classes: int
+    feature: Tuple[int, int, int]
+    pre_logits: int
+    stages: Tuple[Stage, ...]
+    input_size: Tuple[int, int, int]
+    head: str = ''
+    non_negative: FrozenSet[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """What a method is built for.
+
+    Attributes:
+        student: Features of the student.
+        teacher: Features of the teacher.
+        num_samples: Images of the training set, None where that is unknown.
+        sample_labels: Their labels by index, [num_samples], None where these are unknown.
+    """
+    student: FeatureSpec
+    teacher: FeatureSpec
+    num_samples: Optional[int] = None
+    sample_labels: Optional[torch.Tensor] = None
