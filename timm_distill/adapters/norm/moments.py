@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .products import gram, image_parts, matmul_nt, matmul_tn, row_products, split_exactly, to_rows
-from .utils.precision import full_float32
+from ...utils.precision import full_float32
+from .matmul import gram, image_parts, matmul_nt, matmul_tn, row_products, split_exactly, to_rows
 
 
 class Moments(NamedTuple):

@@ -10,8 +10,8 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
+from ...utils.precision import to_full_precision
 from .moments import BatchStatistics, Moments, share_moments
-from .utils.precision import to_full_precision
 
 _KNOWN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)  # the last is what timm freezes them to
 

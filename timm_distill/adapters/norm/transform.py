@@ -13,11 +13,15 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 import torch.nn as nn
 
-from ..errors import UsageError
-from ..expansion import Expansion, expand_moments
-from ..losses import match_grids, n_to_one_loss, to_full_precision
-from ..moments import BatchStatistics, Moments, compute_moments, map_rows, row_variances
-from ..norm_statistics import (
+from ...errors import UsageError
+from ...losses import match_grids, n_to_one_loss, to_full_precision
+from ...utils.affine import AffineMap, add_identity, batch_norm_affine, compose, scale_shift, to_float64
+from ...utils.batch_norm import is_batch_norm
+from ..base import Adapter, AdapterOutput, Match, register_adapter
+from .expansion import Expansion, expand_moments
+from .matmul import from_rows
+from .moments import BatchStatistics, Moments, compute_moments, map_rows, row_variances
+from .statistics import (
     batch_statistics,
     count_ranks,
     is_known_norm,
@@ -27,10 +31,6 @@ from ..norm_statistics import (
     update_running,
     value_at_zero,
 )
-from ..products import from_rows
-from ..utils.affine import AffineMap, add_identity, batch_norm_affine, compose, scale_shift, to_float64
-from ..utils.batch_norm import is_batch_norm
-from .base import Adapter, AdapterOutput, Match, register_adapter
 
 _logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@ from typing import Dict, Iterator, Optional, Tuple, Union
 
 import torch
 
-from .products import matmul_tn_wide, row_products
+from .matmul import matmul_tn_wide, row_products
 
 # numbers of W1 worked on at a time: large enough for fast products, small enough for caches
 _PART_SIZE = 2 ** 21

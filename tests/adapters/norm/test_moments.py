@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn as nn
 
-from timm_distill import create_adapter, products
+from timm_distill import create_adapter
 from timm_distill.adapters import Match
-from timm_distill.adapters.norm import NToOneTransform
+from timm_distill.adapters.norm import matmul as products
+from timm_distill.adapters.norm.moments import compute_moments, map_rows, residual_spread, row_variances
+from timm_distill.adapters.norm.transform import NToOneTransform
 from timm_distill.losses import n_to_one_loss
-from timm_distill.moments import compute_moments, map_rows, residual_spread, row_variances
 
 CS, CT, SEGMENTS = 3, 2, 3
 

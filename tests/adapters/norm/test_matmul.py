@@ -4,8 +4,8 @@ from typing import Callable
 import pytest
 import torch
 
-from timm_distill import products
-from timm_distill.products import (
+from timm_distill.adapters.norm import matmul as products
+from timm_distill.adapters.norm.matmul import (
     channel_means,
     from_rows,
     gram,

@@ -4,10 +4,10 @@ from typing import Callable, List, Tuple
 import pytest
 import torch
 
-from timm_distill import segments
-from timm_distill.expansion import Expansion, expand_moments
+from timm_distill.adapters.norm import blocks as segments
+from timm_distill.adapters.norm.expansion import Expansion, expand_moments
+from timm_distill.adapters.norm.moments import compute_moments
 from timm_distill.losses import n_to_one_loss
-from timm_distill.moments import compute_moments
 
 CS, CT, SEGMENTS = 3, 2, 3
 WIDTH = SEGMENTS * CT

@@ -13,9 +13,10 @@ import torch.nn as nn
 from timm.layers import freeze_batch_norm_2d
 from torchvision.ops import FrozenBatchNorm2d
 
-from timm_distill import DistillTask, UsageError, create_adapter, create_distill_task, products
+from timm_distill import DistillTask, UsageError, create_adapter, create_distill_task
 from timm_distill.adapters import AdapterOutput, Match
-from timm_distill.adapters.norm import NToOneTransform
+from timm_distill.adapters.norm import matmul as products
+from timm_distill.adapters.norm.transform import NToOneTransform
 from timm_distill.features.layouts import FeatureLayout
 
 CS, CT, SEGMENTS = 6, 5, 3
@@ -170,7 +171,7 @@ def test_both_forms_are_equal_for_any_number_of_segments(segments: int) -> None:
 @pytest.mark.parametrize('batch_norm', [True, False])
 def test_parts_do_not_change_the_result(
         batch_norm: bool, part_size: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('timm_distill.segments._PART_SIZE', part_size)
+    monkeypatch.setattr('timm_distill.adapters.norm.blocks._PART_SIZE', part_size)
     for segments in (1, 3, 4):
         assert_forms_equal(*create_batch(GRIDS[name]), batch_norm=batch_norm, segments=segments)
 
@@ -179,7 +180,7 @@ def test_parts_do_not_change_the_result(
 @each_grid
 def test_products_as_convolutions_do_not_change_the_result(
         grid: Grid, part_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('timm_distill.segments._PART_SIZE', part_size)
+    monkeypatch.setattr('timm_distill.adapters.norm.blocks._PART_SIZE', part_size)
     monkeypatch.setattr(products, '_use_onednn', lambda x: True)
     assert_forms_equal(*create_batch(grid))
 
@@ -603,7 +604,7 @@ def test_auto_takes_the_direct_form_for_few_positions_and_moments_for_many(monke
 
 def test_auto_leaves_the_direct_form_where_its_activations_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = Grid((2, 1, 1), (2, 1, 1))
-    monkeypatch.setattr('timm_distill.adapters.norm._DIRECT_BYTES', 100)
+    monkeypatch.setattr('timm_distill.adapters.norm.transform._DIRECT_BYTES', 100)
     assert chosen_form(create_random('auto'), grid, monkeypatch) == 'moments'
 
 

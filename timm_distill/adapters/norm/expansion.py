@@ -16,10 +16,10 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from ...utils.precision import full_float32
+from .blocks import Segments, put_part
+from .matmul import channel_means, gram, matmul_nn, matmul_nt, matmul_tn, row_products
 from .moments import Moments, residual_spread
-from .products import channel_means, gram, matmul_nn, matmul_nt, matmul_tn, row_products
-from .segments import Segments, put_part
-from .utils.precision import full_float32
 
 
 class Expansion(NamedTuple):

@@ -19,7 +19,7 @@ from golden_data import (
 
 from timm_distill import UsageError, create_adapter
 from timm_distill.adapters import Match
-from timm_distill.adapters.norm import NToOneTransform
+from timm_distill.adapters.norm.transform import NToOneTransform
 
 CASES = golden_cases('norm_ft', having='x')
 OPTIONS = [(bn, residual) for bn in (True, False) for residual in (True, False)]
