@@ -28,8 +28,8 @@ import timm_distill
 from timm_distill.features.inputs import CANNOT_RUN, evaluation_mode, random_images
 from timm_distill.features.layouts import FeatureLayout
 from timm_distill.features.stages import last_stage_feature, resolve_feature_layout
-from timm_distill.merge import MERGE_TOLERANCE
-from timm_distill.taps import resolve_student_tap
+from timm_distill.student.merge import MERGE_TOLERANCE
+from timm_distill.student.tap_search import resolve_student_tap
 from timm_distill.teacher import Teacher
 
 COLUMNS = (

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from timm_distill.adapters import Adapter, AdapterOutput, Match, create_adapter
 from timm_distill.features.layouts import FeatureLayout
 from timm_distill.features.spec import Features
-from timm_distill.folding import Consumer
 from timm_distill.losses import match_grids, n_to_one_loss
-from timm_distill.taps import StudentTap, TapSite
+from timm_distill.student.folding import Consumer
+from timm_distill.student.tap import StudentTap, TapSite
 from timm_distill.utils.affine import AffineMap
 
 _TESTS = Path(__file__).resolve().parent

@@ -24,7 +24,7 @@ from timm_distill.composition import create_composition, parse_kd
 from timm_distill.features.spec import Features
 from timm_distill.losses import match_grids, n_to_one_loss
 from timm_distill.methods import create_method
-from timm_distill.student import AdaptedStudent
+from timm_distill.student.adapted import AdaptedStudent
 
 SIZE = (3, 32, 32)
 CLASSES = 5

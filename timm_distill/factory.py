@@ -17,8 +17,9 @@ from .features.spec import FeatureSpec, PairSpec, Stage
 from .features.stages import count_classes
 from .methods import DistillMethod
 from .schedules import ScheduleSpec
-from .student import AdaptedStudent
-from .taps import StudentTap, resolve_student_tap
+from .student.adapted import AdaptedStudent
+from .student.tap import StudentTap
+from .student.tap_search import resolve_student_tap
 from .task import DistillTask
 from .teacher import Teacher, create_teacher
 

@@ -14,7 +14,7 @@ from .errors import UsageError
 from .factory import create_distill_task
 from .features.inputs import evaluation_mode, random_images
 from .features.stages import classes_of
-from .merge import MERGE_TOLERANCE
+from .student.merge import MERGE_TOLERANCE
 from .task import DistillTask
 from .teacher import Teacher
 

@@ -14,8 +14,8 @@ from .features.classifier import classifier_parameters
 from .features.inputs import random_images
 from .features.spec import Features
 from .gradients import reached_tensors
-from .merge import MERGE_TOLERANCE
-from .student import AdaptedStudent
+from .student.adapted import AdaptedStudent
+from .student.merge import MERGE_TOLERANCE
 from .teacher import Teacher
 
 _logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from timm_distill.features.layouts import FeatureLayout
 from timm_distill.features.reader import FeatureReader
 from timm_distill.features.spec import Features
 from timm_distill.features.stages import drops_positions, layout_for, resolve_feature_layout
-from timm_distill.taps import resolve_student_tap
+from timm_distill.student.tap_search import resolve_student_tap
 
 CLASSES = 5
 SIZES = [(64, 128), (128, 64), (96, 32), (64, 64)]

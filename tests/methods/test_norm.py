@@ -23,7 +23,7 @@ from timm_distill.adapters import Match
 from timm_distill.features.spec import Features
 from timm_distill.losses import match_grids, n_to_one_loss, standardize_logits
 from timm_distill.methods.norm import SCHEDULES
-from timm_distill.student import AdaptedStudent
+from timm_distill.student.adapted import AdaptedStudent
 
 FT_CASES = golden_cases('norm_ft', having='x')
 STAGE_CASES = golden_cases('norm_ft', having='fea_s.0')

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 import timm_distill  # noqa: F401
-from timm_distill.taps import resolve_student_tap
+from timm_distill.student.tap_search import resolve_student_tap
 
 SHARED = Path(__file__).resolve().parents[3] / 'shared' / 'cifar_networks.json'
 NAMES = timm.list_models('cifar_*')

@@ -14,8 +14,8 @@ from timm_distill.adapters import Match
 from timm_distill.features.spec import Features
 from timm_distill.losses import match_grids, n_to_one_loss
 from timm_distill.methods import DistillMethod
-from timm_distill.student import AdaptedStudent
-from timm_distill.taps import resolve_student_tap
+from timm_distill.student.adapted import AdaptedStudent
+from timm_distill.student.tap_search import resolve_student_tap
 
 SIZE = (3, 32, 32)
 CLASSES = 5

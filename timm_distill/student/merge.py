@@ -10,10 +10,10 @@ import torch
 import torch.nn as nn
 from timm.layers import SplitBatchNorm2d
 
-from .features.inputs import evaluation_mode
+from ..features.inputs import evaluation_mode
+from ..utils.precision import full_float32
 from .folding import fold_affine, named_tensors
-from .taps import StudentTap
-from .utils.precision import full_float32
+from .tap import StudentTap
 
 # Largest logit difference, relative to the logits' spread, that rounding explains.
 MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

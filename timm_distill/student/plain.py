@@ -8,9 +8,9 @@ import torch
 import torch.nn as nn
 from timm.layers import SplitBatchNorm2d
 
-from .features.inputs import CANNOT_RUN
+from ..features.inputs import CANNOT_RUN
 from .merge import MERGE_TOLERANCE, merge_error, plain_input
-from .taps import StudentTap
+from .tap import StudentTap
 
 _logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from timm_distill import DistillTask, UsageError, create_distill_task, merge_student
 from timm_distill.errors import MergeError
-from timm_distill.merge import full_precision, merge_error, merged_state_dict, merged_tensors
+from timm_distill.student.merge import full_precision, merge_error, merged_state_dict, merged_tensors
 
 SIZE = (3, 32, 32)
 CLASSES = 5

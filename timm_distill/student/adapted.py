@@ -22,14 +22,14 @@ import torch
 import torch.nn as nn
 from timm.models import group_parameters
 
-from .adapters import Adapter, AdapterOutput, Match
+from ..adapters import Adapter, AdapterOutput, Match
+from ..errors import UsageError
+from ..features.inputs import RawFeature, resize_images
+from ..features.layouts import FeatureLayout
+from ..features.reader import FeatureReader
+from ..features.spec import Features
+from ..features.stages import layout_for
 from .dropout import DelayedDropout
-from .errors import UsageError
-from .features.inputs import RawFeature, resize_images
-from .features.layouts import FeatureLayout
-from .features.reader import FeatureReader
-from .features.spec import Features
-from .features.stages import layout_for
 from .merge import (
     adapt_input,
     match_inside,
@@ -39,8 +39,8 @@ from .merge import (
     pop_inside_loss,
     split_batch_norm_tensors,
 )
-from .plain_student import copy_plain_student, create_plain_student
-from .taps import StudentTap, TapSite
+from .plain import copy_plain_student, create_plain_student
+from .tap import StudentTap, TapSite
 
 MethodTerms = Dict[str, Dict[str, torch.Tensor]]  # unweighted terms by method
 

@@ -8,8 +8,8 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 
-from .utils.affine import AffineMap, batch_norm_affine, compose, fold_into_weight, to_float64
-from .utils.batch_norm import is_batch_norm
+from ..utils.affine import AffineMap, batch_norm_affine, compose, fold_into_weight, to_float64
+from ..utils.batch_norm import is_batch_norm
 
 
 @dataclass(frozen=True)

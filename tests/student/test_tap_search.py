@@ -11,8 +11,9 @@ from tiny_models import Plain, TwoScales, WithClassifier, WithoutLinear
 from timm_distill import UsageError
 from timm_distill.features.classifier import classifier_reads_pre_logits
 from timm_distill.features.stages import last_stage_feature, resolve_feature_layout
-from timm_distill.folding import Consumer, fold_affine
-from timm_distill.taps import StudentTap, resolve_student_tap
+from timm_distill.student.folding import Consumer, fold_affine
+from timm_distill.student.tap import StudentTap
+from timm_distill.student.tap_search import resolve_student_tap
 from timm_distill.utils.affine import AffineMap, batch_norm_affine
 
 SIZE = (3, 32, 32)
