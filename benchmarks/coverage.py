@@ -30,7 +30,7 @@ from timm_distill.features.layouts import FeatureLayout
 from timm_distill.features.stages import last_stage_feature, resolve_feature_layout
 from timm_distill.student.merge import MERGE_TOLERANCE
 from timm_distill.student.tap_search import resolve_student_tap
-from timm_distill.teacher import Teacher
+from timm_distill.teacher.teacher import Teacher
 
 COLUMNS = (
     'name', 'module', 'params_m', 'input_size', 'how', 'student', 'consumers', 'fold_error', 'merge_error',

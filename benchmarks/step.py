@@ -23,7 +23,7 @@ from timm.optim import create_optimizer_v2
 
 import timm_distill
 from timm_distill.adapters import Match, create_adapter
-from timm_distill.teacher import create_teacher
+from timm_distill.teacher.teacher import create_teacher
 
 # student channels, teacher channels, images (of 7 x 7 positions)
 TRANSFORMS = {

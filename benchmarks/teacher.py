@@ -23,11 +23,10 @@ import torch
 from coverage import create_small, small_input
 from tqdm import tqdm
 
-from timm_distill.batch_norms import is_batch_norm
 from timm_distill.features.inputs import CANNOT_RUN, random_images
 from timm_distill.features.tracing import output_error
-from timm_distill.fusing import settle_batch_norms
-from timm_distill.teacher import Teacher
+from timm_distill.teacher.fold import is_batch_norm, settle_batch_norms
+from timm_distill.teacher.teacher import Teacher
 
 OUTPUTS = frozenset({'logits', 'feature'})
 

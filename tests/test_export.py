@@ -31,7 +31,7 @@ from timm_distill.export import (
 from timm_distill.model_card import create_model_card
 from timm_distill.resume import resume_task
 from timm_distill.run import RunResult
-from timm_distill.weight_files import read_weight_file
+from timm_distill.teacher.weight_files import read_weight_file
 
 MEAN = (0.4, 0.5, 0.6)
 

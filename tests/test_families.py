@@ -19,7 +19,7 @@ from timm_distill.features.classifier import classifier_linear
 from timm_distill.features.inputs import RawFeature, evaluation_mode
 from timm_distill.features.spec import Features
 from timm_distill.features.stages import last_stage_feature, resolve_feature_layout, resolve_stages
-from timm_distill.fusing import settle_batch_norms
+from timm_distill.teacher.fold import settle_batch_norms
 from timm_distill.utils.batch_norm import is_batch_norm
 
 SHARED_LIST = REPO_DIR.parent / 'shared' / 'timm_heads.json'

@@ -1,13 +1,13 @@
 """timm_distill: distil any timm model into any other and get a plain timm checkpoint."""
 from .adapters import create_adapter, list_adapters
-from .class_means import compute_class_means
 from .errors import MergeError, UsageError
 from .factory import create_distill_task
 from .methods import create_method, list_methods
 from .models import CifarNet
 from .pair import PairReport, check_pair
 from .task import DistillTask, merge_student
-from .teacher import Teacher, create_teacher
+from .teacher.class_means import compute_class_means
+from .teacher.teacher import Teacher, create_teacher
 
 __version__ = '0.1.0'
 

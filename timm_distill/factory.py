@@ -21,7 +21,7 @@ from .student.adapted import AdaptedStudent
 from .student.tap import StudentTap
 from .student.tap_search import resolve_student_tap
 from .task import DistillTask
-from .teacher import Teacher, create_teacher
+from .teacher.teacher import Teacher, create_teacher
 
 _logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from .features.inputs import evaluation_mode, random_images
 from .features.stages import classes_of
 from .student.merge import MERGE_TOLERANCE
 from .task import DistillTask
-from .teacher import Teacher
+from .teacher.teacher import Teacher
 
 _logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from .features.spec import Features
 from .gradients import reached_tensors
 from .student.adapted import AdaptedStudent
 from .student.merge import MERGE_TOLERANCE
-from .teacher import Teacher
+from .teacher.teacher import Teacher
 
 _logger = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import torch.nn as nn
 from timm.scheduler import PlateauLRScheduler
 
 from ..analysis import PredictionRecorder
-from ..class_means import cached_class_means, class_means_key, compute_class_means, load_class_means
 from ..data import create_pass_loader
 from ..gradients import allow_retained_graphs
 from ..resume import done_batches, resume_task
-from ..teacher import Teacher
+from ..teacher.class_means import cached_class_means, class_means_key, compute_class_means, load_class_means
+from ..teacher.teacher import Teacher
 from ..utils.text import model_file_name
 from .parts import Run
 from .validation import count_samples, has_single_predictions, validate

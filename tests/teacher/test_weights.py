@@ -15,8 +15,8 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 
 from timm_distill import Teacher, UsageError, create_distill_task, create_teacher
-from timm_distill.teacher import hash_weights
-from timm_distill.teacher_weights import find_class_tensors, fit_weights
+from timm_distill.teacher.teacher import hash_weights
+from timm_distill.teacher.weights import find_class_tensors, fit_weights
 
 SIZE = (3, 32, 32)
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)

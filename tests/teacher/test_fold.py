@@ -9,11 +9,10 @@ import torch
 import torch.nn as nn
 from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, ScaledStdConv2d, StdConv2d
 
-from timm_distill import fusing
-from timm_distill.batch_norms import Pair, find_pairs
 from timm_distill.features.inputs import evaluation_mode
 from timm_distill.features.tracing import output_error
-from timm_distill.fusing import fuse_batch_norms, settle_batch_norms
+from timm_distill.teacher import fold as fusing
+from timm_distill.teacher.fold import Pair, find_pairs, fuse_batch_norms, settle_batch_norms
 from timm_distill.utils.batch_norm import is_batch_norm
 
 SIZE = (3, 16, 16)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .errors import UsageError
-from .features.classifier import classifier_linear, classifier_reads_pre_logits, last_linear
-from .features.inputs import (
+from ..errors import UsageError
+from ..features.classifier import classifier_linear, classifier_reads_pre_logits, last_linear
+from ..features.inputs import (
     CANNOT_RUN,
     RawFeature,
     evaluation_mode,
@@ -24,9 +24,9 @@ from .features.inputs import (
     resize_images,
     runnable_size,
 )
-from .features.layouts import FeatureLayout
-from .features.spec import Features, Stage
-from .features.stages import (
+from ..features.layouts import FeatureLayout
+from ..features.spec import Features, Stage
+from ..features.stages import (
     classes_of,
     forward_with_stages,
     has_head,
@@ -36,8 +36,8 @@ from .features.stages import (
     resolve_stages,
     stages_share_trunk,
 )
-from .fusing import FuseReport, fuse_batch_norms
-from .heads import HeadInput, find_head_input
+from .fold import FuseReport, fuse_batch_norms
+from .head import HeadInput, find_head_input
 from .preprocessing import (
     InputRecord,
     first_record,
@@ -46,7 +46,7 @@ from .preprocessing import (
     resolve_preprocessing,
 )
 from .sharding import count_local_parameters, find_parts, shard
-from .teacher_weights import TeacherSource, load_teacher_model
+from .weights import TeacherSource, load_teacher_model
 
 _logger = logging.getLogger(__name__)
 

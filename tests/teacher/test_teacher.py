@@ -17,9 +17,9 @@ from torchvision.models import resnet18
 
 from timm_distill import Teacher, UsageError, create_distill_task, create_teacher
 from timm_distill.features.spec import Features
-from timm_distill.fusing import settle_batch_norms
-from timm_distill.preprocessing import InputRecord
-from timm_distill.teacher import hash_weights
+from timm_distill.teacher.fold import settle_batch_norms
+from timm_distill.teacher.preprocessing import InputRecord
+from timm_distill.teacher.teacher import hash_weights
 from timm_distill.utils.batch_norm import is_batch_norm
 
 SIZE = (3, 32, 32)

@@ -14,10 +14,10 @@ import torch
 import torch.nn as nn
 from timm.models import resolve_model_input_args
 
-from .errors import UsageError
-from .features.inputs import CANNOT_RUN
+from ..errors import UsageError
+from ..features.inputs import CANNOT_RUN
+from ..utils.random import unchanged_randomness
 from .preprocessing import InputRecord, is_same
-from .utils.random import unchanged_randomness
 from .weight_files import WeightFile, read_weight_file, recorded_size
 
 _logger = logging.getLogger(__name__)

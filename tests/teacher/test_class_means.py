@@ -16,11 +16,17 @@ from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import DataLoader, TensorDataset
 
 import train_distill
-from timm_distill import Teacher, UsageError, class_means, compute_class_means
-from timm_distill.class_means import cached_class_means, class_means_key, load_class_means, save_class_means
+from timm_distill import Teacher, UsageError, compute_class_means
 from timm_distill.features.spec import Features
-from timm_distill.preprocessing import InputRecord
 from timm_distill.run import prepare
+from timm_distill.teacher import class_means
+from timm_distill.teacher.class_means import (
+    cached_class_means,
+    class_means_key,
+    load_class_means,
+    save_class_means,
+)
+from timm_distill.teacher.preprocessing import InputRecord
 
 SIZE, CLASSES, WIDTH = (3, 32, 32), 5, 96
 

@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
-from .errors import UsageError
+from ..errors import UsageError
+from ..run_files import is_unmerged, nonfinite_tensors
+from ..storage import read_checkpoint
 from .preprocessing import InputRecord
-from .run_files import is_unmerged, nonfinite_tensors
-from .storage import read_checkpoint
 
 _RAW_KEYS, _EMA_KEYS = ('state_dict', 'model'), ('state_dict_ema', 'model_ema')  # as timm reads them
 _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')  # lie beside a config.json that describes them

@@ -9,9 +9,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .features.inputs import CANNOT_RUN, RawFeature
-from .features.layouts import FeatureLayout
-from .features.tracing import Head, call_head, random_like, random_tensors, trace
+from ..features.inputs import CANNOT_RUN, RawFeature
+from ..features.layouts import FeatureLayout
+from ..features.tracing import Head, call_head, random_like, random_tensors, trace
 
 _TOLERANCE = 1e-9  # in float64
 

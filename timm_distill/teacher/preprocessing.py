@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .errors import UsageError
+from ..errors import UsageError
 
 RESIZE_MODES = ('bicubic', 'bilinear', 'nearest')  # of those that timm knows, what resizes tensors
 
