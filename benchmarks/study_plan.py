@@ -10,7 +10,7 @@ import yaml
 
 from timm_distill import UsageError
 from timm_distill.args import check_train_args, create_train_parser, parse_args
-from timm_distill.composition import create_composition
+from timm_distill.methods._composition import create_composition
 
 REPO_DIR = str(Path(__file__).resolve().parent.parent)
 _SCRIPT = 'train_distill.py'

@@ -8,7 +8,7 @@ from typing import Iterator, List
 import pytest
 
 from timm_distill import list_methods
-from timm_distill.presets import list_presets
+from timm_distill.methods._presets import list_presets
 
 REPO_DIR = Path(__file__).resolve().parent.parent
 README = REPO_DIR / 'README.md'

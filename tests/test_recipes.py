@@ -9,7 +9,7 @@ import yaml
 
 import train_distill
 from timm_distill.args import create_train_parser, parse_args
-from timm_distill.composition import create_composition, expand_kd
+from timm_distill.methods._composition import create_composition, expand_kd
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / 'recipes').glob('*.yaml'))
 each_recipe = pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)

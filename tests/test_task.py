@@ -20,10 +20,10 @@ from timm.task import ClassificationTask
 from tiny_models import Plain, TwoScales
 
 from timm_distill import DistillTask, MergeError, Teacher, UsageError, create_distill_task, merge_student
-from timm_distill.composition import create_composition, parse_kd
 from timm_distill.features.spec import Features
 from timm_distill.losses import match_grids, n_to_one_loss
 from timm_distill.methods import create_method
+from timm_distill.methods._composition import create_composition, parse_kd
 from timm_distill.student.adapted import AdaptedStudent
 
 SIZE = (3, 32, 32)

@@ -9,14 +9,14 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .adapters import Adapter, create_adapter
-from .composition import Composition, create_composition
 from .errors import UsageError
 from .features.inputs import count_flops, evaluation_mode, random_images, runnable_size
 from .features.reader import FeatureReader
 from .features.spec import FeatureSpec, PairSpec, Stage
 from .features.stages import count_classes
 from .methods import DistillMethod
-from .schedules import ScheduleSpec
+from .methods._composition import Composition, create_composition
+from .methods._schedules import ScheduleSpec
 from .student.adapted import AdaptedStudent
 from .student.tap import StudentTap
 from .student.tap_search import resolve_student_tap

@@ -14,8 +14,8 @@ import torch.nn as nn
 from timm.optim import create_optimizer_v2
 
 from timm_distill import DistillTask, create_distill_task, list_methods, merge_student
-from timm_distill.composition import methods_of
 from timm_distill.methods import METHODS
+from timm_distill.methods._composition import methods_of
 
 SIZE = (3, 32, 32)
 CLASSES = 5

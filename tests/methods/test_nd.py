@@ -181,7 +181,7 @@ def test_batch_of_one_is_finite() -> None:
 @pytest.mark.parametrize('name, alias', [
     ('kd++', 'kdpp'), ('dkd++', 'dkdpp'), ('dist++', 'distpp'), ('reviewkd++', 'reviewkdpp'), ('deit++', 'deitpp')])
 def test_presets_have_an_alias_and_nd(name: str, alias: str) -> None:
-    from timm_distill.presets import get_preset
+    from timm_distill.methods._presets import get_preset
     assert get_preset(name) is get_preset(alias)
     assert 'nd' in get_preset(name).weights
 

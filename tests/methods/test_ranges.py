@@ -7,7 +7,7 @@ import pytest
 from timm_distill import UsageError, create_adapter, create_distill_task, create_method, list_methods
 from timm_distill.adapters import ADAPTERS
 from timm_distill.methods import METHODS
-from timm_distill.schedules import create_weight_schedule
+from timm_distill.methods._schedules import create_weight_schedule
 
 
 def numeric_options(registry: Any) -> List[Tuple[str, str]]:

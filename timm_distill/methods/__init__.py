@@ -9,8 +9,8 @@ import sys
 from typing import Any, List
 
 from ..errors import UsageError
-from ..presets import list_presets
-from .base import METHODS, DistillMethod, register_method
+from ._base import METHODS, DistillMethod, register_method
+from ._presets import list_presets
 
 __all__ = [
     'METHODS',

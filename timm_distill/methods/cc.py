@@ -14,7 +14,7 @@ import torch.nn as nn
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..utils.precision import in_full_precision
-from .base import DistillMethod, register_method
+from ._base import DistillMethod, register_method
 
 
 @in_full_precision

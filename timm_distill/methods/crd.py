@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, to_full_precision
-from .base import DistillMethod, check_temperature, register_method
+from ._base import DistillMethod, check_temperature, register_method
 
 _MODES = ('exact', 'relax', 'instance')
 _MOST_NUMBERS = 2 ** 27  # half a gigabyte for each image of a batch

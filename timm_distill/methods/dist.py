@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from ..errors import UsageError
 from ..features.spec import Features
 from ..losses import is_constant, to_full_precision
-from .base import DistillMethod, check_temperature, register_method
+from ._base import DistillMethod, check_temperature, register_method
 
 EPS = 1e-8  # added to the product of the norms
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from ..errors import UsageError
 from ..features.spec import Features
 from ..losses import to_full_precision
-from .base import DistillMethod, check_temperature, register_method
+from ._base import DistillMethod, check_temperature, register_method
 
 
 def decoupled_divergences(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, to_full_precision
-from .base import DistillMethod, register_method
+from ._base import DistillMethod, register_method
 
 
 def cosine_distance(student: torch.Tensor, teacher: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:

@@ -12,11 +12,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..connectors import BatchNorm2d
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import match_grids
-from ..stage_matching import (
+from ..utils.precision import in_full_precision
+from ._base import DistillMethod, register_method
+from ._layers import BatchNorm2d
+from ._stages import (
     StageChoice,
     StagePairs,
     check_stage_choice,
@@ -24,8 +26,6 @@ from ..stage_matching import (
     select_stages,
     stages_of_pairs,
 )
-from ..utils.precision import in_full_precision
-from .base import DistillMethod, register_method
 
 Shape = Tuple[int, int, int]  # (C, H, W)
 

@@ -16,11 +16,13 @@ from typing import Dict, List, Sequence
 import torch
 import torch.nn as nn
 
-from ..connectors import equal_channels
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import match_grids, squared_norm_of_product
-from ..stage_matching import (
+from ..utils.precision import in_full_precision
+from ._base import DistillMethod, register_method
+from ._layers import equal_channels
+from ._stages import (
     StageChoice,
     StagePairs,
     check_stage_choice,
@@ -28,8 +30,6 @@ from ..stage_matching import (
     select_stages,
     stages_of_pairs,
 )
-from ..utils.precision import in_full_precision
-from .base import DistillMethod, register_method
 
 
 @in_full_precision

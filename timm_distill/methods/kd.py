@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..features.spec import Features
 from ..losses import kl_divergence, to_full_precision
-from .base import DistillMethod, check_temperature, register_method
+from ._base import DistillMethod, check_temperature, register_method
 
 
 def hard_label_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:

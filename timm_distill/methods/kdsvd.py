@@ -18,11 +18,13 @@ from typing import Dict, List, Sequence, Tuple
 import torch
 import torch.nn as nn
 
-from ..connectors import equal_channels
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, pool_to_grid, squared_norm_of_product
-from ..stage_matching import (
+from ..utils.precision import in_full_precision
+from ._base import DistillMethod, register_method
+from ._layers import equal_channels
+from ._stages import (
     StageChoice,
     StagePairs,
     check_stage_choice,
@@ -30,8 +32,6 @@ from ..stage_matching import (
     select_stages,
     stages_of_pairs,
 )
-from ..utils.precision import in_full_precision
-from .base import DistillMethod, register_method
 
 _EXTRA_VECTORS = 3  # of the student's, among which the best aligned are chosen
 _KERNEL_TERMS = 12  # of the Gaussian kernel's series; arguments are at most 1/4, the rest is below 1e-15

@@ -14,7 +14,7 @@ import torch
 from ..errors import UsageError
 from ..features.spec import Features
 from ..losses import is_constant, kl_divergence, to_full_precision
-from .base import DistillMethod, check_temperature, register_method
+from ._base import DistillMethod, check_temperature, register_method
 
 EPS = 1e-7  # added to the standard deviation
 

@@ -18,11 +18,11 @@ from typing import Dict
 import torch
 import torch.nn as nn
 
-from ..connectors import BatchNorm2d
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, to_full_precision
-from .base import DistillMethod, register_method
+from ._base import DistillMethod, register_method
+from ._layers import BatchNorm2d
 
 EPS = 1e-12  # below it a vector has no direction
 

@@ -19,8 +19,8 @@ import torch
 from ..errors import UsageError
 from ..features.spec import Features
 from ..losses import standardize_logits
-from ..schedules import ScheduleSpec, create_weight_schedule
-from .base import DistillMethod, register_method
+from ._base import DistillMethod, register_method
+from ._schedules import ScheduleSpec, create_weight_schedule
 
 SCHEDULES = {
     'imagenet': ((0, 0.1), (5, 0.5), (15, 0.9), (60, 0.5), (80, 0.1)),

@@ -16,9 +16,9 @@ import torch
 
 from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, match_grids, squared_norm_of_product
-from ..stage_matching import StageChoice, StagePairs, check_stage_choice, matched_stages, select_stages
 from ..utils.precision import in_full_precision
-from .base import DistillMethod, register_method
+from ._base import DistillMethod, register_method
+from ._stages import StageChoice, StagePairs, check_stage_choice, matched_stages, select_stages
 
 
 @in_full_precision

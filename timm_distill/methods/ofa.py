@@ -14,11 +14,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..connectors import BatchNorm2d
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec, Stage
 from ..losses import to_full_precision
-from .base import DistillMethod, check_temperature, register_method
+from ._base import DistillMethod, check_temperature, register_method
+from ._layers import BatchNorm2d
 
 
 def ofa_loss(

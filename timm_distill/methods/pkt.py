@@ -13,7 +13,7 @@ import torch
 
 from ..features.spec import Features
 from ..utils.precision import in_full_precision
-from .base import DistillMethod, register_method
+from ._base import DistillMethod, register_method
 
 
 def neighbour_probabilities(feature: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:

@@ -14,12 +14,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..connectors import conv_norm
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import pool_to_grid, to_full_precision
-from ..stage_matching import StagePairs, match_stages, stages_of_pairs
-from .base import DistillMethod, register_method
+from ._base import DistillMethod, register_method
+from ._layers import conv_norm
+from ._stages import StagePairs, match_stages, stages_of_pairs
 
 LEVELS = (4, 2, 1)  # grids of the pyramid
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..errors import UsageError
 from ..features.spec import Features
 from ..utils.precision import in_full_precision
-from .base import DistillMethod, register_method
+from ._base import DistillMethod, register_method
 
 _EPS = 1e-12  # smallest squared distance
 

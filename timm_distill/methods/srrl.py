@@ -19,11 +19,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..connectors import BatchNorm2d
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import to_full_precision
-from .base import DistillMethod, register_method
+from ._base import DistillMethod, register_method
+from ._layers import BatchNorm2d
 
 
 def statistics_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

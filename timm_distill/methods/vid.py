@@ -13,11 +13,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..connectors import conv1x1
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import match_grids
-from ..stage_matching import (
+from ..utils.precision import in_full_precision
+from ._base import DistillMethod, register_method
+from ._layers import conv1x1
+from ._stages import (
     StageChoice,
     StagePairs,
     check_stage_choice,
@@ -25,8 +27,6 @@ from ..stage_matching import (
     select_stages,
     stages_of_pairs,
 )
-from ..utils.precision import in_full_precision
-from .base import DistillMethod, register_method
 
 
 @in_full_precision

@@ -13,7 +13,6 @@ from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 
-from ..composition import methods_of
 from ..data import DataLoaders, IndexedDataset, create_loaders, create_train_loss, read_labels
 from ..device import (
     Precision,
@@ -26,6 +25,7 @@ from ..device import (
 from ..errors import UsageError
 from ..factory import create_distill_task
 from ..features.inputs import CANNOT_RUN, find_patch_size, random_images
+from ..methods._composition import methods_of
 from ..task import DistillTask
 from ..utils.distributed import share_weights
 from .parts import Run

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from timm_distill import UsageError
-from timm_distill.schedules import WeightSchedule, create_weight_schedule
+from timm_distill.methods._schedules import WeightSchedule, create_weight_schedule
 
 NAMED = {'warm': ((0, 0.), (3, 1.))}
 

@@ -10,8 +10,8 @@ import torch.nn as nn
 
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
-from ..schedules import Steps
 from ..utils.registry import Registry
+from ._schedules import Steps
 
 METHODS = Registry('method', '--kd', __package__, entry_points='timm_distill.methods')
 

@@ -17,11 +17,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..connectors import BatchNorm2d
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, match_grids
-from ..stage_matching import (
+from ..utils.precision import in_full_precision
+from ._base import DistillMethod, register_method
+from ._layers import BatchNorm2d
+from ._stages import (
     StageChoice,
     StagePairs,
     check_stage_choice,
@@ -29,8 +31,6 @@ from ..stage_matching import (
     select_stages,
     stages_of_pairs,
 )
-from ..utils.precision import in_full_precision
-from .base import DistillMethod, register_method
 
 
 @in_full_precision

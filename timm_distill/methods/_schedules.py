@@ -3,7 +3,7 @@ import math
 from bisect import bisect_right
 from typing import Any, Callable, List, Mapping, Optional, Sequence, Tuple, Union
 
-from .errors import UsageError
+from ..errors import UsageError
 
 Steps = Tuple[Tuple[int, float], ...]
 ScheduleSpec = Union[str, Mapping[int, float], Sequence[Any]]

@@ -4,7 +4,7 @@ import copy
 import torch
 import torch.nn as nn
 
-from timm_distill.connectors import BatchNorm2d, conv1x1, equal_channels
+from timm_distill.methods._layers import BatchNorm2d, conv1x1, equal_channels
 
 
 def test_batch_norm_is_torchs_where_a_channel_has_two_values_or_more() -> None:

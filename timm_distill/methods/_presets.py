@@ -5,8 +5,8 @@ A preset's name is matched before '+' splits a `--kd` value; an alias needs no q
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-from .errors import UsageError
-from .schedules import Steps, WeightSchedule
+from ..errors import UsageError
+from ._schedules import Steps, WeightSchedule
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from typing import List, Sequence, Tuple, Union
 
 import torch
 
-from .errors import UsageError
-from .features.spec import Features, FeatureSpec, PairSpec, Stage
+from ..errors import UsageError
+from ..features.spec import Features, FeatureSpec, PairSpec, Stage
 
 StagePairs = Tuple[Tuple[int, int], ...]
 StageChoice = Union[str, int, Sequence[int]]

@@ -6,7 +6,7 @@ import torch
 
 from timm_distill import UsageError
 from timm_distill.features.spec import Features, FeatureSpec, PairSpec, Stage
-from timm_distill.stage_matching import (
+from timm_distill.methods._stages import (
     check_stage_choice,
     match_stages,
     matched_stages,

@@ -6,7 +6,7 @@ from golden_data import GoldenCase, assert_golden, case_id, golden_cases
 
 from timm_distill import UsageError, create_method
 from timm_distill.methods import DistillMethod
-from timm_distill.methods.ft import factor_loss, reconstruction_loss
+from timm_distill.methods.factor_transfer import factor_loss, reconstruction_loss
 
 CASES = golden_cases('factor_transfer')
 

@@ -3,10 +3,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
-from .errors import UsageError
-from .methods import METHODS, DistillMethod, create_method, list_methods
-from .presets import presets_by_name
-from .schedules import ScheduleSpec, create_weight_schedule
+from ..errors import UsageError
+from . import METHODS, DistillMethod, create_method, list_methods
+from ._presets import presets_by_name
+from ._schedules import ScheduleSpec, create_weight_schedule
 
 
 @dataclass(frozen=True)

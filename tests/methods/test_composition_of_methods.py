@@ -3,10 +3,10 @@ from typing import Dict, Iterator, List
 
 import pytest
 
-from timm_distill import presets
-from timm_distill.composition import create_composition, expand_kd, parse_kd
 from timm_distill.errors import UsageError
-from timm_distill.presets import Preset, get_preset, register_preset
+from timm_distill.methods import _presets as presets
+from timm_distill.methods._composition import create_composition, expand_kd, parse_kd
+from timm_distill.methods._presets import Preset, get_preset, register_preset
 
 
 @pytest.fixture(autouse=True)
