@@ -44,12 +44,12 @@ from timm_distill.args import (
 )
 from timm_distill.data import user_message
 from timm_distill.demo import run_demo
+from timm_distill.engine.meters import NonFiniteLossError
+from timm_distill.engine.train_log import collect_warnings
 from timm_distill.errors import LostStateError
 from timm_distill.locking import FolderLock
-from timm_distill.meters import NonFiniteLossError
 from timm_distill.methods import describe_methods, list_methods, load_method_file
 from timm_distill.methods._composition import check_mixing
-from timm_distill.progress import collect_warnings
 from timm_distill.resume import check_same_run, restore_rank
 from timm_distill.run import (
     Recorder,

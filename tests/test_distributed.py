@@ -12,7 +12,8 @@ from timm.optim import create_optimizer_v2
 from timm.utils import unwrap_model
 
 from timm_distill import Teacher, UsageError, create_distill_task
-from timm_distill.engine import evaluate, train_one_epoch
+from timm_distill.engine.evaluate import evaluate
+from timm_distill.engine.train import train_one_epoch
 from timm_distill.teacher.sharding import count_local_parameters, count_parameters, find_parts
 from timm_distill.utils.distributed import share_weights
 

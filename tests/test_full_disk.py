@@ -12,8 +12,8 @@ import timm_distill.checkpoint
 import timm_distill.run.recorder
 import timm_distill.storage
 from timm_distill import UsageError
+from timm_distill.engine.meters import NonFiniteLossError
 from timm_distill.errors import LostStateError, MergeError
-from timm_distill.meters import NonFiniteLossError
 from timm_distill.run import closing
 from timm_distill.run.recorder import Recorder
 from timm_distill.storage import checkpoint_size, describe_space, write_checkpoint, write_text

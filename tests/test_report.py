@@ -13,7 +13,7 @@ from PIL import Image
 import train_distill
 from timm_distill import report
 from timm_distill.analysis import Predictions
-from timm_distill.progress import collect_warnings
+from timm_distill.engine.train_log import collect_warnings
 from timm_distill.report import ReportData, epochs_table, render_html, write_report
 from timm_distill.run import closing
 from timm_distill.summary import read_summary

@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2
 from torch.profiler import ProfilerActivity, profile
 
 from timm_distill import DistillTask, create_distill_task, list_methods
-from timm_distill.engine import train_one_epoch
+from timm_distill.engine.train import train_one_epoch
 from timm_distill.methods import METHODS
 
 SIZE = (3, 32, 32)
@@ -73,7 +73,7 @@ def count_operators(task: DistillTask) -> Counter:
 @each_method_that_need_not_wait
 def test_no_step_waits_for_the_device(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # on the CPU, where that costs nothing, the loop looks at each update
-    monkeypatch.setattr('timm_distill.guard._on_cpu', lambda tensors: False)
+    monkeypatch.setattr('timm_distill.engine.nonfinite._on_cpu', lambda tensors: False)
     task = create_task(method)
     task.setup_ema()
     counts = count_operators(task)

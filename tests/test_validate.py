@@ -15,7 +15,7 @@ from timm.utils import CheckpointSaver
 
 from timm_distill.args import create_validate_parser, parse_args
 from timm_distill.data import create_eval_dataset, create_eval_loader
-from timm_distill.engine import evaluate
+from timm_distill.engine.evaluate import evaluate
 
 _spec = importlib.util.spec_from_file_location('validate', Path(__file__).parent.parent / 'validate.py')
 assert _spec is not None and _spec.loader is not None

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from .data import create_eval_dataset, create_eval_loader
 from .device import enable_fast_math, resolve_device_name, resolve_precision
-from .engine import evaluate, evaluator_class
+from .engine.evaluate import evaluate, evaluator_class
 from .errors import UsageError
 from .features.inputs import find_patch_size
 from .run_files import is_unmerged

@@ -9,11 +9,11 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 
+from .engine.grad_norms import reached_tensors
 from .errors import MergeError, UsageError
 from .features.classifier import classifier_parameters
 from .features.inputs import random_images
 from .features.spec import Features
-from .gradients import reached_tensors
 from .student.adapted import AdaptedStudent
 from .student.merge import MERGE_TOLERANCE
 from .teacher.teacher import Teacher

@@ -14,7 +14,7 @@ from timm.utils import NativeScaler
 
 import train_distill
 from timm_distill import DistillTask, UsageError, create_distill_task, create_method
-from timm_distill.engine import train_one_epoch
+from timm_distill.engine.train import train_one_epoch
 from timm_distill.features.spec import Features
 from timm_distill.losses import standardize_logits
 from timm_distill.methods import METHODS, DistillMethod

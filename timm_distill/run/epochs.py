@@ -9,9 +9,9 @@ import torch
 import torchvision
 
 from ..data import DataLoaders, set_loader_epoch
-from ..engine import train_one_epoch
+from ..engine.meters import NonFiniteLossError
+from ..engine.train import train_one_epoch
 from ..errors import UsageError
-from ..meters import NonFiniteLossError
 from ..stopping import LoaderStalled, StopRequested, StopSignals
 from ..storage import why_unwritten
 from .parts import Run

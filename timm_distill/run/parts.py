@@ -7,8 +7,8 @@ import torch
 
 from ..data import DataLoaders, label_names
 from ..device import Precision
-from ..meters import Streak
-from ..progress import StepTiming
+from ..engine.meters import Streak
+from ..engine.train_log import StepTiming
 from ..provenance import collect_provenance
 from ..task import DistillTask
 from ..utils.text import printable

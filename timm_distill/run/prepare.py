@@ -10,7 +10,7 @@ from timm.scheduler import PlateauLRScheduler
 
 from ..analysis import PredictionRecorder
 from ..data import create_pass_loader
-from ..gradients import allow_retained_graphs
+from ..engine.grad_norms import allow_retained_graphs
 from ..resume import done_batches, resume_task
 from ..teacher.class_means import cached_class_means, class_means_key, compute_class_means, load_class_means
 from ..teacher.teacher import Teacher

@@ -8,7 +8,7 @@ from timm import utils
 
 from ..analysis import PredictionRecorder, agreement
 from ..data import DataLoaders
-from ..engine import evaluate, evaluator_class
+from ..engine.evaluate import evaluate, evaluator_class
 from ..task import DistillTask
 from .parts import Run
 

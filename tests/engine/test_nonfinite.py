@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import train_distill
-from timm_distill.engine import NonFiniteLossError
+from timm_distill.engine.train import NonFiniteLossError
 from timm_distill.errors import UsageError
 from timm_distill.export import load_release
 from timm_distill.resume import find_newest

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from timm.task import TrainingTask
 from timm.utils import NativeScaler
 
-from timm_distill.engine import NonFiniteLossError, evaluate, train_one_epoch
+from timm_distill.engine.evaluate import evaluate
+from timm_distill.engine.train import NonFiniteLossError, train_one_epoch
 from timm_distill.errors import UsageError
 from timm_distill.utils.random import get_rng_state, set_rng_state
 
@@ -76,7 +77,7 @@ def test_averages_equal_reading_every_step():
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Lets the loop leave values on the device, as it does where reading them costs a wait."""
-    monkeypatch.setattr('timm_distill.guard._on_cpu', lambda tensors: False)
+    monkeypatch.setattr('timm_distill.engine.nonfinite._on_cpu', lambda tensors: False)
 
 
 def test_no_value_is_read_between_log_lines(monkeypatch, as_on_cuda):

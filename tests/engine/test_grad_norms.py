@@ -15,7 +15,7 @@ from timm.task import TrainingTask
 from timm.utils import NativeScaler
 
 from timm_distill import DistillTask, create_distill_task
-from timm_distill.engine import train_one_epoch
+from timm_distill.engine.train import train_one_epoch
 
 CPU = torch.device('cpu')
 SIZE = (3, 32, 32)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .gradients import GradientNorms
+from .grad_norms import GradientNorms
 from .meters import LossMeter
 
 _logger = logging.getLogger(__name__)

@@ -1,0 +1,136 @@
+"""Evaluation loop: metrics of a model over a loader."""
+import logging
+import time
+from collections import OrderedDict
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Callable, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from timm.task import (
+    ClassificationEvaluator,
+    MultiLabelClassificationEvaluator,
+    evaluation_sample_limit,
+)
+from tqdm import tqdm
+
+from .train_log import progress_bar
+
+_logger = logging.getLogger(__name__)
+
+
+def _prepare_batch(
+        input: torch.Tensor,
+        target: torch.Tensor,
+        device: torch.device,
+        model_dtype: Optional[torch.dtype] = None,
+        prefetcher: bool = True,
+        channels_last: bool = False,
+        mixup_fn: Optional[Callable] = None,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Do what a prefetching loader has done already (transfer, dtype, mixup), and set the memory format."""
+    if not prefetcher:
+        input, target = input.to(device=device, dtype=model_dtype), target.to(device=device)
+        if mixup_fn is not None:
+            input, target = mixup_fn(input, target)
+    if channels_last:
+        input = input.contiguous(memory_format=torch.channels_last)
+    return input, target
+
+
+def _log_evaluation(
+        log_name: str,
+        batch_idx: int,
+        num_batches: int,
+        evaluator: ClassificationEvaluator,
+        seconds: float,
+        bar: tqdm,
+) -> None:
+    metrics = evaluator.summary()
+    name = 'top1' if 'top1' in metrics else 'loss'  # multi-label metrics need all predictions
+    bar.set_postfix({name: f'{metrics[name]:.2f}'}, refresh=False)
+    accuracy = f"  Acc@1: {metrics['top1']:.3f}  Acc@5: {metrics['top5']:.3f}" if 'top1' in metrics else ''
+    _logger.info(
+        f'{log_name}: [{batch_idx:>4d}/{num_batches - 1:>4d}]  '
+        f'Time: {seconds / (batch_idx + 1):.3f}s, {evaluator.num_samples / max(seconds, 1e-9):.1f} images/s  '
+        f"Loss: {metrics['loss']:.4f}{accuracy}")
+
+
+def _merge_views(output: torch.Tensor, target: torch.Tensor, tta: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Average the logits of each image's views, which follow one another in the batch."""
+    return output.unflatten(0, (-1, tta)).mean(dim=1), target[::tta]
+
+
+def evaluator_class(task: str, threshold: float = 0.5) -> Callable[..., ClassificationEvaluator]:
+    """Return the class of the metrics for a kind of targets, 'classification' or 'multilabel'.
+
+    Args:
+        task: Kind of targets.
+        threshold: Probability from which a label of several counts as predicted.
+    """
+    if task == 'multilabel':
+        return partial(MultiLabelClassificationEvaluator, threshold=threshold)
+    return ClassificationEvaluator
+
+
+@torch.inference_mode()
+def evaluate(
+        model: nn.Module,
+        loader: Any,
+        *,
+        device: torch.device,
+        model_dtype: Optional[torch.dtype] = None,
+        amp_autocast: Callable = nullcontext,
+        channels_last: bool = False,
+        prefetcher: bool = True,
+        distributed: bool = False,
+        tta: int = 0,
+        create_evaluator: Callable[..., ClassificationEvaluator] = ClassificationEvaluator,
+        on_output: Optional[Callable] = None,
+        log_interval: int = 50,
+        log_name: str = 'Test',
+        progress: Optional[bool] = None,
+) -> OrderedDict[str, float]:
+    """Evaluate a classifier, each image counted once whatever the batches and the number of ranks.
+
+    Args:
+        model: Gives logits, or a tuple that begins with them; is put in eval mode and left there.
+        loader: Yields (input, class index).
+        device: Where the model lives.
+        model_dtype: Input dtype, where the loader does not set it.
+        amp_autocast: Makes the context of each forward pass.
+        channels_last: Evaluate in channels-last memory format.
+        prefetcher: The loader already transfers and converts.
+        distributed: Count over all ranks.
+        tta: Views of an image that follow one another in a batch and are averaged, 0 or 1 for none.
+        create_evaluator: Class of the metrics, called with the device and `max_samples`.
+        on_output: Called with the logits and targets of each batch.
+        log_interval: Batches between log lines. Only there does the loop wait for the device.
+        log_name: First word of the log lines.
+        progress: Show a progress bar; None shows one where stderr is a terminal.
+
+    Returns:
+        The evaluator's metrics: 'loss' (cross-entropy), 'top1' and 'top5' (percent).
+    """
+    model.eval()
+    max_samples, views = evaluation_sample_limit(loader), max(tta, 1)
+    evaluator = create_evaluator(device, max_samples=None if max_samples is None else max_samples // views)
+    primary = not distributed or dist.get_rank() == 0
+    start = time.perf_counter()
+    with progress_bar(loader, log_name, progress if primary else False) as bar:
+        for batch_idx, (input, target) in enumerate(bar):
+            input, target = _prepare_batch(input, target, device, model_dtype, prefetcher, channels_last)
+            with amp_autocast():
+                output = model(input)
+            if isinstance(output, (tuple, list)):
+                output = output[0]
+            if views > 1:
+                output, target = _merge_views(output, target, views)
+            evaluator.update(output, target)
+            if on_output is not None:
+                on_output(output, target)
+            if primary and (batch_idx % log_interval == 0 or batch_idx == len(loader) - 1):
+                _log_evaluation(log_name, batch_idx, len(loader), evaluator, time.perf_counter() - start, bar)
+    return evaluator.compute(distributed)
