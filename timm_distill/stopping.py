@@ -15,11 +15,6 @@ from typing import Any, Dict, Iterator, List, Optional
 import torch
 import torch.distributed as dist
 
-__all__ = [
-    'EXIT_INTERRUPTED', 'EXIT_PREEMPTED', 'LoaderStalled', 'StopRequested', 'StopSignals', 'end_child_processes',
-    'exit_code', 'outlive_stop_signals',
-]
-
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 EXIT_INTERRUPTED = 130  # what shells report for Ctrl-C
 _NAMES = ('SIGINT', 'SIGTERM', 'SIGUSR1')
@@ -231,23 +226,3 @@ def end_child_processes() -> bool:
     for child in children:
         child.join(_PATIENCE / 10)
     return not any(child.is_alive() for child in children)
-
-
-def outlive_stop_signals() -> None:
-    """Let a loader's worker process go on when its whole process group is told to stop; the main process decides.
-
-    A SIGTERM that the main process sends still ends the worker.
-    """
-    signal.set_wakeup_fd(-1)  # the main process's
-    for name in ('SIGINT', 'SIGUSR1'):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _wait_for_parent(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)

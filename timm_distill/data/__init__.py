@@ -9,7 +9,7 @@ from .fingerprint import class_indices, describe_changes, digest_fingerprint, fi
 from .images import StrictImageDataset, user_message
 from .indexing import IndexedDataset, index_samples, read_labels
 from .loaders import DataLoaders, create_eval_loader, create_loaders, create_pass_loader, set_loader_epoch
-from .mixing import is_mixup_active
+from .mixup import is_mixup_active
 from .targets import create_train_loss
 
 __all__ = [

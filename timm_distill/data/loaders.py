@@ -10,14 +10,14 @@ from timm.data import AugMixDataset, create_loader
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UsageError
+from ._pillow import posterize_to_black
 from .batch_scale import BatchScale
 from .datasets import create_datasets
 from .fingerprint import Fingerprint, fingerprint_dataset
 from .indexing import IndexedDataset, index_samples
-from .mixing import create_mixup
+from .mixup import create_mixup
 from .naflex import PatchSize, create_naflex_eval_loader, create_naflex_train_loader
-from .policies import posterize_to_black
-from .workers import ResumableLoader, find_resumable, make_resumable
+from .resumable import ResumableLoader, find_resumable, make_resumable
 
 _logger = logging.getLogger(__name__)
 

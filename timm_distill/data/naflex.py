@@ -6,7 +6,7 @@ from timm.data import create_naflex_loader
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UsageError
-from .mixing import create_naflex_mixup
+from .mixup import create_naflex_mixup
 
 PatchSize = Tuple[int, int]
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..errors import UsageError
-from .mixing import is_mixup_active
+from .mixup import is_mixup_active
 
 
 def set_multi_label_targets(args: Namespace, dataset: Any, num_classes: int) -> Dataset:

@@ -14,8 +14,8 @@ from timm.task import (
 from timm.utils import dispatch_clip_grad
 from tqdm import tqdm
 
+from ..data.resumable import EpochData
 from ..errors import UsageError
-from ..replay import EpochData
 from .evaluate import _prepare_batch
 from .grad_norms import GradientNorms, GradientShares
 from .meters import LossMeter, NonFiniteLossError, Streak

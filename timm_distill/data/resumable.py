@@ -1,17 +1,17 @@
-"""Loader processes that live as long as the run, as in timm, and can still be resumed exactly.
-
-A worker's random generators go on from epoch to epoch, so what an image looks like depends on all that its worker did
-before. Each batch therefore brings the states of its worker's generators along; a checkpoint holds the newest of each
-worker, and the workers of a resumed run start from them.
-"""
+"""Data order that resumes exactly: loader processes and the position inside an epoch."""
+import logging
+import os
 import pickle
+import signal
+import threading
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from ..stopping import outlive_stop_signals
-from ..utils.random import get_rng_state, set_rng_state
+from ..utils.random import RandomState, get_rng_state, set_rng_state
+
+_logger = logging.getLogger(__name__)
 
 # A pickle of the worker's own making: bytes cross the process boundary faster than tensors, which need shared memory.
 WorkerState = Tuple[int, bytes]
@@ -98,3 +98,85 @@ def find_resumable(loader: Any) -> Optional[ResumableLoader]:
     """Return what `make_resumable` put in; None where it did not."""
     inner = getattr(loader, 'loader', None) if not isinstance(loader, ResumableLoader) else loader
     return inner if isinstance(inner, ResumableLoader) else None
+
+
+class EpochData:
+    """Iterates over a loader once, from the start or from where an earlier process stopped.
+
+    Args:
+        loader: Yields the batches of the epoch.
+        position: `state_dict()` of the process that stopped, None to begin at the start.
+    """
+
+    def __init__(self, loader: Any, position: Optional[Dict[str, Any]] = None):
+        self.loader = loader
+        self.position = position
+        self.num_batches = 0 if position is None else int(position['num_batches'])  # given out so far
+        self._start: Optional[RandomState] = None  # before the first batch was made
+        self._before: Optional[RandomState] = None  # before the newest was asked for
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return the position behind the newest batch."""
+        assert self._start is not None and self._before is not None, 'no batch has been given out'
+        return {
+            'num_batches': self.num_batches,
+            'start': self._start.state_dict(),
+            'before': self._before.state_dict(),
+        }
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = self._begin() if self.position is None else self._replay(self.position)
+        while True:
+            # A loader that looks ahead makes a later batch now, from these generators.
+            before = RandomState.take()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._before = before
+            self.num_batches += 1
+            yield batch
+
+    def _begin(self) -> Iterator[Any]:
+        self._start = RandomState.take()
+        return iter(self.loader)
+
+    def _replay(self, position: Dict[str, Any]) -> Iterator[Any]:
+        """Return an iterator in the state of the stopped one; the generators are those of now again."""
+        now = RandomState.take()
+        self._start = RandomState.from_state_dict(position['start'])
+        self._before = RandomState.from_state_dict(position['before'])
+        if self.num_batches >= len(self.loader):
+            return iter(())
+        _logger.info(f'Loading {self.num_batches} batches again to continue the epoch behind them.')
+        self._start.restore()
+        batches = iter(self.loader)
+        for _ in range(self.num_batches - 1):
+            next(batches)
+        self._before.restore()  # the trained batches' random numbers are missing in between
+        next(batches)
+        now.restore()
+        return batches
+
+
+def outlive_stop_signals() -> None:
+    """Let a loader's worker process go on when its whole process group is told to stop; the main process decides.
+
+    A SIGTERM that the main process sends still ends the worker.
+    """
+    signal.set_wakeup_fd(-1)  # the main process's
+    for name in ('SIGINT', 'SIGUSR1'):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
