@@ -42,15 +42,16 @@ from timm_distill.args import (
     parse_args,
     translate_timm_distillation,
 )
+from timm_distill.checkpoint.file import check_folder
+from timm_distill.checkpoint.lock import FolderLock
+from timm_distill.checkpoint.resume import check_same_run, restore_rank
 from timm_distill.data import user_message
 from timm_distill.demo import run_demo
 from timm_distill.engine.meters import NonFiniteLossError
 from timm_distill.engine.train_log import collect_warnings
 from timm_distill.errors import LostStateError
-from timm_distill.locking import FolderLock
 from timm_distill.methods import describe_methods, list_methods, load_method_file
 from timm_distill.methods._composition import check_mixing
-from timm_distill.resume import check_same_run, restore_rank
 from timm_distill.run import (
     Recorder,
     RunResult,
@@ -70,7 +71,6 @@ from timm_distill.run import (
     resume,
 )
 from timm_distill.stopping import EXIT_INTERRUPTED, StopRequested, StopSignals, end_child_processes, exit_code
-from timm_distill.storage import check_folder
 from timm_distill.utils.console import run_script
 
 

@@ -20,10 +20,10 @@ from timm.models import is_model, list_models
 from timm.utils import check_batch_size_retry, decay_batch_step, natural_key, setup_default_logging
 
 from timm_distill.args import check_validate_args, create_validate_parser, parse_args
+from timm_distill.checkpoint.file import check_file
 from timm_distill.data import user_message
 from timm_distill.errors import UsageError
 from timm_distill.evaluation import describe_results, evaluate_model
-from timm_distill.storage import check_file
 from timm_distill.utils.console import run_script
 
 _logger = logging.getLogger('validate')

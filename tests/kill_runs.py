@@ -11,7 +11,8 @@ import sys
 from typing import Any, List, Optional, Sequence
 
 import train_distill
-from timm_distill import checkpoint, storage
+from timm_distill.checkpoint import file as storage
+from timm_distill.checkpoint import saver as checkpoint
 from timm_distill.run import recorder
 
 # Moments that a random time hardly meets: what runs before the process kills itself.

@@ -18,6 +18,7 @@ from timm.data import AugMixDataset, ImageDataset
 import train_distill
 import validate
 from timm_distill import UsageError
+from timm_distill.checkpoint.resume import resume_task
 from timm_distill.data import IndexedDataset, label_names
 from timm_distill.export import (
     Release,
@@ -29,7 +30,6 @@ from timm_distill.export import (
     push_to_hub,
 )
 from timm_distill.model_card import create_model_card
-from timm_distill.resume import resume_task
 from timm_distill.run import RunResult
 from timm_distill.teacher.weight_files import read_weight_file
 

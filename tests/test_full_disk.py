@@ -8,15 +8,15 @@ import pytest
 from test_checkpoint import create_saver, create_task
 from test_train_distill import TEACHER, run
 
-import timm_distill.checkpoint
+import timm_distill.checkpoint.file
+import timm_distill.checkpoint.saver
 import timm_distill.run.recorder
-import timm_distill.storage
 from timm_distill import UsageError
+from timm_distill.checkpoint.file import checkpoint_size, describe_space, write_checkpoint, write_text
 from timm_distill.engine.meters import NonFiniteLossError
 from timm_distill.errors import LostStateError, MergeError
 from timm_distill.run import closing
 from timm_distill.run.recorder import Recorder
-from timm_distill.storage import checkpoint_size, describe_space, write_checkpoint, write_text
 
 FLAGS = ['--model', TEACHER, '--epochs', 2, '--no-report']
 
@@ -26,7 +26,7 @@ def full(*args, **kwargs):
 
 
 def test_run_whose_checkpoints_found_no_room_does_not_end_well(digits_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(timm_distill.checkpoint, 'write_checkpoint', full)
+    monkeypatch.setattr(timm_distill.checkpoint.saver, 'write_checkpoint', full)
     with pytest.raises(LostStateError, match=r'No space left.*a checkpoint takes .*Nothing is saved') as error:
         run(digits_dir, tmp_path, *FLAGS)
     assert '\n' not in str(error.value)
@@ -36,7 +36,7 @@ def test_run_whose_checkpoints_found_no_room_does_not_end_well(digits_dir, tmp_p
 def test_run_whose_last_checkpoint_found_no_room_names_the_newest_there_is(digits_dir, tmp_path, monkeypatch):
     def write(state, path):
         return full() if state['epoch'] == 1 else write_checkpoint(state, path)
-    monkeypatch.setattr(timm_distill.checkpoint, 'write_checkpoint', write)
+    monkeypatch.setattr(timm_distill.checkpoint.saver, 'write_checkpoint', write)
     with pytest.raises(LostStateError, match=r'newest state there is: .*pth\.tar.*--resume auto'):
         run(digits_dir, tmp_path, *FLAGS)
     assert not os.path.exists(tmp_path / 'run' / 'hub')
@@ -106,7 +106,7 @@ def small_disk(tmp_path, monkeypatch):
 
         def write(state, path):
             return full() if used() + checkpoint_size(state) > size else write_checkpoint(state, path)
-        monkeypatch.setattr(timm_distill.checkpoint, 'write_checkpoint', write)
+        monkeypatch.setattr(timm_distill.checkpoint.saver, 'write_checkpoint', write)
     return set_size
 
 
@@ -150,7 +150,7 @@ def test_failed_merge_is_told_though_its_tensors_find_no_room(tmp_path, monkeypa
     task, optimizer = create_task()
     saver = create_saver(tmp_path, task, optimizer)
     task.fails_merging = True
-    monkeypatch.setattr(timm_distill.checkpoint, 'write_checkpoint', full)
+    monkeypatch.setattr(timm_distill.checkpoint.saver, 'write_checkpoint', full)
     with pytest.raises(MergeError, match='differ by 3 .*could not be written: No space left'):
         saver.save_checkpoint(1)
 
@@ -166,7 +166,7 @@ def test_milestone_without_room_is_survived(tmp_path, monkeypatch):
 
 def test_text_that_finds_no_room_leaves_the_former_file_and_no_other(tmp_path, monkeypatch):
     write_text('former', str(tmp_path / 'args.yaml'))
-    monkeypatch.setattr(timm_distill.storage, 'flush', full)
+    monkeypatch.setattr(timm_distill.checkpoint.file, 'flush', full)
     with pytest.raises(OSError):
         write_text('new', str(tmp_path / 'args.yaml'))
     assert os.listdir(tmp_path) == ['args.yaml'] and (tmp_path / 'args.yaml').read_text() == 'former'

@@ -9,7 +9,7 @@ import pytest
 import train_distill
 import validate
 from timm_distill import UsageError, export
-from timm_distill.storage import check_file, check_folder
+from timm_distill.checkpoint.file import check_file, check_folder
 
 
 def fail(*args: Any, **kwargs: Any) -> None:

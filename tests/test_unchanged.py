@@ -13,9 +13,9 @@ from timm.models import save_for_hf
 
 import train_distill
 from timm_distill import UsageError
-from timm_distill.locking import LOCK_NAME
+from timm_distill.checkpoint.file import read_checkpoint
+from timm_distill.checkpoint.lock import LOCK_NAME
 from timm_distill.run import unchanged
-from timm_distill.storage import read_checkpoint
 
 FAST = ['--num-classes', '4', '--img-size', '32', '-b', '10', '--warmup-epochs', '0', '--device', 'cpu', '-j', '0',
         '--epochs', '2', '--student', 'test_resnet', '--no-report', '--no-teacher-eval']

@@ -21,10 +21,10 @@ from timm.models import clean_state_dict, save_for_hf
 from timm.utils import setup_default_logging
 
 from .args import create_export_parser
+from .checkpoint.file import check_file, check_folder, read_checkpoint, respect_umask
+from .checkpoint.run_files import is_unmerged, nonfinite_tensors
 from .errors import UsageError
 from .model_card import create_model_card
-from .run_files import is_unmerged, nonfinite_tensors
-from .storage import check_file, check_folder, read_checkpoint, respect_umask
 from .utils.console import run_script
 from .utils.text import printable
 

@@ -9,7 +9,7 @@ import os
 import shutil
 from typing import Any, Dict, List, Optional, Tuple
 
-from .storage import why_unwritten, write_text
+from .checkpoint.file import why_unwritten, write_text
 
 _logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 import torch.nn as nn
 
 from ..analysis import Predictions, collect_predictions
+from ..checkpoint.file import read_checkpoint, why_unwritten
 from ..data import class_names
 from ..pair import time_teacher
 from ..report import ReportData, can_draw, write_report
 from ..stopping import StopRequested, end_child_processes
-from ..storage import read_checkpoint, why_unwritten
 from ..summary import read_summary
 from ..utils.distributed import share_weights
 from .parts import Run, RunResult

@@ -8,12 +8,12 @@ from typing import Any, Callable, Dict, Iterator, Optional
 import torch
 import torchvision
 
+from ..checkpoint.file import why_unwritten
 from ..data import DataLoaders, set_loader_epoch
 from ..engine.meters import NonFiniteLossError
 from ..engine.train import train_one_epoch
 from ..errors import UsageError
 from ..stopping import LoaderStalled, StopRequested, StopSignals
-from ..storage import why_unwritten
 from .parts import Run
 from .recorder import MAX_BAD_UPDATES, Recorder
 from .validation import share_batch_norm, validate_student

@@ -6,10 +6,10 @@ from typing import Any, Dict, Optional
 
 from timm.utils.distributed import world_info_from_env
 
+from ..checkpoint.lock import FolderLock
+from ..checkpoint.resume import belongs_to, resolve_resume
+from ..checkpoint.run_files import remove_run, used_by
 from ..errors import UsageError
-from ..locking import FolderLock
-from ..resume import belongs_to, resolve_resume
-from ..run_files import remove_run, used_by
 from ..utils.text import model_file_name
 
 

@@ -11,14 +11,14 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from ..checkpoint import DistillCheckpointSaver, gather_rank_states, get_rank_state
+from ..checkpoint.file import describe_space, read_checkpoint, why_unwritten, write_checkpoint, write_text
+from ..checkpoint.lock import LOCK_NAME, FolderLock
+from ..checkpoint.resume import belongs_to, done_batches, find_newest, find_rollback, resume_task
+from ..checkpoint.saver import DistillCheckpointSaver, gather_rank_states, get_rank_state
 from ..engine.meters import NonFiniteLossError
 from ..errors import LostStateError, UsageError
 from ..export import export_hub, load_release, push_to_hub
-from ..locking import LOCK_NAME, FolderLock
-from ..resume import belongs_to, done_batches, find_newest, find_rollback, resume_task
 from ..stopping import StopRequested, StopSignals
-from ..storage import describe_space, read_checkpoint, why_unwritten, write_checkpoint, write_text
 from ..summary import Summary
 from ..tracking import start_trackers
 from .folder import create_folder

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from timm.task import evaluation_sample_limit
 
+from ..checkpoint.file import flush, put_in_place
 from ..data import digest_fingerprint, fingerprint_dataset
 from ..engine.train_log import progress_bar
 from ..errors import UsageError
-from ..storage import flush, put_in_place
 from ..utils.random import get_rng_state, set_rng_state
 from ..utils.text import printable
 from .teacher import Teacher

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 
+from ..checkpoint.file import read_checkpoint
+from ..checkpoint.run_files import is_unmerged, nonfinite_tensors
 from ..errors import UsageError
-from ..run_files import is_unmerged, nonfinite_tensors
-from ..storage import read_checkpoint
 from .preprocessing import InputRecord
 
 _RAW_KEYS, _EMA_KEYS = ('state_dict', 'model'), ('state_dict_ema', 'model_ema')  # as timm reads them

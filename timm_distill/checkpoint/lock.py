@@ -12,7 +12,7 @@ import weakref
 from datetime import datetime
 from typing import Any, Dict, Optional
 
-from .errors import UsageError
+from ..errors import UsageError
 
 try:
     import fcntl

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from test_checkpoint import StubTask, create_saver
 from timm.optim import create_optimizer_v2, list_optimizers
 
-from timm_distill.optimizer_state import get_hidden_state, load_optimizer_state, set_hidden_state
-from timm_distill.resume import resume_task
+from timm_distill.checkpoint.optimizer_state import get_hidden_state, load_optimizer_state, set_hidden_state
+from timm_distill.checkpoint.resume import resume_task
 
 pytestmark = pytest.mark.filterwarnings('ignore:Using backward.. with create_graph', 'ignore:It is highly')
 UNUSUAL = ['lookahead_adamw', 'lookahead_adahessian']  # as --opt takes them, not listed

@@ -17,7 +17,17 @@ from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import CheckpointSaver, unwrap_model
 
-from .errors import MergeError
+from ..errors import MergeError
+from ..utils.random import get_rng_state, unchanged_randomness
+from .file import (
+    DISK_FULL,
+    checkpoint_size,
+    describe_space,
+    flush,
+    put_in_place,
+    why_unwritten,
+    write_checkpoint,
+)
 from .optimizer_state import get_hidden_state
 from .run_files import (
     PREVIOUS,
@@ -30,16 +40,6 @@ from .run_files import (
     set_aside,
     weights_of,
 )
-from .storage import (
-    DISK_FULL,
-    checkpoint_size,
-    describe_space,
-    flush,
-    put_in_place,
-    why_unwritten,
-    write_checkpoint,
-)
-from .utils.random import get_rng_state, unchanged_randomness
 
 _logger = logging.getLogger(__name__)
 

@@ -18,11 +18,17 @@ from timm.scheduler import CosineLRScheduler, PlateauLRScheduler
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, NativeScaler
 
-import timm_distill.storage
-from timm_distill.checkpoint import DistillCheckpointSaver, get_rank_state
+import timm_distill.checkpoint.file
+from timm_distill.checkpoint.file import read_checkpoint, verify, write_checkpoint
+from timm_distill.checkpoint.resume import (
+    check_same_run,
+    find_newest,
+    resolve_resume,
+    restore_rank,
+    resume_task,
+)
+from timm_distill.checkpoint.saver import DistillCheckpointSaver, get_rank_state
 from timm_distill.errors import MergeError, UsageError
-from timm_distill.resume import check_same_run, find_newest, resolve_resume, restore_rank, resume_task
-from timm_distill.storage import read_checkpoint, verify, write_checkpoint
 from timm_distill.utils.random import get_rng_state, set_rng_state
 
 
@@ -122,7 +128,7 @@ def full_disk(monkeypatch):
         def open_full(path, mode='r', **kwargs):
             file = original(path, mode, **kwargs)
             return Full(file, room) if 'w' in mode and room is not None else file
-        monkeypatch.setattr(timm_distill.storage, 'open', open_full, raising=False)
+        monkeypatch.setattr(timm_distill.checkpoint.file, 'open', open_full, raising=False)
     return set_room
 
 

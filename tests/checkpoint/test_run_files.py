@@ -13,14 +13,14 @@ import pytest
 import torch
 from test_checkpoint import create_saver, create_task, save_epochs, train_step
 
-from timm_distill import locking
-from timm_distill.checkpoint import get_rank_state
+from timm_distill.checkpoint import lock as locking
+from timm_distill.checkpoint.file import read_checkpoint, write_checkpoint
+from timm_distill.checkpoint.lock import LOCK_NAME, FolderLock
+from timm_distill.checkpoint.resume import find_newest, find_rollback, resolve_resume
+from timm_distill.checkpoint.run_files import list_run_files, nonfinite_tensors, own_files, used_by
+from timm_distill.checkpoint.saver import get_rank_state
 from timm_distill.errors import UsageError
-from timm_distill.locking import LOCK_NAME, FolderLock
-from timm_distill.resume import find_newest, find_rollback, resolve_resume
 from timm_distill.run.folder import check_unused, create_folder, open_run
-from timm_distill.run_files import list_run_files, nonfinite_tensors, own_files, used_by
-from timm_distill.storage import read_checkpoint, write_checkpoint
 
 
 def resume_from(folder: Path, name: str) -> Any:
@@ -277,7 +277,7 @@ def test_foreign_checkpoint_beside_the_runs_does_not_hide_them_from_resume_auto(
 
 HOLD = '''
 import sys, time
-from timm_distill.locking import FolderLock
+from timm_distill.checkpoint.lock import FolderLock
 with FolderLock() as lock:
     lock.acquire(sys.argv[1])
     print('held', flush=True)

@@ -14,8 +14,8 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Set, Tuple
 import torch
 import torch.nn as nn
 
-from .errors import UsageError
-from .storage import read_metadata
+from ..errors import UsageError
+from .file import read_metadata
 
 _logger = logging.getLogger(__name__)
 

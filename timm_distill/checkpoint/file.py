@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, Dict, Optional, Tuple
 
 import torch
 
-from .errors import UsageError
-from .utils.text import printable
+from ..errors import UsageError
+from ..utils.text import printable
 
 __all__ = [
     'DISK_FULL', 'DamagedFileError', 'check_file', 'check_folder', 'checkpoint_size', 'describe_space', 'flush',

@@ -15,9 +15,11 @@ from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 
-from .checkpoint import PLATEAU_COUNTERS, get_rank_buffers
-from .errors import UsageError
-from .locking import FolderLock
+from ..errors import UsageError
+from ..utils.random import set_rng_state
+from ..utils.text import model_file_name
+from .file import DamagedFileError, read_checkpoint
+from .lock import FolderLock
 from .optimizer_state import load_optimizer_state, set_hidden_state
 from .run_files import (
     RunFile,
@@ -30,9 +32,7 @@ from .run_files import (
     used_by,
     weights_of,
 )
-from .storage import DamagedFileError, read_checkpoint
-from .utils.random import set_rng_state
-from .utils.text import model_file_name
+from .saver import PLATEAU_COUNTERS, get_rank_buffers
 
 _logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from kill_runs import MOMENTS, Launch, warm_up
 
+from timm_distill.checkpoint.file import read_checkpoint
 from timm_distill.demo import write_digits
-from timm_distill.storage import read_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='kills processes with signals')
 EPOCHS = 3
