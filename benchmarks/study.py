@@ -28,7 +28,7 @@ from turns import take_turns
 
 from timm_distill import UsageError, __version__
 from timm_distill.analysis import calibrate, collect_predictions
-from timm_distill.export import load_release
+from timm_distill.export.release import load_release
 
 _GROUP = 6  # scripts that are timed in turns at once; stopped ones keep their memory
 _TURNS, _UPDATES = 3, 4  # of each script, and training steps in one

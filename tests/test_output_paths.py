@@ -8,8 +8,9 @@ import pytest
 
 import train_distill
 import validate
-from timm_distill import UsageError, export
+from timm_distill import UsageError
 from timm_distill.checkpoint.file import check_file, check_folder
+from timm_distill.export import release as export
 
 
 def fail(*args: Any, **kwargs: Any) -> None:

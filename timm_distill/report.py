@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 from jinja2 import Environment, PackageLoader
 
 from .analysis import Predictions, agreement, calibrate
-from .model_card import format_fact
+from .export.model_card import format_fact
 
 _PAGE_DPI = 150  # screens have up to twice the pixels that a page counts
 _SHEET_DPI = 110

@@ -12,7 +12,7 @@ from timm_distill.checkpoint.file import read_checkpoint
 from timm_distill.checkpoint.resume import find_newest
 from timm_distill.engine.train import NonFiniteLossError
 from timm_distill.errors import UsageError
-from timm_distill.export import load_release
+from timm_distill.export.release import load_release
 from timm_distill.run import epochs
 
 DIVERGES = ['--opt', 'sgd', '--lr', '1e30', '--sched', 'none', '--warmup-epochs', '0']

@@ -9,7 +9,7 @@ from ..data import DataLoaders, label_names
 from ..device import Precision
 from ..engine.meters import Streak
 from ..engine.train_log import StepTiming
-from ..provenance import collect_provenance
+from ..export.provenance import collect_provenance
 from ..task import DistillTask
 from ..utils.text import printable
 

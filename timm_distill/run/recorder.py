@@ -17,7 +17,7 @@ from ..checkpoint.resume import belongs_to, done_batches, find_newest, find_roll
 from ..checkpoint.saver import DistillCheckpointSaver, gather_rank_states, get_rank_state
 from ..engine.meters import NonFiniteLossError
 from ..errors import LostStateError, UsageError
-from ..export import export_hub, load_release, push_to_hub
+from ..export.release import export_hub, load_release, push_to_hub
 from ..stopping import StopRequested, StopSignals
 from ..summary import Summary
 from ..tracking import start_trackers

@@ -5,11 +5,9 @@
 Reads the student's own entries of a checkpoint alone; methods, teachers and tasks are unknown here.
 """
 import argparse
-import logging
 import os
-import sys
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
 import timm
@@ -18,22 +16,19 @@ import torch.nn as nn
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict, save_for_hf
-from timm.utils import setup_default_logging
 
-from .args import create_export_parser
-from .checkpoint.file import check_file, check_folder, read_checkpoint, respect_umask
-from .checkpoint.run_files import is_unmerged, nonfinite_tensors
-from .errors import UsageError
+from ..checkpoint.file import read_checkpoint, respect_umask
+from ..checkpoint.run_files import is_unmerged, nonfinite_tensors
+from ..errors import UsageError
+from ..utils.text import printable
 from .model_card import create_model_card
-from .utils.console import run_script
-from .utils.text import printable
-
-_logger = logging.getLogger(__name__)
 
 ONNX_TOLERANCE = 1e-3  # largest logit difference, relative to the logits' spread
 _ONNX_BATCH = 3  # an exported graph with a fixed batch would not take it
+
 _MODEL_ARGS = (
     'num_classes', 'in_chans', 'global_pool', 'drop_rate', 'drop_path_rate', 'drop_block_rate', 'bn_momentum', 'bn_eps')
+
 _OF_OTHER_WEIGHTS = (
     'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'tag', 'label_names', 'label_descriptions',
     'label_offset', 'license', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
@@ -251,47 +246,3 @@ def _require(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"Exporting to ONNX needs {', '.join(missing)}: pip install 'timm_distill[export]'.")
-
-
-def main(argv: Optional[Sequence[str]] = None) -> Tuple[str, ...]:
-    """Run from the command line; return what was written.
-
-    Raises:
-        UsageError: For anything that the user can put right.
-    """
-    args = create_export_parser().parse_args(argv)
-    for flag, path in (('--weights', args.weights), ('--onnx', args.onnx)):
-        if path:
-            check_file(path, flag)
-    folder = args.output or os.path.join(os.path.dirname(os.path.abspath(args.checkpoint)), 'hub')
-    check_folder(folder, '--output')
-    if args.onnx:
-        _require('onnx', 'onnxscript', 'onnxruntime')
-    release = load_release(args.checkpoint, args.use_ema)
-    written = [export_hub(release, folder)]
-    _logger.info(f"Hub folder {folder}: timm.create_model('local-dir:{folder}', pretrained=True)")
-    if args.weights:
-        written.append(export_weights(release, args.weights))
-        _logger.info(f"Weights {args.weights}: timm.create_model('{release.architecture}', checkpoint_path=...)")
-    if args.onnx:
-        error = export_onnx(release, args.onnx)
-        written.append(args.onnx)
-        _logger.info(f"ONNX {args.onnx}: largest logit difference to torch {error:.1e} of the logits' spread.")
-    if args.push_to_hub:
-        _logger.info(f'Pushed to {push_to_hub(folder, args.push_to_hub)}')
-    return tuple(written)
-
-
-def cli() -> int:
-    """Run from the command line: 0 on success, 2 for what the user can put right."""
-    setup_default_logging()
-    try:
-        main()
-    except UsageError as e:
-        print(f'timm_distill.export: error: {e}', file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(run_script(cli))

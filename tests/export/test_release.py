@@ -20,16 +20,16 @@ import validate
 from timm_distill import UsageError
 from timm_distill.checkpoint.resume import resume_task
 from timm_distill.data import IndexedDataset, label_names
-from timm_distill.export import (
+from timm_distill.export.__main__ import main
+from timm_distill.export.model_card import create_model_card
+from timm_distill.export.release import (
     Release,
     export_hub,
     export_onnx,
     export_weights,
     load_release,
-    main,
     push_to_hub,
 )
-from timm_distill.model_card import create_model_card
 from timm_distill.run import RunResult
 from timm_distill.teacher.weight_files import read_weight_file
 

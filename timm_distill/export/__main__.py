@@ -1,0 +1,62 @@
+"""Export from the command line.
+
+    python -m timm_distill.export output/train/RUN/model_best.pth.tar --output released
+"""
+import logging
+import os
+import sys
+from typing import Optional, Sequence, Tuple
+
+from timm.utils import setup_default_logging
+
+from ..args import create_export_parser
+from ..checkpoint.file import check_file, check_folder
+from ..errors import UsageError
+from ..utils.console import run_script
+from .release import _require, export_hub, export_onnx, export_weights, load_release, push_to_hub
+
+_logger = logging.getLogger(__name__)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> Tuple[str, ...]:
+    """Run from the command line; return what was written.
+
+    Raises:
+        UsageError: For anything that the user can put right.
+    """
+    args = create_export_parser().parse_args(argv)
+    for flag, path in (('--weights', args.weights), ('--onnx', args.onnx)):
+        if path:
+            check_file(path, flag)
+    folder = args.output or os.path.join(os.path.dirname(os.path.abspath(args.checkpoint)), 'hub')
+    check_folder(folder, '--output')
+    if args.onnx:
+        _require('onnx', 'onnxscript', 'onnxruntime')
+    release = load_release(args.checkpoint, args.use_ema)
+    written = [export_hub(release, folder)]
+    _logger.info(f"Hub folder {folder}: timm.create_model('local-dir:{folder}', pretrained=True)")
+    if args.weights:
+        written.append(export_weights(release, args.weights))
+        _logger.info(f"Weights {args.weights}: timm.create_model('{release.architecture}', checkpoint_path=...)")
+    if args.onnx:
+        error = export_onnx(release, args.onnx)
+        written.append(args.onnx)
+        _logger.info(f"ONNX {args.onnx}: largest logit difference to torch {error:.1e} of the logits' spread.")
+    if args.push_to_hub:
+        _logger.info(f'Pushed to {push_to_hub(folder, args.push_to_hub)}')
+    return tuple(written)
+
+
+def cli() -> int:
+    """Run from the command line: 0 on success, 2 for what the user can put right."""
+    setup_default_logging()
+    try:
+        main()
+    except UsageError as e:
+        print(f'timm_distill.export: error: {e}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(run_script(cli))
