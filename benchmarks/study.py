@@ -27,8 +27,8 @@ from study_rows import Results, commit_id
 from turns import take_turns
 
 from timm_distill import UsageError, __version__
-from timm_distill.analysis import calibrate, collect_predictions
 from timm_distill.export.release import load_release
+from timm_distill.report.predictions import calibrate, collect_predictions
 
 _GROUP = 6  # scripts that are timed in turns at once; stopped ones keep their memory
 _TURNS, _UPDATES = 3, 4  # of each script, and training steps in one

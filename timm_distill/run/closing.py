@@ -7,13 +7,13 @@ from typing import Dict, Sequence
 import torch.distributed as dist
 import torch.nn as nn
 
-from ..analysis import Predictions, collect_predictions
 from ..checkpoint.file import read_checkpoint, why_unwritten
 from ..data import class_names
 from ..pair import time_teacher
-from ..report import ReportData, can_draw, write_report
+from ..report.html import ReportData, can_draw, write_report
+from ..report.predictions import Predictions, collect_predictions
+from ..report.trackers import read_summary
 from ..stopping import StopRequested, end_child_processes
-from ..summary import read_summary
 from ..utils.distributed import share_weights
 from .parts import Run, RunResult
 from .recorder import Recorder

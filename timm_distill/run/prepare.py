@@ -8,10 +8,10 @@ import torch
 import torch.nn as nn
 from timm.scheduler import PlateauLRScheduler
 
-from ..analysis import PredictionRecorder
 from ..checkpoint.resume import done_batches, resume_task
 from ..data import create_pass_loader
 from ..engine.grad_norms import allow_retained_graphs
+from ..report.predictions import PredictionRecorder
 from ..teacher.class_means import cached_class_means, class_means_key, compute_class_means, load_class_means
 from ..teacher.teacher import Teacher
 from ..utils.text import model_file_name

@@ -18,9 +18,8 @@ from ..checkpoint.saver import DistillCheckpointSaver, gather_rank_states, get_r
 from ..engine.meters import NonFiniteLossError
 from ..errors import LostStateError, UsageError
 from ..export.release import export_hub, load_release, push_to_hub
+from ..report.trackers import Summary, start_trackers
 from ..stopping import StopRequested, StopSignals
-from ..summary import Summary
-from ..tracking import start_trackers
 from .folder import create_folder
 from .parts import Run, RunResult
 from .validation import describe_metric, ranking_metric

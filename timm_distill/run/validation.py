@@ -6,9 +6,9 @@ from typing import Any, Optional
 import torch.nn as nn
 from timm import utils
 
-from ..analysis import PredictionRecorder, agreement
 from ..data import DataLoaders
 from ..engine.evaluate import evaluate, evaluator_class
+from ..report.predictions import PredictionRecorder, agreement
 from ..task import DistillTask
 from .parts import Run
 

@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 
 import train_distill
-from timm_distill import report
-from timm_distill.analysis import Predictions
 from timm_distill.engine.train_log import collect_warnings
-from timm_distill.report import ReportData, epochs_table, render_html, write_report
+from timm_distill.report import html as report
+from timm_distill.report.html import ReportData, epochs_table, render_html, write_report
+from timm_distill.report.predictions import Predictions
+from timm_distill.report.trackers import read_summary
 from timm_distill.run import closing
-from timm_distill.summary import read_summary
 
 pytest.importorskip('matplotlib', reason='the report extra is not installed')
-from timm_distill.report_figures import draw_plot, list_plots  # noqa: E402
+from timm_distill.report.figures import draw_plot, list_plots  # noqa: E402
 
 ROWS = [
     {'epoch': 0, 'train_loss': 2., 'train_norm_loss': 1., 'eval_top1': 20., 'eval_student_top1': 15.,

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from timm_distill.analysis import (
+from timm_distill.report.predictions import (
     PredictionRecorder,
     Predictions,
     agreement,

@@ -12,8 +12,7 @@ import pytest
 
 import train_distill
 from timm_distill import UsageError
-from timm_distill.summary import read_summary
-from timm_distill.tracking import TensorBoardLog, start_trackers
+from timm_distill.report.trackers import TensorBoardLog, read_summary, start_trackers
 
 
 def flags(digits_dir: Path, output: Path) -> List[str]:

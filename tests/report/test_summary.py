@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_distill.summary import Summary, read_summary
+from timm_distill.report.trackers import Summary, read_summary
 
 ROWS = 'epoch,train_loss,eval_top1,lr\n0,2.5,10.0,0.1\n1,1.5,20.0,0.05\n2,1.0,30.0,0.01\n'
 

@@ -10,8 +10,8 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from jinja2 import Environment, PackageLoader
 
-from .analysis import Predictions, agreement, calibrate
-from .export.model_card import format_fact
+from ..export.model_card import format_fact
+from .predictions import Predictions, agreement, calibrate
 
 _PAGE_DPI = 150  # screens have up to twice the pixels that a page counts
 _SHEET_DPI = 110
@@ -59,7 +59,7 @@ def write_report(data: ReportData, folder: str) -> List[str]:
     Returns:
         Their paths.
     """
-    from .report_figures import draw_plot, draw_sheet, list_plots
+    from .figures import draw_plot, draw_sheet, list_plots
     plots = list_plots(
         data.rows, data.student, data.teacher, data.class_names, data.times, data.best_epoch, data.ema)
     figures = [dict(title=plot.title, wide=plot.wide, image=_png(draw_plot(plot), _PAGE_DPI)) for plot in plots]

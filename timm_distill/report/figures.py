@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from matplotlib.figure import Figure
 
-from .analysis import Predictions, calibrate, class_accuracies, confusion
+from .predictions import Predictions, calibrate, class_accuracies, confusion
 
 _COLORS = {'student': '#1f77b4', 'ema': '#17becf', 'teacher': '#d62728', 'data': '#8c8c8c'}
 _LARGEST_MATRIX = 30  # classes of which a confusion matrix can still be read
