@@ -46,7 +46,6 @@ from timm_distill.checkpoint.file import check_folder
 from timm_distill.checkpoint.lock import FolderLock
 from timm_distill.checkpoint.resume import check_same_run, restore_rank
 from timm_distill.data import user_message
-from timm_distill.demo import run_demo
 from timm_distill.engine.meters import NonFiniteLossError
 from timm_distill.engine.train_log import collect_warnings
 from timm_distill.errors import LostStateError
@@ -70,7 +69,14 @@ from timm_distill.run import (
     report_teacher,
     resume,
 )
-from timm_distill.stopping import EXIT_INTERRUPTED, StopRequested, StopSignals, end_child_processes, exit_code
+from timm_distill.run.demo import run_demo
+from timm_distill.run.stopping import (
+    EXIT_INTERRUPTED,
+    StopRequested,
+    StopSignals,
+    end_child_processes,
+    exit_code,
+)
 from timm_distill.utils.console import run_script
 
 

@@ -23,7 +23,7 @@ from timm_distill.args import check_validate_args, create_validate_parser, parse
 from timm_distill.checkpoint.file import check_file
 from timm_distill.data import user_message
 from timm_distill.errors import UsageError
-from timm_distill.evaluation import describe_results, evaluate_model
+from timm_distill.run.evaluate import describe_results, evaluate_model
 from timm_distill.utils.console import run_script
 
 _logger = logging.getLogger('validate')

@@ -9,7 +9,7 @@ import pytest
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
-from timm_distill.demo import write_digits  # noqa: E402
+from timm_distill.run.demo import write_digits  # noqa: E402
 
 REPO_DIR = Path(__file__).resolve().parent.parent
 

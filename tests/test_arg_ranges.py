@@ -23,8 +23,8 @@ from timm_distill.args.checks import SCHEDULES
 from timm_distill.args.ranges import RANGES, Range, range_of
 from timm_distill.data import create_train_loss
 from timm_distill.errors import UsageError
-from timm_distill.evaluation import read_valid_labels
 from timm_distill.run.build import check_rates
+from timm_distill.run.evaluate import read_valid_labels
 
 PARSERS = {'train': create_train_parser, 'validate': create_validate_parser, 'export': create_export_parser}
 CHECKS = {'train': check_train_args, 'validate': check_validate_args}

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import train_distill
 from timm_distill import UsageError
-from timm_distill.run import preview
+from timm_distill.run import dry_run as preview
 
 FAST = ['--num-classes', '10', '--img-size', '32', '-b', '60', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0',
         '--device', 'cpu', '-j', '0', '--student', 'test_efficientnet', '--teacher', 'test_resnet', '--no-teacher-eval']

@@ -12,7 +12,7 @@ import torch
 from kill_runs import MOMENTS, Launch, warm_up
 
 from timm_distill.checkpoint.file import read_checkpoint
-from timm_distill.demo import write_digits
+from timm_distill.run.demo import write_digits
 
 pytestmark = pytest.mark.skipif(os.name != 'posix', reason='kills processes with signals')
 EPOCHS = 3

@@ -16,7 +16,7 @@ from timm_distill.report import html as report
 from timm_distill.report.html import ReportData, epochs_table, render_html, write_report
 from timm_distill.report.predictions import Predictions
 from timm_distill.report.trackers import read_summary
-from timm_distill.run import closing
+from timm_distill.run import report as closing
 
 pytest.importorskip('matplotlib', reason='the report extra is not installed')
 from timm_distill.report.figures import draw_plot, list_plots  # noqa: E402

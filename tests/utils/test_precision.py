@@ -6,7 +6,7 @@ import torch
 
 from timm_distill import create_adapter
 from timm_distill.adapters import Match
-from timm_distill.device import enable_fast_math
+from timm_distill.run.device import enable_fast_math
 from timm_distill.utils.precision import full_float32, in_full_precision, to_full_precision
 
 LOW = [torch.float16, torch.bfloat16]

@@ -14,7 +14,13 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 
 from ..data import DataLoaders, IndexedDataset, create_loaders, create_train_loss, read_labels
-from ..device import (
+from ..errors import UsageError
+from ..factory import create_distill_task
+from ..features.inputs import CANNOT_RUN, find_patch_size, random_images
+from ..methods._composition import methods_of
+from ..task import DistillTask
+from ..utils.distributed import share_weights
+from .device import (
     Precision,
     enable_fast_math,
     import_device_modules,
@@ -22,14 +28,8 @@ from ..device import (
     resolve_dtype,
     resolve_precision,
 )
-from ..errors import UsageError
-from ..factory import create_distill_task
-from ..features.inputs import CANNOT_RUN, find_patch_size, random_images
-from ..methods._composition import methods_of
-from ..task import DistillTask
-from ..utils.distributed import share_weights
-from .parts import Run
-from .student import build_student, check_train_sizes, comes_with_weights, fit_input_size
+from .models import build_student, check_train_sizes, comes_with_weights, fit_input_size
+from .state import Run
 from .unchanged import check_equal_data
 from .validation import ranking_metric
 

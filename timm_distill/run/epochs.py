@@ -13,9 +13,9 @@ from ..data import DataLoaders, set_loader_epoch
 from ..engine.meters import NonFiniteLossError
 from ..engine.train import train_one_epoch
 from ..errors import UsageError
-from ..stopping import LoaderStalled, StopRequested, StopSignals
-from .parts import Run
 from .recorder import MAX_BAD_UPDATES, Recorder
+from .state import Run
+from .stopping import LoaderStalled, StopRequested, StopSignals
 from .validation import share_batch_norm, validate_student
 
 _logger = logging.getLogger(__name__)

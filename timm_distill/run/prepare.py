@@ -15,7 +15,7 @@ from ..report.predictions import PredictionRecorder
 from ..teacher.class_means import cached_class_means, class_means_key, compute_class_means, load_class_means
 from ..teacher.teacher import Teacher
 from ..utils.text import model_file_name
-from .parts import Run
+from .state import Run
 from .validation import count_samples, has_single_predictions, validate
 
 _logger = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from ..engine.meters import NonFiniteLossError
 from ..errors import LostStateError, UsageError
 from ..export.release import export_hub, load_release, push_to_hub
 from ..report.trackers import Summary, start_trackers
-from ..stopping import StopRequested, StopSignals
 from .folder import create_folder
-from .parts import Run, RunResult
+from .state import Run, RunResult
+from .stopping import StopRequested, StopSignals
 from .validation import describe_metric, ranking_metric
 
 _logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from ..data import describe_changes, digest_fingerprint
 from ..errors import UsageError
-from .parts import Run
+from .state import Run
 
 _logger = logging.getLogger(__name__)
 

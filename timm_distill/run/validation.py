@@ -10,7 +10,7 @@ from ..data import DataLoaders
 from ..engine.evaluate import evaluate, evaluator_class
 from ..report.predictions import PredictionRecorder, agreement
 from ..task import DistillTask
-from .parts import Run
+from .state import Run
 
 
 def validate_student(run: Run) -> Optional['OrderedDict[str, float]']:

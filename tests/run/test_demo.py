@@ -8,10 +8,10 @@ from typing import Any, List
 import pytest
 from PIL import Image
 
-from timm_distill import demo
 from timm_distill.args import check_train_args, create_train_parser, parse_args
-from timm_distill.demo import DemoRow, format_report, format_table, run_demo, write_digits
 from timm_distill.errors import UsageError
+from timm_distill.run import demo
+from timm_distill.run.demo import DemoRow, format_report, format_table, run_demo, write_digits
 
 
 class StubTraining:

@@ -17,13 +17,13 @@ from timm.layers import apply_test_time_pool, set_fast_norm
 from timm.models import create_model, get_pretrained_cfg, is_model, list_models, load_state_dict, reparameterize_model
 from torch.utils.data import Dataset
 
-from .checkpoint.file import read_metadata
-from .checkpoint.run_files import is_unmerged
-from .data import create_eval_dataset, create_eval_loader
+from ..checkpoint.file import read_metadata
+from ..checkpoint.run_files import is_unmerged
+from ..data import create_eval_dataset, create_eval_loader
+from ..engine.evaluate import evaluate, evaluator_class
+from ..errors import UsageError
+from ..features.inputs import find_patch_size
 from .device import enable_fast_math, resolve_device_name, resolve_precision
-from .engine.evaluate import evaluate, evaluator_class
-from .errors import UsageError
-from .features.inputs import find_patch_size
 
 _logger = logging.getLogger(__name__)
 

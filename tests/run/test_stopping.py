@@ -11,9 +11,9 @@ import pytest
 from test_train_distill import TEACHER, run
 
 import train_distill
-from timm_distill import stopping
-from timm_distill.run import closing, epochs
-from timm_distill.stopping import LoaderStalled, StopRequested, StopSignals
+from timm_distill.run import epochs, stopping
+from timm_distill.run import report as closing
+from timm_distill.run.stopping import LoaderStalled, StopRequested, StopSignals
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, 'pthread_kill'), reason='sends signals')
 SCRIPT = Path(train_distill.__file__)

@@ -9,7 +9,7 @@ from typing import Callable, Optional, Sequence
 import torch
 from timm.utils import NativeScaler
 
-from .errors import UsageError
+from ..errors import UsageError
 
 _logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from ..pair import time_teacher
 from ..report.html import ReportData, can_draw, write_report
 from ..report.predictions import Predictions, collect_predictions
 from ..report.trackers import read_summary
-from ..stopping import StopRequested, end_child_processes
 from ..utils.distributed import share_weights
-from .parts import Run, RunResult
 from .recorder import Recorder
+from .state import Run, RunResult
+from .stopping import StopRequested, end_child_processes
 from .validation import count_samples, has_single_predictions
 
 _logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from timm_distill.args import create_validate_parser, parse_args
 from timm_distill.data import create_eval_dataset, create_eval_loader
 from timm_distill.engine.evaluate import evaluate
 
-_spec = importlib.util.spec_from_file_location('validate', Path(__file__).parent.parent / 'validate.py')
+_spec = importlib.util.spec_from_file_location('validate', Path(__file__).parent.parent.parent / 'validate.py')
 assert _spec is not None and _spec.loader is not None
 validate = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(validate)
@@ -207,7 +207,7 @@ def test_real_labels_replace_the_accuracies(run, monkeypatch, capsys, tmp_path):
         def get_accuracy(self, k):
             return 10. * k
 
-    monkeypatch.setattr('timm_distill.evaluation.RealLabelsImagenet', RealLabels)
+    monkeypatch.setattr('timm_distill.run.evaluate.RealLabelsImagenet', RealLabels)
     assert validate.main(flags(folder, '--real-labels', 'real.json')) == 0
     results = results_of(capsys.readouterr().out)
     assert (results['top1'], results['top5']) == (10., 50.)

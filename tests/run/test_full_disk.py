@@ -15,7 +15,7 @@ from timm_distill import UsageError
 from timm_distill.checkpoint.file import checkpoint_size, describe_space, write_checkpoint, write_text
 from timm_distill.engine.meters import NonFiniteLossError
 from timm_distill.errors import LostStateError, MergeError
-from timm_distill.run import closing
+from timm_distill.run import report as closing
 from timm_distill.run.recorder import Recorder
 
 FLAGS = ['--model', TEACHER, '--epochs', 2, '--no-report']

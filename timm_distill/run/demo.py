@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .errors import UsageError
+from ..errors import UsageError
 from .stopping import StopRequested
 
 TEACHER = 'test_resnet'

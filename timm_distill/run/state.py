@@ -6,12 +6,12 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 
 from ..data import DataLoaders, label_names
-from ..device import Precision
 from ..engine.meters import Streak
 from ..engine.train_log import StepTiming
 from ..export.provenance import collect_provenance
 from ..task import DistillTask
 from ..utils.text import printable
+from .device import Precision
 
 
 @dataclass

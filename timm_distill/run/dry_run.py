@@ -5,11 +5,11 @@ from dataclasses import replace
 import torch
 from timm.data import resolve_data_config
 
-from ..device import resolve_device_name, resolve_dtype
 from ..errors import UsageError
 from ..pair import check_pair
 from .build import count_epochs, teacher_input_kwargs
-from .student import build_student, fit_input_size
+from .device import resolve_device_name, resolve_dtype
+from .models import build_student, fit_input_size
 
 
 def dry_run(args: argparse.Namespace) -> None:
