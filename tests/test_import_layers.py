@@ -10,37 +10,25 @@ REPO_DIR = Path(__file__).resolve().parent.parent
 PACKAGE = 'timm_distill'
 SCRIPTS = ('train_distill', 'validate')
 
-# A file imports only from lower numbers.
+# A file imports only from rooms with a lower number, and from its own.
 LAYERS = {
-    'errors': -3, 'texts': -3, 'console': -1, 'rng': -1, 'stopping': -1, 'gradients': -1, 'meters': -1,
-    'optimizer_state': -1,
-    'precision': -2, 'products': -2, 'moments': -1, 'segments': -1,
-    'norm_statistics': 0, 'dropout': -3,
-    'registry': 0, 'losses': 0, 'expansion': 0, 'linalg': 0, 'layouts': -1, 'probing': -1, 'grids': 0, 'schedules': 0,
-    'connectors': 0, 'provenance': 0, 'model_card': 0, 'analysis': 0, 'tracking': 0, 'preprocessing': 0,
-    'sharding': 0, 'models': 0,
-    'args': 0, 'locking': 0, 'device': 0, 'guard': 0, 'progress': 0, 'replay': 0, 'storage': 0,
-    'weight_files': 2, 'teacher_weights': 3, 'teacher': 4,
-    'adapters': 1, 'run_files': 1, 'data': 1, 'engine': 1, 'folding': 1, 'summary': 1,
-    'features': 1, 'heads': 1, 'report_figures': 1, 'batch_norms': 1,
-    'taps': 2, 'fusing': 2, 'report': 2, 'checkpoint': 2,
-    'resume': 3, 'merge': 3, 'reading': 3,
-    'plain_student': 4, 'presets': 4, 'class_means': 5, 'stage_matching': 4, 'export': 4,
-    'methods': 5, 'student': 5,
-    'composition': 6,
-    'task': 7,
-    'factory': 8,
-    'evaluation': 5,
-    'demo': 9, 'pair': 9, 'validate': 9,
-    'run': 10,
-    'train_distill': 11,
+    'errors': 0,
+    'utils': 1,
+    'args': 2, 'features': 2, 'losses': 2, 'data': 2, 'checkpoint': 2, 'models': 2,
+    'adapters': 3, 'methods': 3, 'engine': 3, 'export': 3, 'report': 3,
+    'student': 4, 'teacher': 4,
+    'task': 5,
+    'factory': 6,
+    'pair': 7,
+    'run': 8,
+    'train_distill': 9, 'validate': 9,
 }
 # What the numbers would allow and the design does not: importer -> (imported names, reason).
 FORBIDDEN = {
     'methods': (('args', 'engine', 'data', 'checkpoint'), 'a method knows no loop and no argparse'),
     'export': (('teacher',), 'exporting knows only the student'),
 }
-# Files inside these packages see only base.py of their own package; the rest is found by discovery.
+# Files inside these packages see only what is shared in their own package; the rest is found by discovery.
 PLUGIN_PACKAGES = ('adapters', 'methods')
 
 
@@ -79,7 +67,7 @@ def find_violations(module: str, source: str) -> List[str]:
         return []
     if unit not in LAYERS:
         return [f"'{unit}' ({module}) has no layer: give it one in LAYERS of {Path(__file__).name}, one above the "
-                "highest that it imports, and list it in README's layout tree."]
+                "highest that it imports, and list it in the layout tree."]
     messages = [(line, name, explain_import(module, name)) for line, name in iter_imports(module, source)]
     return [f'{module}, line {line}: imports {name}: {why}' for line, name, why in messages if why]
 
@@ -107,12 +95,17 @@ def explain_import(module: str, name: str) -> str:
 
 def explain_plugin_import(module: str, name: str) -> str:
     """Return why a file must not import `name` of its own package, '' where it may."""
-    package, _, own = module.rpartition('.')
-    other = name.split('.')[2] if len(name.split('.')) > 2 else '__init__'
-    if unit_of(module) not in PLUGIN_PACKAGES or own == '__init__' or other == 'base' and own != 'base':
+    package, own, other = module.split('.')[1], *((*x.split('.'), '__init__')[2] for x in (module, name))
+    if package not in PLUGIN_PACKAGES or own == '__init__' or own == other or is_shared(other) and own != 'base':
         return ''
-    return (f'files of {package} import only its base.py, never each other. Move what both need into base.py, or into '
-            'losses.py or linalg.py if it is math.')
+    return (
+        f'files of {package} import only what they share (base.py, _private files), never each other. Move what both '
+        'need there, or into losses.py if it is math.')
+
+
+def is_shared(name: str) -> bool:
+    """Whether all files of a plugin package may import a file of it."""
+    return name == 'base' or name.startswith('_') and name != '__init__'
 
 
 def source_files() -> List[Path]:
@@ -129,7 +122,7 @@ def test_file_imports_only_from_lower_layers(path: Path) -> None:
 @pytest.mark.parametrize('module, source', [
     ('timm_distill.task', 'from .methods import create_method'),
     ('timm_distill.task', 'from . import teacher'),
-    ('timm_distill.methods.kd', 'from ..losses import kl_divergence\nfrom .base import DistillMethod'),
+    ('timm_distill.methods.kd', 'from ..losses import kl_divergence\nfrom ._base import DistillMethod'),
     ('timm_distill.methods.__init__', 'from .base import METHODS\nfrom . import kd'),
     ('timm_distill.__init__', 'from .task import DistillTask'),
     ('timm_distill.args', 'import argparse\nargparse.ArgumentParser()'),
@@ -142,9 +135,9 @@ def test_allowed_import_passes(module: str, source: str) -> None:
 
 
 @pytest.mark.parametrize('module, source, hint', [
-    ('timm_distill.student.tap_search', 'from .task import DistillTask', 'imports only go'),
-    ('timm_distill.engine.train', 'from .data import create_loaders', 'imports only go'),
-    ('timm_distill.engine.train', 'from . import data', 'imports only go'),
+    ('timm_distill.student.tap_search', 'from ..task import DistillTask', 'imports only go'),
+    ('timm_distill.engine.train', 'from ..teacher import Teacher', 'imports only go'),
+    ('timm_distill.engine.train', 'from .. import student', 'imports only go'),
     ('timm_distill.engine.train', 'def f():\n    import timm_distill.task', 'line 2'),
     ('timm_distill.task', 'from timm_distill import DistillTask', 'the package root'),
     ('timm_distill.task', 'from train_distill import main', 'imports only go'),

@@ -61,7 +61,7 @@ def test_package_is_typed(config: configparser.ConfigParser) -> None:
 
 
 def test_the_template_of_the_report_is_installed(config: configparser.ConfigParser) -> None:
-    assert files('timm_distill').joinpath('templates/report.html').is_file()
+    assert files('timm_distill.report').joinpath('templates/report.html').is_file()
     assert 'templates/*.html' in config['options.package_data']['timm_distill'].split(', ')
     assert 'jinja2' in config['options']['install_requires'].split()
 

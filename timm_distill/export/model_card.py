@@ -3,6 +3,8 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..utils.text import format_fact
+
 _USAGE = '''```python
 import timm
 import torch
@@ -106,12 +108,3 @@ def _input_facts(data_config: Mapping[str, Any]) -> Dict[str, Any]:
 
 def _items(facts: Mapping[str, Any]) -> List[str]:
     return [f'- **{name}:** {format_fact(value)}' for name, value in facts.items() if value not in (None, '', {}, [])]
-
-
-def format_fact(value: Any) -> str:
-    """Return a value of the provenance in words: lists and mappings without brackets and quotes."""
-    if isinstance(value, Mapping):
-        return ', '.join(f'{key} {format_fact(v)}' for key, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return ', '.join(format_fact(v) for v in value)
-    return f'{value:.6g}' if isinstance(value, float) else str(value)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 from ..errors import UsageError
-from . import METHODS, DistillMethod, create_method, list_methods
+from ._base import METHODS, DistillMethod
 from ._presets import presets_by_name
 from ._schedules import ScheduleSpec, create_weight_schedule
 
@@ -52,7 +52,7 @@ def create_composition(
     for method, option, value in _flatten_options(kd_kwargs or {}):
         _check_method(f'--kd-kwargs {method}.{option}', method, options, kd)
         options[method][option] = value
-    methods = {name: create_method(name, **options[name]) for name in options}
+    methods = {name: METHODS.create(name, **options[name]) for name in options}
     presets = [preset for name, preset in presets_by_name().items() if name in parse_kd(kd)]
     for flag, value in (('--task-loss-weight', task_loss_weight), ('--distill-loss-weight', distill_loss_weight)):
         if value is not None and not 0 <= value < math.inf:
@@ -86,7 +86,7 @@ def parse_kd(kd: str) -> List[str]:
 
 
 def _split_known(text: str) -> List[str]:
-    known = sorted([*presets_by_name(), *list_methods()], key=len, reverse=True)
+    known = sorted([*presets_by_name(), *METHODS.names()], key=len, reverse=True)
     names: List[str] = []
     while True:
         rest = {name: text[len(name):].lstrip() for name in known if text.startswith(name)}
@@ -142,7 +142,7 @@ def check_mixing(kd: str, flags: Sequence[str]) -> None:
     """
     unmixed = [name for name, cls in methods_of(kd).items() if not cls.mixed_images]
     if flags and unmixed:
-        others = [name for name in list_methods() if METHODS.get(name).cls.mixed_images]
+        others = [name for name in METHODS.names() if METHODS.get(name).cls.mixed_images]
         raise UsageError(f'--kd {"+".join(unmixed)} needs unmixed images: leave out {", ".join(flags)}, or choose '
                          f'among the methods that take mixed images: {", ".join(others)}.')
 

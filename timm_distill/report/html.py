@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from jinja2 import Environment, PackageLoader
 
-from ..export.model_card import format_fact
+from ..utils.text import format_fact
 from .predictions import Predictions, agreement, calibrate
 
 _PAGE_DPI = 150  # screens have up to twice the pixels that a page counts
@@ -84,7 +84,7 @@ def render_html(data: ReportData, figures: Sequence[Mapping[str, Any]]) -> str:
         data: What it shows.
         figures: Title, width ('wide': all columns) and 'image', a PNG that becomes part of the page, of each figure.
     """
-    environment = Environment(loader=PackageLoader('timm_distill'), autoescape=True)
+    environment = Environment(loader=PackageLoader('timm_distill.report'), autoescape=True)
     return environment.get_template('report.html').render(
         title=data.title,
         weights=_describe_weights(data),

@@ -108,6 +108,8 @@ class Registry:
         self._discovered = True
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
+            if module.name.startswith('_'):  # what the entries share
+                continue
             importlib.import_module(f'{self.package}.{module.name}')
         if self.entry_points:
             self._load_entry_points()

@@ -1,5 +1,5 @@
-"""Texts that can be written: names of files need not be UTF-8, files of text are."""
-from typing import Any
+"""Texts of values and names: readable, and such that UTF-8 can hold them (names of files need not be)."""
+from typing import Any, Mapping
 
 from timm.models import safe_model_name
 
@@ -24,3 +24,12 @@ def _is_odd(text: str) -> bool:
 def model_file_name(name: str) -> str:
     """Return a model's name as part of a file's."""
     return safe_model_name(name)[:_NAME_LENGTH]
+
+
+def format_fact(value: Any) -> str:
+    """Return a value of the provenance in words: lists and mappings without brackets and quotes."""
+    if isinstance(value, Mapping):
+        return ', '.join(f'{key} {format_fact(v)}' for key, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ', '.join(format_fact(v) for v in value)
+    return f'{value:.6g}' if isinstance(value, float) else str(value)
