@@ -80,8 +80,9 @@ def run_chunks(names: Sequence[str], args: argparse.Namespace) -> None:
             bar.set_postfix_str(chunk[0])
             rows, died = run_process(chunk, args)
             if died and len(rows) < len(chunk):
-                rows.append({'name': chunk[len(rows)], 'student': 'failed', 'teacher': 'failed',
-                             'student_reason': died, 'teacher_reason': died})
+                rows.append({
+                    'name': chunk[len(rows)], 'student': 'failed', 'teacher': 'failed',
+                    'student_reason': died, 'teacher_reason': died})
             append_rows(args.output, rows)
             todo = todo[len(rows):]
             bar.update(len(rows))
@@ -122,8 +123,9 @@ def measure(name: str, max_params: float) -> Dict[str, Any]:
     kwargs: Dict[str, Any] = {}
     if row['how'] == 'trained':
         model, kwargs = create_small(name)
-        row.update(module=type(model).__module__.split('.')[-1],
-                   params_m=round(sum(p.numel() for p in model.parameters()) / 1e6, 2))
+        row.update(
+            module=type(model).__module__.split('.')[-1],
+            params_m=round(sum(p.numel() for p in model.parameters()) / 1e6, 2))
     size = small_input(model) if row['how'] == 'trained' else model.pretrained_cfg['input_size']
     size = (size[0], kwargs['img_size'], kwargs['img_size']) if kwargs else size
     row['input_size'] = 'x'.join(map(str, size))
@@ -304,8 +306,9 @@ def module_lines(rows: Sequence[Dict[str, str]]) -> Iterator[str]:
         modules[row['module'] or 'unknown'].append(row)
     for module, group in sorted(modules.items()):
         count = summarize(group)
-        cells = (len(group), count['features'], count['pre_logits'], count['student failed'], count['teacher ok'],
-                 count['teacher failed'])
+        cells = (
+            len(group), count['features'], count['pre_logits'], count['student failed'], count['teacher ok'],
+            count['teacher failed'])
         yield f'| {module} | ' + ' | '.join(map(str, cells)) + ' |'
 
 

@@ -59,8 +59,9 @@ def parse_benchmark_args() -> argparse.Namespace:
     parser.add_argument('--kd', nargs='+', default=['kd'], help='the first one for the loop, each one against timm')
     parser.add_argument('--batch-size', type=int, default=32)
     parser.add_argument('--size', type=int, default=224, help='height and width of the batches')
-    parser.add_argument('--source-size', type=int, nargs=2, default=[500, 375], metavar=('WIDTH', 'HEIGHT'),
-                        help='size of the JPEG files that are made')
+    parser.add_argument(
+        '--source-size', type=int, nargs=2, default=[500, 375], metavar=('WIDTH', 'HEIGHT'),
+        help='size of the JPEG files that are made')
     parser.add_argument('--data-dir', default='', help='class folders to take images from; made ones by default')
     parser.add_argument('--workers', type=int, default=1)
     parser.add_argument('--threads', type=int, default=0, help='of the compute; 0 leaves them as they are')
@@ -222,8 +223,9 @@ def timm_rows(args: argparse.Namespace, folder: Path) -> Iterator[Row]:
     updates = args.updates * (args.repeats + 2) + 2 * margin(args)
     data_dir = create_data(args, folder, args.batch_size * updates)
     teacher = save_teacher(args.teacher, folder / 'teacher', args.size)
-    flags = [*shared_flags(args, data_dir, args.updates), '--epochs', '1', '--model', args.student,
-             '--output', str(folder / 'output')]
+    flags = [
+        *shared_flags(args, data_dir, args.updates), '--epochs', '1', '--model', args.student,
+        '--output', str(folder / 'output')]
     timm_flags = ['--kd-model-name', teacher, '--distill-loss-weight', '1', '--task-loss-weight', '1']
     commands = {'timm kd': [args.timm_script, *flags, *timm_flags]}
     for kd in args.kd:

@@ -39,8 +39,9 @@ PAIRS = {
 }
 FORMS = ('direct', 'moments')
 SAMPLES = 50000  # of an imagined training set, for methods that keep something of each
-COLUMNS = ('what', 'pair', 'images', 'mode', 'variant', 'seconds', 'images_per_second', 'reference', 'ratio',
-           'quartiles', 'over_kd', 'memory_mib')
+COLUMNS = (
+    'what', 'pair', 'images', 'mode', 'variant', 'seconds', 'images_per_second', 'reference', 'ratio',
+    'quartiles', 'over_kd', 'memory_mib')
 
 
 class Setting(NamedTuple):
@@ -82,12 +83,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--pairs', nargs='+', default=list(PAIRS), choices=list(PAIRS), help='pairs of whole steps')
     parser.add_argument('--images', type=int, nargs='+', default=[8, 32], help='batch sizes of whole steps')
     parser.add_argument('--size', type=int, default=224, help='height and width of their images')
-    parser.add_argument('--amp', type=int, nargs='+', default=[0], choices=[0, 1],
-                        help='0: float32, 1: bfloat16 autocast')
-    parser.add_argument('--compile', type=int, nargs='+', default=[0], choices=[0, 1],
-                        help='0: eager, 1: torch.compile for teacher and student')
-    parser.add_argument('--variants', nargs='+', default=[],
-                        help='limit, names of methods, "norm direct", "norm moments"; all by default')
+    parser.add_argument(
+        '--amp', type=int, nargs='+', default=[0], choices=[0, 1],
+        help='0: float32, 1: bfloat16 autocast')
+    parser.add_argument(
+        '--compile', type=int, nargs='+', default=[0], choices=[0, 1],
+        help='0: eager, 1: torch.compile for teacher and student')
+    parser.add_argument(
+        '--variants', nargs='+', default=[],
+        help='limit, names of methods, "norm direct", "norm moments"; all by default')
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--no-memory', action='store_true', help='leave out the memory of whole steps')

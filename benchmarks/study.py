@@ -181,8 +181,9 @@ class Study:
         for student, of_student in seconds.items():
             for name, value in of_student.items():
                 print(f'{student:28} {name:28} {value:7.3f} s a step, {value / of_student["alone"]:.2f} of alone')
-        print(f'{len(self.plan.runs())} runs, {total / self.jobs / 3600:.1f} hours with --jobs {self.jobs}; '
-              f'{left / self.jobs / 3600:.1f} hours are left. Trained teachers come on top.')
+        print(
+            f'{len(self.plan.runs())} runs, {total / self.jobs / 3600:.1f} hours with --jobs {self.jobs}; '
+            f'{left / self.jobs / 3600:.1f} hours are left. Trained teachers come on top.')
 
 
 def without(command: Sequence[str], *flags: str) -> List[str]:

@@ -258,8 +258,9 @@ def _read_setting(name: str, content: Any, plan: Plan, path: str) -> Setting:
     _check_keys(content, 'setting', path)
     teacher = str(content.get('teacher') or '')
     if teacher and teacher not in plan.teachers:
-        raise UsageError(f'{path}: the setting {name} has the unknown teacher {teacher!r}; '
-                         f'there are: {", ".join(plan.teachers) or "none"}.')
+        raise UsageError(
+            f'{path}: the setting {name} has the unknown teacher {teacher!r}; '
+            f'there are: {", ".join(plan.teachers) or "none"}.')
     students = list(content.get('students') or plan.students)
     unknown = [student for student in students if student not in plan.students]
     if unknown:

@@ -70,8 +70,9 @@ def measure_folding(name: str, max_params: float) -> Dict[str, Any]:
             return {}
     except CANNOT_RUN:  # some constructors compute with their weights
         pass
-    row: Dict[str, Any] = {'name': name, 'norms': 0, 'folded': 0, 'error': '', 'plain_error': '', 'folded_error': '',
-                           'seconds': '', 'failed': ''}
+    row: Dict[str, Any] = {
+        'name': name, 'norms': 0, 'folded': 0, 'error': '', 'plain_error': '', 'folded_error': '',
+        'seconds': '', 'failed': ''}
     try:
         model, kwargs = create_small(name)
         size = (3, kwargs['img_size'], kwargs['img_size']) if kwargs else small_input(model.eval())
@@ -80,12 +81,14 @@ def measure_folding(name: str, max_params: float) -> Dict[str, Any]:
         plain = Teacher(model, size, fuse=False)
         start = time.monotonic()
         folded = Teacher(model, size)
-        row.update(norms=folded.fused.norms, folded=folded.fused.fused, error=f'{folded.fused.error:.1e}',
-                   seconds=round(time.monotonic() - start, 1))
+        row.update(
+            norms=folded.fused.norms, folded=folded.fused.fused, error=f'{folded.fused.error:.1e}',
+            seconds=round(time.monotonic() - start, 1))
         if folded.fused.norms:
             exact = read(Teacher(model.double(), size, fuse=False), images.double())
-            row.update({key: f'{output_error([x.double() for x in read(teacher, images)], exact):.1e}'
-                        for key, teacher in (('plain_error', plain), ('folded_error', folded))})
+            row.update({
+                key: f'{output_error([x.double() for x in read(teacher, images)], exact):.1e}'
+                for key, teacher in (('plain_error', plain), ('folded_error', folded))})
     except (*CANNOT_RUN, MemoryError) as e:
         row['failed'] = f'{type(e).__name__}: {" ".join(str(e).split())[:200]}'
     return row
@@ -107,9 +110,10 @@ def measure_speed(name: str, args: argparse.Namespace) -> Dict[str, Any]:
     }
     runs = {key: partial(teacher, images, OUTPUTS) for key, teacher in teachers.items()}
     seconds = time_interleaved(runs, args.repeats, args.device)
-    return {'name': name, 'batch_size': args.batch_size, **{key: f'{s:.4f}' for key, s in seconds.items()},
-            'speedup': f'{seconds["plain"] / seconds["folded"]:.2f}',
-            'with_channels_last': f'{seconds["plain"] / seconds["channels_last"]:.2f}'}
+    return {
+        'name': name, 'batch_size': args.batch_size, **{key: f'{s:.4f}' for key, s in seconds.items()},
+        'speedup': f'{seconds["plain"] / seconds["folded"]:.2f}',
+        'with_channels_last': f'{seconds["plain"] / seconds["channels_last"]:.2f}'}
 
 
 def time_interleaved(runs: Dict[str, Callable[[], Any]], repeats: int, device: str) -> Dict[str, float]:
@@ -139,8 +143,9 @@ def summarize(rows: Sequence[Dict[str, Any]]) -> str:
     complete = sum(row['folded'] == row['norms'] for row in rows)
     norms, folded = (sum(row[key] for row in rows) for key in ('norms', 'folded'))
     failed = [row['name'] for row in rows if row['failed']]
-    return (f'{len(rows)} architectures with batch norms: {folded} of {norms} folded, all of them in {complete} '
-            f'architectures; failed: {failed or "none"}')
+    return (
+        f'{len(rows)} architectures with batch norms: {folded} of {norms} folded, all of them in {complete} '
+        f'architectures; failed: {failed or "none"}')
 
 
 if __name__ == '__main__':

@@ -84,8 +84,9 @@ def run(argv: Sequence[str], rank: int, world_size: int, port: int, moment: str,
     """Train in this process, as one rank; its output goes to a file."""
     multiprocessing.set_start_method('fork', force=True)  # loader processes need not import torch either
     if world_size > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR='127.0.0.1',
-                          MASTER_PORT=str(port))
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR='127.0.0.1',
+            MASTER_PORT=str(port))
     with open(log, 'a') as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -57,9 +57,10 @@ def outside(span: Range, kind: type) -> List[Any]:
     return [kind(value) for value in values]
 
 
-CASES = [(script, action, value) for script in CHECKS for action in numeric_actions(script)
-         for value in outside(range_of(action.dest), action.type)  # type: ignore[arg-type]
-         if value != -math.inf or action.dest not in LENGTHS]  # argparse takes a -inf that stands alone for a flag
+CASES = [
+    (script, action, value) for script in CHECKS for action in numeric_actions(script)
+    for value in outside(range_of(action.dest), action.type)  # type: ignore[arg-type]
+    if value != -math.inf or action.dest not in LENGTHS]  # argparse takes a -inf that stands alone for a flag
 
 
 @pytest.mark.parametrize('script', PARSERS)
@@ -246,8 +247,9 @@ def test_weights_of_classes_are_finite_and_not_negative(flag: str, value: str) -
         create_train_loss(args, num_classes=2)
 
 
-@pytest.mark.parametrize(('text', 'reason'), [('0\n-1\n', '-1 is none'), ('0\n10', '10 is none'), ('3\n3\n', 'twice'),
-                                              ('\n', 'empty'), ('1.5\n', 'one class index per line')])
+@pytest.mark.parametrize(('text', 'reason'), [
+    ('0\n-1\n', '-1 is none'), ('0\n10', '10 is none'), ('3\n3\n', 'twice'),
+    ('\n', 'empty'), ('1.5\n', 'one class index per line')])
 def test_valid_labels_are_different_classes_of_the_model(text: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / 'labels.txt'
     path.write_text(text)

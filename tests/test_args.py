@@ -111,8 +111,9 @@ def test_help_is_short_and_names_every_flag_under_a_topic(script, capsys):
     assert exit_info.value.code == 0
     out = capsys.readouterr().out
     assert len(out.splitlines()) < 80
-    missing = [a.dest for a in parser._actions if a.dest not in ('help', 'config', 'data')
-               and not any(name in out for name in a.option_strings)]
+    missing = [
+        a.dest for a in parser._actions if a.dest not in ('help', 'config', 'data')
+        and not any(name in out for name in a.option_strings)]
     assert not missing
 
 

@@ -29,15 +29,17 @@ def run_benchmark(script, tmp_path, *flags):
 
 
 def test_loop_is_compared_with_its_step_and_its_loader(tmp_path):
-    rows = run_benchmark('loop.py', tmp_path, '--teacher', 'test_resnet', '--student', 'test_efficientnet',
-                         '--size', '32', '--batch-size', '4', '--updates', '2', '--repeats', '1')
+    rows = run_benchmark(
+        'loop.py', tmp_path, '--teacher', 'test_resnet', '--student', 'test_efficientnet',
+        '--size', '32', '--batch-size', '4', '--updates', '2', '--repeats', '1')
     assert list(rows) == ['step', 'loop', 'loop and loader', 'loader alone']
     assert all(float(row['seconds_per_update']) > 0 for row in rows.values())
 
 
 def test_step_is_compared_with_the_limit(tmp_path):
-    rows = run_benchmark('step.py', tmp_path, '--what', 'step', '--pairs', 'resnet34 -> resnet18', '--images', '2',
-                         '--size', '32', '--repeats', '1', '--no-memory', '--variants', 'limit', 'kd', 'norm moments')
+    rows = run_benchmark(
+        'step.py', tmp_path, '--what', 'step', '--pairs', 'resnet34 -> resnet18', '--images', '2',
+        '--size', '32', '--repeats', '1', '--no-memory', '--variants', 'limit', 'kd', 'norm moments')
     assert list(rows) == ['limit', 'kd', 'norm moments']
     assert all(float(row['ratio']) > 0.1 for row in rows.values())
 

@@ -32,8 +32,9 @@ def create_task() -> Any:
 
 def create_batches() -> List[Tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(IMAGES, 3, 160, 160, generator=generator), torch.randint(10, (IMAGES,), generator=generator))
-            for _ in range(STEPS)]
+    return [
+        (torch.randn(IMAGES, 3, 160, 160, generator=generator), torch.randint(10, (IMAGES,), generator=generator))
+        for _ in range(STEPS)]
 
 
 def train(rank: int, world_size: int) -> Dict[str, Any]:
@@ -76,8 +77,9 @@ def run_rank(function: str, rank: int, world_size: int, folder: str) -> None:
 
 def run_ranks(function: str, world_size: int, folder: Path) -> List[Any]:
     """Call a function of this file in each of several processes; returns what they gave."""
-    processes = [start_method().Process(target=run_rank, args=(function, rank, world_size, str(folder)))
-                 for rank in range(world_size)]
+    processes = [
+        start_method().Process(target=run_rank, args=(function, rank, world_size, str(folder)))
+        for rank in range(world_size)]
     for process in processes:
         process.start()
     for process in processes:
@@ -183,7 +185,8 @@ def test_script_trains_with_a_sharded_teacher_as_with_a_whole_one(digits_dir: Pa
 
 def test_synchronised_batch_norms_on_the_cpu_are_a_usage_error(digits_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / 'log'
-    argv = ['--data-dir', digits_dir, '--output', tmp_path / 'output', '--student', 'test_resnet', '--num-classes', 10,
-            '--device', 'cpu', '--sync-bn']
+    argv = [
+        '--data-dir', digits_dir, '--output', tmp_path / 'output', '--student', 'test_resnet', '--num-classes', 10,
+        '--device', 'cpu', '--sync-bn']
     assert Launch(argv, str(log), 2).wait(240) == 2
     assert '--sync-bn needs GPUs' in log.read_text() and not (tmp_path / 'output').exists()

@@ -66,8 +66,9 @@ def find_violations(module: str, source: str) -> List[str]:
     if unit == '__init__':
         return []
     if unit not in LAYERS:
-        return [f"'{unit}' ({module}) has no layer: give it one in LAYERS of {Path(__file__).name}, one above the "
-                "highest that it imports, and list it in the layout tree."]
+        return [
+            f"'{unit}' ({module}) has no layer: give it one in LAYERS of {Path(__file__).name}, one above the "
+            "highest that it imports, and list it in the layout tree."]
     messages = [(line, name, explain_import(module, name)) for line, name in iter_imports(module, source)]
     return [f'{module}, line {line}: imports {name}: {why}' for line, name, why in messages if why]
 
@@ -88,8 +89,9 @@ def explain_import(module: str, name: str) -> str:
     if importer in FORBIDDEN and imported in FORBIDDEN[importer][0]:
         return f'{FORBIDDEN[importer][1]}; pass in what it needs.'
     if LAYERS[imported] >= LAYERS[importer]:
-        return (f'{imported} is in layer {LAYERS[imported]}, {importer} in {LAYERS[importer]}, and imports only go '
-                'down. Move what both need into a lower file, or pass it as an argument.')
+        return (
+            f'{imported} is in layer {LAYERS[imported]}, {importer} in {LAYERS[importer]}, and imports only go '
+            'down. Move what both need into a lower file, or pass it as an argument.')
     return ''
 
 

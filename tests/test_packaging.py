@@ -57,12 +57,12 @@ def test_requirements_admit_every_torch_since_2_8(config: configparser.ConfigPar
 
 def test_package_is_typed(config: configparser.ConfigParser) -> None:
     assert files('timm_distill').joinpath('py.typed').is_file()
-    assert 'py.typed' in config['options.package_data']['timm_distill'].split(', ')
+    assert 'py.typed' in config['options.package_data']['timm_distill'].split()
 
 
 def test_the_template_of_the_report_is_installed(config: configparser.ConfigParser) -> None:
     assert files('timm_distill.report').joinpath('templates/report.html').is_file()
-    assert 'templates/*.html' in config['options.package_data']['timm_distill'].split(', ')
+    assert 'templates/*.html' in config['options.package_data']['timm_distill.report'].split(', ')
     assert 'jinja2' in config['options']['install_requires'].split()
 
 

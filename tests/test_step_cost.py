@@ -19,8 +19,9 @@ SIZE = (3, 32, 32)
 CLASSES = 5
 STEPS = 4
 # what makes the CPU wait for a GPU's values or for the size of its result
-WAITING = ('aten::item', 'aten::_local_scalar_dense', 'aten::is_nonzero', 'aten::equal', 'aten::nonzero',
-           'aten::masked_select', 'aten::_unique2', 'aten::repeat_interleave')
+WAITING = (
+    'aten::item', 'aten::_local_scalar_dense', 'aten::is_nonzero', 'aten::equal', 'aten::nonzero',
+    'aten::masked_select', 'aten::_unique2', 'aten::repeat_interleave')
 STUDENT: Tuple[str, Dict[str, Any]] = ('test_efficientnet', {})
 TOKEN_STUDENT: Tuple[str, Dict[str, Any]] = (
     'deit_tiny_distilled_patch16_224', dict(img_size=32, embed_dim=32, depth=2, num_heads=2))
@@ -36,8 +37,9 @@ def _task(method: str, device: str) -> DistillTask:
     name, options = TOKEN_STUDENT if token else STUDENT
     student = timm.create_model(name, num_classes=CLASSES, **options)
     teacher = timm.create_model('test_resnet', num_classes=CLASSES)
-    task = create_distill_task(student, teacher, kd=method, sample_labels=torch.arange(12) % CLASSES, input_size=SIZE,
-                               device=device, verbose=False)
+    task = create_distill_task(
+        student, teacher, kd=method, sample_labels=torch.arange(12) % CLASSES, input_size=SIZE,
+        device=device, verbose=False)
     if task.class_means_shape is not None:
         task.set_class_means(torch.randn(task.class_means_shape))
     return task

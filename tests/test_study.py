@@ -41,8 +41,9 @@ def write_plan(folder: Path, **changes: Any) -> Path:
 
 def run_study(plan: Path, digits_dir: Path, *flags: str) -> 'subprocess.CompletedProcess[str]':
     folder = plan.parent
-    command = [sys.executable, str(BENCHMARKS / 'study.py'), str(plan), '--data-root', str(digits_dir.parent),
-               '--output', str(folder / 'out'), '--results', str(folder / 'rows.csv'), '--docs', str(folder), *flags]
+    command = [
+        sys.executable, str(BENCHMARKS / 'study.py'), str(plan), '--data-root', str(digits_dir.parent),
+        '--output', str(folder / 'out'), '--results', str(folder / 'rows.csv'), '--docs', str(folder), *flags]
     env = {**os.environ, 'PYTHONPATH': str(BENCHMARKS.parent)}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
 

@@ -20,8 +20,9 @@ from timm_distill import UsageError
 REPO_DIR = Path(__file__).resolve().parent.parent
 STUDENT = 'test_efficientnet'
 TEACHER = 'test_resnet'
-FAST = ['--num-classes', '10', '--img-size', '32', '-b', '30', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0',
-        '--smoothing', '0.1', '--device', 'cpu', '-j', '0']
+FAST = [
+    '--num-classes', '10', '--img-size', '32', '-b', '30', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0',
+    '--smoothing', '0.1', '--device', 'cpu', '-j', '0']
 
 
 def run(data_dir, output, *flags, experiment='run'):
@@ -41,9 +42,10 @@ def teacher_file(digits_dir, tmp_path_factory):
 
 
 def distil_flags(teacher_file):
-    return ['--student', STUDENT, '--teacher', TEACHER, '--teacher-checkpoint', teacher_file, '--kd', 'norm+kd',
-            '--kd-kwargs', 'norm.segments=2', 'kd.temperature=2', '--model-ema', '--model-ema-decay', '0.8',
-            '--mixup', '0.2']
+    return [
+        '--student', STUDENT, '--teacher', TEACHER, '--teacher-checkpoint', teacher_file, '--kd', 'norm+kd',
+        '--kd-kwargs', 'norm.segments=2', 'kd.temperature=2', '--model-ema', '--model-ema-decay', '0.8',
+        '--mixup', '0.2']
 
 
 @pytest.fixture(scope='module')
@@ -112,8 +114,9 @@ def test_teacher_is_in_no_entry_of_the_checkpoint(distilled, teacher_file):
     assert list(checkpoint['state_dict']) == list(checkpoint['state_dict_ema']) == list(stock.state_dict())
     teacher_shapes = [v.shape for v in torch.load(teacher_file, weights_only=False)['state_dict'].values()]
     assert max(v.numel() for v in checkpoint['task_state']['adapter'].values()) < sum(s.numel() for s in teacher_shapes)
-    assert not [key for part in ('adapter', 'methods', 'student') for key in checkpoint['task_state'][part]
-                if 'teacher' in key]
+    assert not [
+        key for part in ('adapter', 'methods', 'student') for key in checkpoint['task_state'][part]
+        if 'teacher' in key]
     num_trained = sum(1 for _ in stock.parameters()) + sum(
         1 for key in checkpoint['task_state']['adapter'] if key.endswith(('weight', 'bias')))
     assert sum(len(group['params']) for group in checkpoint['optimizer']['param_groups']) == num_trained
@@ -143,8 +146,9 @@ def test_kd_none_needs_no_teacher(digits_dir, tmp_path):
 
 
 def test_run_under_bfloat16_autocast_saves_a_verified_student(digits_dir, teacher_file, tmp_path):
-    result = run(digits_dir, tmp_path, *distil_flags(teacher_file), '--epochs', 1, '--amp', '--amp-dtype', 'bfloat16',
-                 '--grad-accum-steps', 3, '--clip-grad', 1, '--channels-last')
+    result = run(
+        digits_dir, tmp_path, *distil_flags(teacher_file), '--epochs', 1, '--amp', '--amp-dtype', 'bfloat16',
+        '--grad-accum-steps', 3, '--clip-grad', 1, '--channels-last')
     state = torch.load(result.checkpoint, weights_only=False)['state_dict']
     timm.create_model(STUDENT, num_classes=10).load_state_dict(state)
 
@@ -158,7 +162,8 @@ def test_teacher_accuracy_is_reported_before_training(digits_dir, teacher_file, 
 
 
 def test_broken_teacher_gets_a_warning(digits_dir, tmp_path, caplog):
-    run(digits_dir, tmp_path, '--student', STUDENT, '--teacher', TEACHER, '--no-teacher-pretrained', '--kd', 'norm',
+    run(
+        digits_dir, tmp_path, '--student', STUDENT, '--teacher', TEACHER, '--no-teacher-pretrained', '--kd', 'norm',
         '--epochs', 1)
     assert 'random weights' in caplog.text and 'near chance' in caplog.text
 
@@ -267,13 +272,15 @@ def test_split_batch_norms_survive_a_resume(digits_dir, tmp_path):
     flags = ['--model', TEACHER, '--aug-splits', '2', '--split-bn', '--sched', 'none']
     whole = run(digits_dir, tmp_path, *flags, '--epochs', 2, experiment='whole')
     run(digits_dir, tmp_path, *flags, '--epochs', 1, experiment='half')
-    run(digits_dir, tmp_path, *flags, '--epochs', 2, '--resume', tmp_path / 'half' / 'last.pth.tar',
+    run(
+        digits_dir, tmp_path, *flags, '--epochs', 2, '--resume', tmp_path / 'half' / 'last.pth.tar',
         experiment='resumed')
     assert rows(tmp_path / 'resumed')[-1] == rows(whole.output_dir)[-1]
 
 
-NAFLEX = ['--model', 'naflexvit_base_patch16_gap', '--model-kwargs', 'embed_dim=32', 'depth=1', 'num_heads=2',
-          'patch_size=8', '--naflex-loader', '--naflex-max-seq-len', '16', '--naflex-train-seq-lens', '9', '16']
+NAFLEX = [
+    '--model', 'naflexvit_base_patch16_gap', '--model-kwargs', 'embed_dim=32', 'depth=1', 'num_heads=2',
+    'patch_size=8', '--naflex-loader', '--naflex-max-seq-len', '16', '--naflex-train-seq-lens', '9', '16']
 
 
 def test_patch_sequences_train_without_distillation(digits_dir, tmp_path):
@@ -292,16 +299,18 @@ def test_stop_epoch_keeps_the_schedule_and_save_epochs_keeps_milestones(digits_d
 
 
 def test_milestones_and_the_stop_epoch_are_validated_whatever_the_interval(digits_dir, tmp_path):
-    result = run(digits_dir, tmp_path, '--model', TEACHER, '--epochs', 9, '--val-interval', 5, '--save-epochs', 1,
-                 '--stop-epoch', 3)
+    result = run(
+        digits_dir, tmp_path, '--model', TEACHER, '--epochs', 9, '--val-interval', 5, '--save-epochs', 1,
+        '--stop-epoch', 3)
     assert [row['epoch'] for row in rows(result.output_dir)] == ['0', '2']
 
 
 def test_timms_distillation_flags_train_as_ours_do(digits_dir, teacher_file, tmp_path):
     common = ['--student', STUDENT, '--teacher-checkpoint', teacher_file, '--epochs', 1, '--task-loss-weight', '0.3']
     timm_run = run(digits_dir, tmp_path, *common, '--kd-model-name', TEACHER, '--kd-temperature', '2', experiment='a')
-    our_run = run(digits_dir, tmp_path, *common, '--teacher', TEACHER, '--kd', 'kd', '--kd-kwargs', 'kd.temperature=2.',
-                  '--distill-loss-weight', '0.7', experiment='b')
+    our_run = run(
+        digits_dir, tmp_path, *common, '--teacher', TEACHER, '--kd', 'kd', '--kd-kwargs', 'kd.temperature=2.',
+        '--distill-loss-weight', '0.7', experiment='b')
     assert rows(timm_run.output_dir) == rows(our_run.output_dir)
     assert (tmp_path / 'a' / 'args.yaml').read_text() == (tmp_path / 'b' / 'args.yaml').read_text().replace(
         'experiment: b', 'experiment: a')

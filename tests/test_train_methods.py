@@ -13,8 +13,9 @@ import train_distill
 from timm_distill import UsageError
 from timm_distill.run import dry_run as preview
 
-FAST = ['--num-classes', '10', '--img-size', '32', '-b', '60', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0',
-        '--device', 'cpu', '-j', '0', '--student', 'test_efficientnet', '--teacher', 'test_resnet', '--no-teacher-eval']
+FAST = [
+    '--num-classes', '10', '--img-size', '32', '-b', '60', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0',
+    '--device', 'cpu', '-j', '0', '--student', 'test_efficientnet', '--teacher', 'test_resnet', '--no-teacher-eval']
 
 
 @pytest.fixture(scope='module')
@@ -26,8 +27,9 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(data_dir: Path, output: Path, teacher: Path, *flags: Any, experiment: str = 'run') -> Any:
-    argv = ['--data-dir', data_dir, '--output', output, '--experiment', experiment, '--teacher-checkpoint', teacher,
-            *FAST, *flags]
+    argv = [
+        '--data-dir', data_dir, '--output', output, '--experiment', experiment, '--teacher-checkpoint', teacher,
+        *FAST, *flags]
     return train_distill.main([str(arg) for arg in argv])
 
 
@@ -129,8 +131,9 @@ def test_wrong_schedule_is_one_message_before_anything_is_written(
 @pytest.mark.slow
 def test_gradient_norms_of_a_compiled_run_are_those_of_an_eager_one(
         digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
-    flags = [digits_dir, tmp_path, teacher_file, '--kd', 'norm+kd', '--epochs', 1, '--sched', 'none',
-             '--log-grad-norm', 2]
+    flags = [
+        digits_dir, tmp_path, teacher_file, '--kd', 'norm+kd', '--epochs', 1, '--sched', 'none',
+        '--log-grad-norm', 2]
     with torch._functorch.config.patch(donated_buffer=True):
         compiled = run(*flags, '--torchcompile', 'aot_eager', experiment='compiled')
     (expected,), (actual,) = rows(run(*flags, experiment='eager')), rows(compiled)

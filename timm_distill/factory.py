@@ -136,8 +136,9 @@ def create_distill_task(
     if verbose and methods:
         _log_composition(kd, composition)
     criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
-    task = DistillTask(module.to(device=device, dtype=dtype), teacher_model, criterion, composition.weights,
-                       composition.task_loss_weight, input_size, composition.schedules, device, dtype, verbose)
+    task = DistillTask(
+        module.to(device=device, dtype=dtype), teacher_model, criterion, composition.weights,
+        composition.task_loss_weight, input_size, composition.schedules, device, dtype, verbose)
     if class_means is not None:
         task.set_class_means(class_means)
     return task
@@ -170,8 +171,9 @@ def _resolve_teacher(
         return teacher
     if isinstance(teacher, nn.Module):
         return Teacher(teacher, input_size, mean, std, **kwargs)
-    return create_teacher(teacher, input_size, num_classes, checkpoint, pretrained, model_kwargs, mean, std,
-                          verbose=verbose, **source, **kwargs)
+    return create_teacher(
+        teacher, input_size, num_classes, checkpoint, pretrained, model_kwargs, mean, std,
+        verbose=verbose, **source, **kwargs)
 
 
 def _check_class_counts(
@@ -202,11 +204,13 @@ def _student_size(student: nn.Module, input_size: Sequence[int]) -> Optional[Tup
     """Return the size that the student's input has to be resized to, None where it runs as it comes."""
     size, reason = runnable_size(student, input_size)
     if reason:
-        raise UsageError(f'The student {type(student).__name__} cannot run on the input {list(input_size)}: {reason}. '
-                         'Change --img-size, --in-chans or --model-kwargs img_size=N.')
+        raise UsageError(
+            f'The student {type(student).__name__} cannot run on the input {list(input_size)}: {reason}. '
+            'Change --img-size, --in-chans or --model-kwargs img_size=N.')
     if size is not None:
-        _logger.warning(f'The student takes {size[0]}x{size[1]} alone: its input of {input_size[1]}x{input_size[2]} is '
-                        'resized. --model-kwargs img_size=N builds some models for other sizes.')
+        _logger.warning(
+            f'The student takes {size[0]}x{size[1]} alone: its input of {input_size[1]}x{input_size[2]} is '
+            'resized. --model-kwargs img_size=N builds some models for other sizes.')
     return size
 
 
@@ -258,8 +262,9 @@ def _start_adapters(
     if isinstance(student, str):
         pretrained = any((student_kwargs or {}).get(name) for name in ('pretrained', 'checkpoint_path'))
     elif pretrained is None and module.adapters and verbose:
-        _logger.info('The adapter starts as for a student without weights: student_pretrained=True says that a module '
-                     'comes with some.')
+        _logger.info(
+            'The adapter starts as for a student without weights: student_pretrained=True says that a module '
+            'comes with some.')
     if pretrained:
         for adapter in module.adapters:
             adapter.start_pretrained()
@@ -334,6 +339,7 @@ def _teacher_spec(teacher: Teacher) -> FeatureSpec:
         stages=teacher.stages or (Stage(-1, shape),),
         input_size=teacher.input_size,
         head=teacher.head_input.output if teacher.head_input is not None else '',
-        non_negative=frozenset(name for name, x in (('feature', features.feature), ('pre_logits', features.pre_logits))
-                               if not (x < 0).any()),
+        non_negative=frozenset(
+            name for name, x in (('feature', features.feature), ('pre_logits', features.pre_logits))
+            if not (x < 0).any()),
     )

@@ -182,8 +182,9 @@ class DistillTask(TrainingTask):
             return loss
         if self._untrained is None:
             reached = reached_tensors(loss)
-            self._untrained = [p for p in self.trainable_module.parameters()
-                               if p.requires_grad and id(p) not in reached]
+            self._untrained = [
+                p for p in self.trainable_module.parameters()
+                if p.requires_grad and id(p) not in reached]
         return loss + sum(0. * p.sum() for p in self._untrained) if self._untrained else loss
 
     def teacher_features(self, input: torch.Tensor, wait: bool = True) -> Features:
@@ -360,9 +361,10 @@ class DistillTask(TrainingTask):
             raise RuntimeError('Cannot load EMA state before setup_ema().')
         saved = (task_state or {}).get('kd', [])
         if task_state is not None and saved != list(trained.methods):
-            raise UsageError(f'The checkpoint was written with --kd {"+".join(saved) or "none"}, this run has --kd '
-                             f'{"+".join(trained.methods) or "none"}. Resume with the former, or start from its '
-                             'weights with --initial-checkpoint.')
+            raise UsageError(
+                f'The checkpoint was written with --kd {"+".join(saved) or "none"}, this run has --kd '
+                f'{"+".join(trained.methods) or "none"}. Resume with the former, or start from its '
+                'weights with --initial-checkpoint.')
         trained.load_task_state(state_dict, task_state)
 
     @torch.no_grad()
@@ -411,9 +413,10 @@ def merge_student(task: DistillTask, ema: bool = False) -> nn.Module:
 
 def _split_indices(target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     if target.ndim != 2 or target.shape[1] != 2 or target.is_floating_point():
-        raise UsageError(f'A method of --kd reads sample indices: the target must hold pairs (class index, sample '
-                         f'index), int64 [B, 2], not {target.dtype} {list(target.shape)}. IndexedDataset of '
-                         'timm_distill.data makes such targets; mixup and cutmix cannot.')
+        raise UsageError(
+            f'A method of --kd reads sample indices: the target must hold pairs (class index, sample '
+            f'index), int64 [B, 2], not {target.dtype} {list(target.shape)}. IndexedDataset of '
+            'timm_distill.data makes such targets; mixup and cutmix cannot.')
     return target[:, 0], target[:, 1]
 
 

@@ -47,8 +47,9 @@ def saved(state: Dict[str, Any]) -> Dict[str, Any]:
 def assert_resumes_exactly(opt: str, dtype: torch.dtype, before: int, after: int, **kwargs: Any) -> None:
     model, optimizer = create(opt, dtype, **kwargs)
     train(model, optimizer, before, seed=1)
-    state = saved({'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
-                   'hidden': get_hidden_state(optimizer)})
+    state = saved({
+        'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
+        'hidden': get_hidden_state(optimizer)})
     train(model, optimizer, after, seed=2)
     resumed, resumed_optimizer = create(opt, dtype, **kwargs)
     resumed.load_state_dict(state['model'])

@@ -97,15 +97,17 @@ def test_labels_of_folders_that_differ_in_case_or_zeros_do_not_hang_on_chance(
             shutil.copy(images[0], folders / 'train' / label / name)
     reader = create_dataset('', str(folders / 'train')).reader
     # as a set of another order, and another file system, would have given it
-    ranks = {name: i for i, name in enumerate(['0', *[n for n in order if 'a' not in n.lower()], '2',
-                                               *[n for n in order if 'a' in n.lower()]])}
+    ranks = {name: i for i, name in enumerate([
+        '0', *[n for n in order if 'a' not in n.lower()], '2',
+        *[n for n in order if 'a' in n.lower()]])}
     reader.samples = [(path, ranks[Path(path).parent.name]) for path, _ in reversed(reader.samples)]
     reader.samples.sort(key=lambda sample: sample[0].lower().replace('01', '1'))
     reader.class_to_idx = ranks
     settle_order(reader, has_class_map=False)
     assert reader.class_to_idx == {'0': 0, '01': 1, '1': 2, '2': 3, 'A': 4, 'a': 5}
-    assert all(Path(path).parent.name == {v: k for k, v in reader.class_to_idx.items()}[label]
-               for path, label in reader.samples)
+    assert all(
+        Path(path).parent.name == {v: k for k, v in reader.class_to_idx.items()}[label]
+        for path, label in reader.samples)
     names = [path for path, _ in reader.samples]
     assert [n for n in names if '/a/' in n.lower()] == sorted(n for n in names if '/a/' in n.lower())
     assert 'by chance' in caplog.text
@@ -143,9 +145,10 @@ def test_class_map_names_a_folder_that_is_no_utf8(odd_folders: Path) -> None:
 
 
 def test_run_on_folders_that_are_no_utf8_writes_all_its_files_and_resumes(odd_folders: Path, tmp_path: Path) -> None:
-    flags = ['--data-dir', str(odd_folders), '--output', str(tmp_path / ODD), '--experiment', 'run',
-             '--num-classes', '3', '--img-size', '32', '-b', '3', '--warmup-epochs', '0', '--device', 'cpu', '-j', '0',
-             '--epochs', '2', '--student', 'test_resnet']
+    flags = [
+        '--data-dir', str(odd_folders), '--output', str(tmp_path / ODD), '--experiment', 'run',
+        '--num-classes', '3', '--img-size', '32', '-b', '3', '--warmup-epochs', '0', '--device', 'cpu', '-j', '0',
+        '--epochs', '2', '--student', 'test_resnet']
     train_distill.main([*flags, '--stop-epoch', '1'])
     result: Dict[str, Any] = vars(train_distill.main([*flags, '--resume', 'auto']))
     files = os.listdir(result['output_dir'])

@@ -150,8 +150,9 @@ def test_views_of_an_image_follow_one_another_in_the_batch(folder):
 
 
 def test_scheduled_sizes_give_batches_of_these_sizes_and_their_scale(folder):
-    data = loaders(folder, '--train-img-sizes', '24', '32', '--train-batch-sizes', '6', '2',
-                   '--variable-batch-loss-scale', 'linear', '--train-batches-per-epoch', '6')
+    data = loaders(
+        folder, '--train-img-sizes', '24', '32', '--train-batch-sizes', '6', '2',
+        '--variable-batch-loss-scale', 'linear', '--train-batches-per-epoch', '6')
     shapes = {x.shape for x, _ in data.train}
     assert shapes <= {(6, 3, 24, 24), (2, 3, 32, 32)}
     assert data.batch_size == 4.

@@ -11,8 +11,9 @@ import pytest
 import train_distill
 
 SPLITS = ('train', 'validation')
-FLAGS = ['--student', 'test_resnet', '--num-classes', '10', '--img-size', '32', '-b', '50', '-j', '0', '--epochs', '1',
-         '--warmup-epochs', '0', '--lr', '0.05', '--device', 'cpu', '--no-report']
+FLAGS = [
+    '--student', 'test_resnet', '--num-classes', '10', '--img-size', '32', '-b', '50', '-j', '0', '--epochs', '1',
+    '--warmup-epochs', '0', '--lr', '0.05', '--device', 'cpu', '--no-report']
 
 
 def list_images(folder: Path, split: str) -> List[Tuple[Path, int]]:
@@ -28,8 +29,9 @@ def write_parquet(folder: Path, root: Path) -> None:
     root.mkdir()
     for split in SPLITS:
         images = list_images(folder, split)
-        columns = {'image': [{'bytes': path.read_bytes(), 'path': path.name} for path, _ in images],
-                   'label': [label for _, label in images]}
+        columns = {
+            'image': [{'bytes': path.read_bytes(), 'path': path.name} for path, _ in images],
+            'label': [label for _, label in images]}
         datasets.Dataset.from_dict(columns, features=features).to_parquet(str(root / f'{split}.parquet'))
 
 
@@ -48,8 +50,9 @@ def write_shards(folder: Path, root: Path, per_shard: int = 50) -> None:
                     info = tarfile.TarInfo(member)
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
-        splits[split] = dict(name=split, num_samples=len(images), filenames=names,
-                             shard_lengths=[len(shard) for shard in shards])
+        splits[split] = dict(
+            name=split, num_samples=len(images), filenames=names,
+            shard_lengths=[len(shard) for shard in shards])
     (root / '_info.json').write_text(json.dumps({'splits': splits}))
 
 
@@ -84,8 +87,9 @@ def test_streams_are_read_whole(
         digits_dir: Path, tmp_path: Path, reader: str, from_folders: Dict[str, str]) -> None:
     if reader == 'hfids':
         write_parquet(digits_dir, tmp_path / 'data')
-        flags = ['--dataset', f'hfids/{tmp_path / "data"}', '--train-num-samples', 300, '--val-num-samples', 100,
-                 '--data-dir', tmp_path / 'cache']
+        flags = [
+            '--dataset', f'hfids/{tmp_path / "data"}', '--train-num-samples', 300, '--val-num-samples', 100,
+            '--data-dir', tmp_path / 'cache']
     else:
         write_shards(digits_dir, tmp_path / 'data')
         flags = ['--dataset', 'wds/digits', '--data-dir', tmp_path / 'data']
@@ -98,8 +102,9 @@ def test_streams_are_read_whole(
 
 def test_distillation_reads_a_stream_and_methods_that_need_indices_refuse_it(digits_dir: Path, tmp_path: Path) -> None:
     write_shards(digits_dir, tmp_path / 'data')
-    flags = ['--dataset', 'wds/digits', '--data-dir', tmp_path / 'data', '--teacher', 'test_efficientnet',
-             '--no-teacher-pretrained', '--teacher-kwargs', 'num_classes=10']
+    flags = [
+        '--dataset', 'wds/digits', '--data-dir', tmp_path / 'data', '--teacher', 'test_efficientnet',
+        '--no-teacher-pretrained', '--teacher-kwargs', 'num_classes=10']
     row = train(tmp_path / 'output', *flags, '--kd', 'norm+kd')
     assert float(row['train_loss']) > 0
     with pytest.raises(train_distill.UsageError, match='needs no indices'):

@@ -27,8 +27,9 @@ def create_task(kd: str = 'norm+kd', student: str = 'test_resnet', dtype: torch.
     kwargs = {'img_size': 32} if 'vit' in student else {'drop_rate': 0.1, 'drop_path_rate': 0.1}
     model = timm.create_model(student, num_classes=CLASSES, **kwargs)
     teacher = timm.create_model('test_convnext', num_classes=CLASSES)
-    return create_distill_task(model, teacher, kd=kd, kd_weight={'kd': 0.5} if 'kd' in kd else None, input_size=SIZE,
-                               dtype=dtype, verbose=False).train()
+    return create_distill_task(
+        model, teacher, kd=kd, kd_weight={'kd': 0.5} if 'kd' in kd else None, input_size=SIZE,
+        dtype=dtype, verbose=False).train()
 
 
 def create_batches(count: int = 4, dtype: torch.dtype = torch.float64) -> List[Tuple[torch.Tensor, torch.Tensor]]:
@@ -160,8 +161,9 @@ def test_two_processes_have_the_norms_of_the_joint_batch_and_train_as_without(tm
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(_run_rank, args=(port, str(tmp_path)), nprocs=2)
-    joint = norms_of(train(create_task('feature+kd', 'test_vit'), create_batches(2), log_grad_norm=1,
-                           grad_accum_steps=2))
+    joint = norms_of(train(
+        create_task('feature+kd', 'test_vit'), create_batches(2), log_grad_norm=1,
+        grad_accum_steps=2))
     for rank in range(2):
         without, measured = torch.load(tmp_path / f'rank{rank}.pt', weights_only=True)
         assert measured['norms'] == pytest.approx(joint, rel=1e-9) and without['norms'] == {}

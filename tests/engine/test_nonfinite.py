@@ -35,7 +35,8 @@ def test_divergence_stops_with_the_term_and_keeps_the_batch(digits_dir, tmp_path
 
 def test_rollback_goes_back_to_the_newest_checkpoint_a_few_times(digits_dir, tmp_path, caplog):
     with pytest.raises(NonFiniteLossError):
-        run(digits_dir, tmp_path, *DIVERGES, '--on-nan', 'rollback', '--recovery-interval', 1, '--log-interval', 1,
+        run(
+            digits_dir, tmp_path, *DIVERGES, '--on-nan', 'rollback', '--recovery-interval', 1, '--log-interval', 1,
             '--epochs', 5)
     rollbacks = [r.getMessage() for r in caplog.records if 'Rolling back' in r.getMessage()]
     assert len(rollbacks) == 3 and 'recovery-0-' in rollbacks[0]
@@ -60,8 +61,9 @@ def test_streak_goes_on_over_epochs_that_are_shorter_than_it(digits_dir, tmp_pat
 def test_rollback_never_takes_a_checkpoint_from_inside_a_streak(digits_dir, tmp_path, caplog, monkeypatch):
     """Loss is nan from the second epoch on; every update is saved, and still the healthy state comes back."""
     poison(monkeypatch, from_epoch=1)
-    flags = ['--opt', 'sgd', '--lr', 0.01, '--on-nan', 'rollback', '--recovery-interval', 1, '--epochs', 6,
-             '--log-interval', 1]
+    flags = [
+        '--opt', 'sgd', '--lr', 0.01, '--on-nan', 'rollback', '--recovery-interval', 1, '--epochs', 6,
+        '--log-interval', 1]
     with pytest.raises(NonFiniteLossError, match='diverged'):
         run(digits_dir, tmp_path, *flags)
     rollbacks = [r.getMessage() for r in caplog.records if 'Rolling back to' in r.getMessage()]
@@ -74,11 +76,13 @@ def test_rollback_never_takes_a_checkpoint_from_inside_a_streak(digits_dir, tmp_
     assert 'Rolling back to' not in caplog.text
 
 
-def test_rollback_that_leads_to_the_same_divergence_goes_further_back_the_next_time(digits_dir, tmp_path, caplog,
-                                                                                    monkeypatch):
+def test_rollback_that_leads_to_the_same_divergence_goes_further_back_the_next_time(
+        digits_dir, tmp_path, caplog,
+        monkeypatch):
     poison(monkeypatch, from_epoch=2)
     with pytest.raises(NonFiniteLossError):
-        run(digits_dir, tmp_path, '--opt', 'sgd', '--lr', 0.01, '--on-nan', 'rollback', '--epochs', 6,
+        run(
+            digits_dir, tmp_path, '--opt', 'sgd', '--lr', 0.01, '--on-nan', 'rollback', '--epochs', 6,
             '--log-interval', 1)
     names = re.findall(r'Rolling back to \S+/(\S+) ', caplog.text)
     assert names[:2] == ['last.pth.tar', 'checkpoint-0.pth.tar'], names

@@ -213,8 +213,9 @@ def test_guarded_updates_are_bit_for_bit_those_of_an_unguarded_loop(as_on_cuda, 
 def test_streak_is_forgiven_where_the_caller_puts_the_weights_back():
     task, optimizer = create_task()
     errors = []
-    train(task, with_bad_batches(create_batches((4,) * 6), 1, 2, 3), optimizer, max_streak=3, log_interval=1,
-          on_diverged=errors.append)
+    train(
+        task, with_bad_batches(create_batches((4,) * 6), 1, 2, 3), optimizer, max_streak=3, log_interval=1,
+        on_diverged=errors.append)
     assert len(errors) == 1 and 'batch 1' in str(errors[0])
 
 

@@ -206,8 +206,9 @@ def test_the_hub_config_says_nothing_of_the_weights_that_timm_offers(kind: str, 
     classes = 1000 if kind == 'stock' else 10
     model = timm.create_model('test_resnet', num_classes=classes)
     tag = model.pretrained_cfg['tag']
-    model.pretrained_cfg = {**model.pretrained_cfg, 'license': 'cc-by-nc-4.0', 'label_names': ['a'] * 1000,
-                            'paper_ids': 'arXiv:1', 'url': 'https://x', 'description': 'of others'}
+    model.pretrained_cfg = {
+        **model.pretrained_cfg, 'license': 'cc-by-nc-4.0', 'label_names': ['a'] * 1000,
+        'paper_ids': 'arXiv:1', 'url': 'https://x', 'description': 'of others'}
     names = [f'class {i}' for i in range(classes)]
     export_hub(Release(model, 'test_resnet', {'input_size': (3, 32, 32)}, label_names=names), str(tmp_path))
     config = json.loads((tmp_path / 'config.json').read_text())

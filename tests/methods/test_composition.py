@@ -20,8 +20,9 @@ def timm_student(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
 
 
 FASTERNET = timm_student('fasternet_t0', embed_dim=8, depths=(1, 1, 1, 1), feature_dim=24)
-SWIN = timm_student('swin_tiny_patch4_window7_224', img_size=32, window_size=1, embed_dim=16, depths=(1, 1, 1, 1),
-                    num_heads=(1, 2, 4, 8), drop_path_rate=0.)
+SWIN = timm_student(
+    'swin_tiny_patch4_window7_224', img_size=32, window_size=1, embed_dim=16, depths=(1, 1, 1, 1),
+    num_heads=(1, 2, 4, 8), drop_path_rate=0.)
 VIT = timm_student('test_vit', img_size=32)
 TAPS: Dict[str, Tuple[Callable[[], nn.Module], str]] = {
     'nchw': (timm_student('test_resnet'), 'auto'),

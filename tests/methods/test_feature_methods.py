@@ -165,8 +165,9 @@ def test_a_stage_that_the_pair_does_not_have_is_refused_with_those_it_has(name: 
 def _create_task_of_all_that_train() -> DistillTask:
     torch.manual_seed(0)
     student, teacher = (timm.create_model(name, num_classes=5) for name in ('test_efficientnet', 'test_resnet'))
-    return create_distill_task(student, teacher, kd='ab+cc+fitnet+fsp+ft+kdsvd+vid', input_size=(3, 32, 32),
-                               verbose=False).train()
+    return create_distill_task(
+        student, teacher, kd='ab+cc+fitnet+fsp+ft+kdsvd+vid', input_size=(3, 32, 32),
+        verbose=False).train()
 
 
 def _run_rank(rank: int, port: int, folder: str) -> None:

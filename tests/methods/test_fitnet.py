@@ -53,8 +53,9 @@ def test_regressor_ends_with_a_relu_where_the_teachers_stage_does() -> None:
     for name, relu in (('test_resnet', True), ('test_vit', False)):
         teacher = timm.create_model(name, num_classes=5, **(dict(img_size=32) if name == 'test_vit' else {}))
         for option, expected in ((None, relu), (True, True), (False, False)):
-            task = create_distill_task(student, teacher, kd='fitnet', kd_kwargs={'fitnet.relu': option},
-                                       input_size=(3, 32, 32), verbose=False)
+            task = create_distill_task(
+                student, teacher, kd='fitnet', kd_kwargs={'fitnet.relu': option},
+                input_size=(3, 32, 32), verbose=False)
             assert [r.relu for r in task.module.methods['fitnet'].regressors] == [expected], (name, option)
 
 

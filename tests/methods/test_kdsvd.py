@@ -26,8 +26,9 @@ def to_matrix(feature: torch.Tensor) -> torch.Tensor:
 def align_to_golden(case: GoldenCase, students: List[torch.Tensor]) -> List[torch.Tensor]:
     """Return the student's vectors aligned with the stored teacher vectors, whose signs are those of one library."""
     count = case.hparams['k'] + case.hparams['extra_student_vectors']
-    return [align_vectors(singular_vectors(to_matrix(x), count)[0], v)
-            for x, v in zip(students, case.stages('teacher_v'))]
+    return [
+        align_vectors(singular_vectors(to_matrix(x), count)[0], v)
+        for x, v in zip(students, case.stages('teacher_v'))]
 
 
 @pytest.mark.parametrize('case', CASES, ids=case_id)
@@ -71,8 +72,9 @@ def test_gradient_of_the_vectors_is_that_of_torchs_decomposition(shape: Tuple[in
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize('matrix', [torch.zeros(6, 4), torch.ones(6, 4), torch.eye(6, 4), 1e4 * torch.eye(4, 6)],
-                         ids=['zero', 'rank_one', 'equal_values', 'equal_values_wide'])
+@pytest.mark.parametrize(
+    'matrix', [torch.zeros(6, 4), torch.ones(6, 4), torch.eye(6, 4), 1e4 * torch.eye(4, 6)],
+    ids=['zero', 'rank_one', 'equal_values', 'equal_values_wide'])
 def test_gradient_is_finite_where_singular_values_coincide_or_vanish(matrix: torch.Tensor) -> None:
     matrix = matrix[None].clone().requires_grad_()
     (singular_vectors(matrix, 3)[0] * torch.randn(matrix.shape[2], 3)).sum().backward()

@@ -15,8 +15,9 @@ LOSSES = golden_cases('nd', having='loss')
 EMBEDDINGS = golden_cases('emb_trans')
 
 
-def create_task(kd: str = 'nd', teacher: str = 'test_resnet', student: str = 'test_efficientnet',
-                means: bool = True, **kwargs: Any) -> DistillTask:
+def create_task(
+        kd: str = 'nd', teacher: str = 'test_resnet', student: str = 'test_efficientnet',
+        means: bool = True, **kwargs: Any) -> DistillTask:
     torch.manual_seed(0)
     models = [timm.create_model(name, num_classes=CLASSES) for name in (student, teacher)]
     task = create_distill_task(*models, kd=kd, input_size=SIZE, verbose=False, **kwargs).train()
@@ -155,10 +156,12 @@ def test_teacher_with_other_classes_works() -> None:
 
 def test_distilled_student_is_read_at_the_average_of_both_tokens() -> None:
     torch.manual_seed(0)
-    student = timm.create_model('deit_tiny_distilled_patch16_224', img_size=32, embed_dim=32, depth=2, num_heads=2,
-                                num_classes=CLASSES)
-    task = create_distill_task(student, timm.create_model('test_resnet', num_classes=CLASSES), kd='deit++',
-                               class_means=torch.randn(CLASSES, 96), input_size=SIZE, verbose=False).train()
+    student = timm.create_model(
+        'deit_tiny_distilled_patch16_224', img_size=32, embed_dim=32, depth=2, num_heads=2,
+        num_classes=CLASSES)
+    task = create_distill_task(
+        student, timm.create_model('test_resnet', num_classes=CLASSES), kd='deit++',
+        class_means=torch.randn(CLASSES, 96), input_size=SIZE, verbose=False).train()
     images = create_batch()[0]
     features = task.module.forward_with_features(images, task.teacher_features(images))
     tokens = student.forward_features(images)

@@ -199,8 +199,9 @@ def test_wrong_option_names_value_and_what_is_allowed(options: Dict[str, Any], n
     assert all(name in str(error.value) for name in names)
 
 
-@pytest.mark.parametrize('option,known', [('pool', ['avg', 'max']), ('form', ['auto', 'direct', 'moments']),
-                                          ('init', ['auto', 'identity', 'official'])])
+@pytest.mark.parametrize('option,known', [
+    ('pool', ['avg', 'max']), ('form', ['auto', 'direct', 'moments']),
+    ('init', ['auto', 'identity', 'official'])])
 def test_wrong_option_of_the_adapter_names_value_and_what_is_allowed(option: str, known: List[str]) -> None:
     method = create_method('norm', **{option: 'median'})
     with pytest.raises(UsageError) as error:
@@ -211,14 +212,16 @@ def test_wrong_option_of_the_adapter_names_value_and_what_is_allowed(option: str
 def _golden_task(case: GoldenCase, form: str) -> DistillTask:
     hparams = case.hparams
     methods = {
-        'norm': create_method('norm', segments=hparams['co_sponge'], schedule=schedule_name(case),
-                              logit_scale=float(hparams['ceta'])),
+        'norm': create_method(
+            'norm', segments=hparams['co_sponge'], schedule=schedule_name(case),
+            logit_scale=float(hparams['ceta'])),
         'kd': create_method('kd', temperature=float(hparams['kd_T'])),
     }
     module = AdaptedStudent(
         GoldenStudent(case), [create_golden_adapter(case, form)], golden_tap(case['x'].shape[1]), methods).train()
-    task = DistillTask(module, GoldenTeacher(case), nn.CrossEntropyLoss(),
-                       {'norm': hparams['beta'], 'kd': hparams['alpha']}, hparams['gamma'], verbose=False)
+    task = DistillTask(
+        module, GoldenTeacher(case), nn.CrossEntropyLoss(),
+        {'norm': hparams['beta'], 'kd': hparams['alpha']}, hparams['gamma'], verbose=False)
     task.set_epoch(hparams['epoch'])
     return task
 

@@ -68,8 +68,9 @@ def test_stages_and_final_logits_have_exponents_of_their_own() -> None:
     student, teacher, target = torch.randn(2, 5), torch.randn(2, 5), torch.tensor([1, 3])
     losses = method.eval()(Features(logits=student, stages=stages), Features(logits=teacher), target)
     torch.testing.assert_close(losses['ofa_logits_loss'], ofa_loss(student, teacher, target, 1.5))
-    expected = sum(ofa_loss(projector(stage), teacher, target, eps)
-                   for projector, stage, eps in zip(method.projectors, stages[2:], (1., 1.2)))
+    expected = sum(
+        ofa_loss(projector(stage), teacher, target, eps)
+        for projector, stage, eps in zip(method.projectors, stages[2:], (1., 1.2)))
     torch.testing.assert_close(losses['ofa_stages_loss'], expected)
 
 

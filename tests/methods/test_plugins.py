@@ -94,8 +94,9 @@ def _entry_point(name: str, load: Any) -> SimpleNamespace:
 def test_plugins_are_found_and_a_broken_one_is_named_without_stopping(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / 'good.py').write_text(METHOD.format(name='good'))
-    points = [_entry_point('broken', lambda: exec("import no_such_module_of_the_plugin")),
-              _entry_point('working', lambda: load_method_file(str(tmp_path / 'good.py')))]
+    points = [
+        _entry_point('broken', lambda: exec("import no_such_module_of_the_plugin")),
+        _entry_point('working', lambda: load_method_file(str(tmp_path / 'good.py')))]
     monkeypatch.setattr(registry, 'entry_points', lambda group: points if group == 'timm_distill.methods' else [])
     METHODS._load_entry_points()
     assert 'good' in list_methods()

@@ -11,8 +11,9 @@ from timm_distill.methods._schedules import create_weight_schedule
 
 
 def numeric_options(registry: Any) -> List[Tuple[str, str]]:
-    return [(name, option) for name in registry.names() for option, default in registry.get(name).defaults.items()
-            if isinstance(default, (int, float)) and not isinstance(default, bool)]
+    return [
+        (name, option) for name in registry.names() for option, default in registry.get(name).defaults.items()
+        if isinstance(default, (int, float)) and not isinstance(default, bool)]
 
 
 def is_of_adapter(method: str, option: str) -> bool:
@@ -76,5 +77,6 @@ def test_no_schedule_makes_a_weight_negative_or_endless(spec: Any) -> None:
 ])
 def test_no_weight_is_negative_or_endless(weights: Any) -> None:
     with pytest.raises(UsageError, match='weight'):
-        create_distill_task('test_efficientnet', 'test_resnet', 'kd', teacher_pretrained=False, num_classes=5,
-                            input_size=(3, 32, 32), verbose=False, **weights)
+        create_distill_task(
+            'test_efficientnet', 'test_resnet', 'kd', teacher_pretrained=False, num_classes=5,
+            input_size=(3, 32, 32), verbose=False, **weights)

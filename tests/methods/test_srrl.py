@@ -42,10 +42,12 @@ def create_golden_method(case: GoldenCase, name: str) -> nn.Module:
         return FeatureSpec(case['pred_t'].shape[1], shape, shape[0], (Stage(-1, shape),), (3, 32, 32), **kwargs)
 
     method = create_method(name, **({'logit_weight': case.hparams['weight']} if name == 'srrl' else {})).double()
-    method.build(PairSpec(_spec(case['feat_s']),
-                          _spec(case['feat_t'], head='feature', non_negative=frozenset({'feature'}))))
-    method.connector.double().load_state_dict({k: v for k, v in case.tensors.items() if k.startswith(('conv.', 'bn.'))},
-                                              strict=False)
+    method.build(PairSpec(
+        _spec(case['feat_s']),
+        _spec(case['feat_t'], head='feature', non_negative=frozenset({'feature'}))))
+    method.connector.double().load_state_dict(
+        {k: v for k, v in case.tensors.items() if k.startswith(('conv.', 'bn.'))},
+        strict=False)
     assert method.connector.bn.eps == case.hparams['bn_eps']
     return method.train()
 

@@ -198,8 +198,9 @@ def test_a_student_whose_classifier_starts_at_zero_trains(kd: str, options: Dict
 
 def test_logits_of_a_distillation_token_are_standardised_with_all_others() -> None:
     torch.manual_seed(0)
-    student = timm.create_model('deit_tiny_distilled_patch16_224', img_size=32, embed_dim=32, depth=2, num_heads=2,
-                                num_classes=CLASSES)
+    student = timm.create_model(
+        'deit_tiny_distilled_patch16_224', img_size=32, embed_dim=32, depth=2, num_heads=2,
+        num_classes=CLASSES)
     task = create_distill_task(
         student, timm.create_model('test_convnext', num_classes=CLASSES), kd='norm+token', input_size=SIZE,
         kd_kwargs={'norm.logit_scale': 2.5, 'norm.segments': 2, 'token.hard': False}, verbose=False).train()
@@ -335,9 +336,10 @@ def test_the_ranking_loss_leaves_schedules_out() -> None:
         assert task.unscheduled_loss(averages) == 0.5 + 20. + 100.
 
 
-FAST = ['--num-classes', '10', '--img-size', '32', '-b', '60', '--opt', 'adamw', '--warmup-epochs', '0', '--device',
-        'cpu', '-j', '0', '--student', 'test_efficientnet', '--teacher', 'test_resnet', '--no-teacher-pretrained',
-        '--no-teacher-eval', '--no-report', '--sched', 'none']
+FAST = [
+    '--num-classes', '10', '--img-size', '32', '-b', '60', '--opt', 'adamw', '--warmup-epochs', '0', '--device',
+    'cpu', '-j', '0', '--student', 'test_efficientnet', '--teacher', 'test_resnet', '--no-teacher-pretrained',
+    '--no-teacher-eval', '--no-report', '--sched', 'none']
 
 
 def run(data_dir: Path, output: Path, *flags: Any) -> Any:
@@ -361,8 +363,9 @@ def test_without_a_trained_classifier_the_best_epoch_is_that_of_the_least_distil
 
 
 def test_without_validation_data_a_schedule_does_not_choose_the_best_epoch(digits_dir: Path, tmp_path: Path) -> None:
-    result = run(digits_dir, tmp_path, '--kd', 'feature', '--kd-schedule', 'feature=0:0,1:100', '--epochs', 3, '--lr',
-                 '2e-3', '--val-split', '')
+    result = run(
+        digits_dir, tmp_path, '--kd', 'feature', '--kd-schedule', 'feature=0:0,1:100', '--epochs', 3, '--lr',
+        '2e-3', '--val-split', '')
     assert result.best_epoch == 2
     assert result.history[-1]['train']['loss'] > result.history[0]['train']['loss']
     assert 'validation' not in (Path(result.output_dir) / 'hub' / 'README.md').read_text()

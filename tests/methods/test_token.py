@@ -18,8 +18,9 @@ SIZE, CLASSES = (3, 32, 32), 5
 
 def create_student() -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model('deit_tiny_distilled_patch16_224', img_size=32, embed_dim=32, depth=2, num_heads=2,
-                             num_classes=CLASSES)
+    return timm.create_model(
+        'deit_tiny_distilled_patch16_224', img_size=32, embed_dim=32, depth=2, num_heads=2,
+        num_classes=CLASSES)
 
 
 def create_teacher_model() -> nn.Module:
@@ -51,8 +52,9 @@ def test_a_step_has_the_losses_of_timms_own_task(hard: bool) -> None:
     reference = TokenDistillationTask(
         create_student(), create_teacher_model(), nn.CrossEntropyLoss(), distill_type='hard' if hard else 'soft',
         temperature=2., task_loss_weight=0.5, verbose=False).train()
-    task = create_task(kd_kwargs={'token.hard': hard, 'token.temperature': 2.}, task_loss_weight=0.5,
-                       distill_loss_weight=0.5)
+    task = create_task(
+        kd_kwargs={'token.hard': hard, 'token.temperature': 2.}, task_loss_weight=0.5,
+        distill_loss_weight=0.5)
     expected, actual = reference(*create_batch()), task(*create_batch())
     torch.testing.assert_close(actual['token_loss'], expected['distill_loss'])
     torch.testing.assert_close(actual['task_loss'], expected['task_loss'])
@@ -99,8 +101,9 @@ def test_ema_copy_gives_both_logits_too() -> None:
 
 def test_a_student_without_the_token_is_an_error_that_names_another_method() -> None:
     with pytest.raises(UsageError, match='--kd kd'):
-        create_distill_task('test_resnet', 'test_resnet', kd='token', teacher_pretrained=False, input_size=SIZE,
-                            verbose=False)
+        create_distill_task(
+            'test_resnet', 'test_resnet', kd='token', teacher_pretrained=False, input_size=SIZE,
+            verbose=False)
 
 
 def test_temperature_must_be_positive() -> None:

@@ -10,8 +10,9 @@ from timm_distill.methods.vid import VariationalRegressor, gaussian_nll
 
 def create_regressor(case: GoldenCase) -> VariationalRegressor:
     hparams = case.hparams
-    return VariationalRegressor(case['feat_s'].shape[1], case['feat_t'].shape[1], hparams['num_mid_channel'],
-                                hparams['init_pred_var'], hparams['eps']).double()
+    return VariationalRegressor(
+        case['feat_s'].shape[1], case['feat_t'].shape[1], hparams['num_mid_channel'],
+        hparams['init_pred_var'], hparams['eps']).double()
 
 
 @pytest.mark.parametrize('case', golden_cases('vid'), ids=case_id)

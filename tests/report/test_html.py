@@ -22,10 +22,12 @@ pytest.importorskip('matplotlib', reason='the report extra is not installed')
 from timm_distill.report.figures import draw_plot, list_plots  # noqa: E402
 
 ROWS = [
-    {'epoch': 0, 'train_loss': 2., 'train_norm_loss': 1., 'eval_top1': 20., 'eval_student_top1': 15.,
-     'eval_agreement': 25., 'lr': 0.1},
-    {'epoch': 1, 'train_loss': 1., 'train_norm_loss': .5, 'eval_top1': 40., 'eval_student_top1': 35.,
-     'eval_agreement': 45., 'lr': 0.05},
+    {
+        'epoch': 0, 'train_loss': 2., 'train_norm_loss': 1., 'eval_top1': 20., 'eval_student_top1': 15.,
+        'eval_agreement': 25., 'lr': 0.1},
+    {
+        'epoch': 1, 'train_loss': 1., 'train_norm_loss': .5, 'eval_top1': 40., 'eval_student_top1': 35.,
+        'eval_agreement': 45., 'lr': 0.05},
 ]
 
 
@@ -46,8 +48,9 @@ def create_data(num_classes: int = 4, **kwargs: Any) -> ReportData:
 def test_a_report_shows_every_figure_and_needs_no_other_file(num_classes: int, tmp_path: Path) -> None:
     paths = write_report(create_data(num_classes), str(tmp_path))
     page = Path(paths[0]).read_text()
-    for title in ('Accuracy', 'Loss terms', 'Learning rate', 'Time of a training step', 'Calibration',
-                  'Accuracy of each class against the teacher', 'Predictions of teacher and student', 'Epochs'):
+    for title in (
+            'Accuracy', 'Loss terms', 'Learning rate', 'Time of a training step', 'Calibration',
+            'Accuracy of each class against the teacher', 'Predictions of teacher and student', 'Epochs'):
         assert f'<h2>{title}</h2>' in page, title
     assert '&lt;student&gt;' in page and '<student>' not in page
     assert set(re.findall(r'(?:src|href)="([^"]{0,10})', page)) == {'data:image'}
@@ -110,8 +113,9 @@ def test_bars_of_few_images_are_pale_and_no_line_joins_the_bins() -> None:
 
 
 def test_the_table_of_epochs_keeps_every_column_and_groups_them() -> None:
-    rows = [{'epoch': 0, 'train_loss': 1., 'eval_top1': 20., 'lr': 1e-5},
-            {'epoch': 1, 'train_loss': 0.123456789, 'train_kd_loss': float('nan'), 'eval_top1': 21., 'lr': 1e-5}]
+    rows = [
+        {'epoch': 0, 'train_loss': 1., 'eval_top1': 20., 'lr': 1e-5},
+        {'epoch': 1, 'train_loss': 0.123456789, 'train_kd_loss': float('nan'), 'eval_top1': 21., 'lr': 1e-5}]
     table = epochs_table(rows, best_epoch=1)
     assert table['names'] == ['epoch', 'loss', 'top1', 'lr', 'kd loss']
     assert table['groups'] == [('', 1), ('train', 1), ('eval', 1), ('', 1), ('train', 1)]
@@ -156,9 +160,10 @@ def test_a_report_without_teacher_or_validation_shows_what_there_is(tmp_path: Pa
 
 
 def flags(digits_dir: Path, output: Path) -> list:
-    return ['--data-dir', str(digits_dir), '--output', str(output), '--experiment', 'run', '--num-classes', '10',
-            '--img-size', '32', '-b', '30', '--epochs', '1', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '1e-3',
-            '-j', '0', '--device', 'cpu', '--model', 'test_efficientnet']
+    return [
+        '--data-dir', str(digits_dir), '--output', str(output), '--experiment', 'run', '--num-classes', '10',
+        '--img-size', '32', '-b', '30', '--epochs', '1', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '1e-3',
+        '-j', '0', '--device', 'cpu', '--model', 'test_efficientnet']
 
 
 def test_a_run_with_a_teacher_reports_agreement_and_both_accuracies(digits_dir: Path, tmp_path: Path) -> None:

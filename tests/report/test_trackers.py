@@ -16,9 +16,10 @@ from timm_distill.report.trackers import TensorBoardLog, read_summary, start_tra
 
 
 def flags(digits_dir: Path, output: Path) -> List[str]:
-    return ['--data-dir', str(digits_dir), '--output', str(output), '--experiment', 'run', '--num-classes', '10',
-            '--img-size', '32', '-b', '30', '--epochs', '2', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '1e-3',
-            '-j', '0', '--device', 'cpu', '--model', 'test_efficientnet', '--no-report']
+    return [
+        '--data-dir', str(digits_dir), '--output', str(output), '--experiment', 'run', '--num-classes', '10',
+        '--img-size', '32', '-b', '30', '--epochs', '2', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '1e-3',
+        '-j', '0', '--device', 'cpu', '--model', 'test_efficientnet', '--no-report']
 
 
 def test_tensorboard_shows_the_numbers_of_the_summary(digits_dir: Path, tmp_path: Path) -> None:

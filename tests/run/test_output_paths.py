@@ -25,8 +25,9 @@ def file(tmp_path: Path) -> Path:
 
 
 def bad_folders(file: Path) -> list:
-    return [str(file), str(file / 'below'), str(file.parent / ('x' * 300)), str(file.parent / 'a\0b'),
-            '/proc/nothing/here']
+    return [
+        str(file), str(file / 'below'), str(file.parent / ('x' * 300)), str(file.parent / 'a\0b'),
+        '/proc/nothing/here']
 
 
 @pytest.mark.parametrize('index', range(5), ids=['file', 'below_a_file', 'long_name', 'nul', 'read_only'])

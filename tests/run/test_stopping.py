@@ -119,9 +119,10 @@ def test_forked_process_without_handlers_of_its_own_lives_on():
 def test_signal_while_torch_is_imported_has_its_word_and_code(number, code):
     # a module that is imported before torch stands for the time the imports take
     lines = f'import os, runpy, sys; sys.modules["argparse"] = None\nsys.argv = [{str(SCRIPT)!r}]\n'
-    hook = ('class Finder:\n    def find_spec(self, name, path=None, target=None):\n'
-            f'        if name == "timm": os.kill(os.getpid(), {int(number)})\n'
-            'sys.meta_path.insert(0, Finder())\ndel sys.modules["argparse"]\n')
+    hook = (
+        'class Finder:\n    def find_spec(self, name, path=None, target=None):\n'
+        f'        if name == "timm": os.kill(os.getpid(), {int(number)})\n'
+        'sys.meta_path.insert(0, Finder())\ndel sys.modules["argparse"]\n')
     out = subprocess.run(
         [sys.executable, '-c', lines + hook + f'runpy.run_path({str(SCRIPT)!r}, run_name="__main__")'],
         capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(SCRIPT.parent)})

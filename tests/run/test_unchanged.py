@@ -17,8 +17,9 @@ from timm_distill.checkpoint.file import read_checkpoint
 from timm_distill.checkpoint.lock import LOCK_NAME
 from timm_distill.run import unchanged
 
-FAST = ['--num-classes', '4', '--img-size', '32', '-b', '10', '--warmup-epochs', '0', '--device', 'cpu', '-j', '0',
-        '--epochs', '2', '--student', 'test_resnet', '--no-report', '--no-teacher-eval']
+FAST = [
+    '--num-classes', '4', '--img-size', '32', '-b', '10', '--warmup-epochs', '0', '--device', 'cpu', '-j', '0',
+    '--epochs', '2', '--student', 'test_resnet', '--no-report', '--no-teacher-eval']
 
 
 @pytest.fixture(scope='module')
@@ -40,8 +41,9 @@ def data_dir(digits_dir: Path, tmp_path: Path) -> Path:
 
 
 def run(data_dir: Path, output: Path, teacher: Path, *flags: str) -> Any:
-    return train_distill.main(['--data-dir', str(data_dir), '--output', str(output), '--experiment', 'run', *FAST,
-                               '--teacher', f'local-dir:{teacher}', *flags])
+    return train_distill.main([
+        '--data-dir', str(data_dir), '--output', str(output), '--experiment', 'run', *FAST,
+        '--teacher', f'local-dir:{teacher}', *flags])
 
 
 def swap(data_dir: Path) -> None:
@@ -99,8 +101,9 @@ def test_run_stopped_inside_an_epoch_goes_on_with_fewer_images(
     for label in range(4):
         for i in range(3, 10):
             (data_dir / 'train' / str(label) / f'{i}.png').unlink()
-    result = run(data_dir, tmp_path / 'output', teacher_dir, *flags, '--resume', str(recovery),
-                 '--resume-data-changed')
+    result = run(
+        data_dir, tmp_path / 'output', teacher_dir, *flags, '--resume', str(recovery),
+        '--resume-data-changed')
     assert read_checkpoint(f'{result.output_dir}/last.pth.tar')['epoch'] == 1
 
 

@@ -350,8 +350,9 @@ def test_classifier_that_cannot_be_folded_or_measured_is_refused_and_left_as_it_
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     hooks = sum(len(module._forward_pre_hooks) for module in student.modules())
     with pytest.raises(UsageError, match='not at pre_logits: .*classifier fc'):
-        create_distill_task(student, timm.create_model('test_resnet', num_classes=7), kd='norm', input_size=SIZE,
-                            verbose=False)
+        create_distill_task(
+            student, timm.create_model('test_resnet', num_classes=7), kd='norm', input_size=SIZE,
+            verbose=False)
     state = student.state_dict()
     assert all(torch.equal(before[name], state[name]) and state[name].dtype == before[name].dtype for name in before)
     assert student.training and sum(len(module._forward_pre_hooks) for module in student.modules()) == hooks

@@ -66,20 +66,23 @@ AFFINE_HEADS: Dict[str, Tuple[Callable[[], TinyNet], Tuple[Consumer, ...]]] = {
     'linear': (lambda: TinyNet(pool=pool()), (Consumer('fc'),)),
     'dropout': (lambda: TinyNet(pool=pool(), drop=nn.Dropout(0.5)), (Consumer('fc'),)),
     'conv_1x1_after_pool': (
-        lambda: TinyNet(8, pool=nn.AdaptiveAvgPool2d(1), conv=nn.Conv2d(CHANNELS, 8, 1), act=nn.Hardswish(),
-                        flat=nn.Flatten()),
+        lambda: TinyNet(
+            8, pool=nn.AdaptiveAvgPool2d(1), conv=nn.Conv2d(CHANNELS, 8, 1), act=nn.Hardswish(),
+            flat=nn.Flatten()),
         (Consumer('head.conv'),)),
     'conv_k_x_k': (
         lambda: TinyNet(8, conv=nn.Conv2d(CHANNELS, 8, 3), act=nn.ReLU(), pool=pool()), (Consumer('head.conv'),)),
     'batch_norm_before_classifier': (
         lambda: TinyNet(pool=pool(), norm=nn.BatchNorm1d(CHANNELS)), (Consumer('fc', pre_norm='head.norm'),)),
     'batch_norm_before_bias_free_conv_and_batch_norm': (
-        lambda: TinyNet(8, n1=nn.BatchNorm2d(CHANNELS), conv=nn.Conv2d(CHANNELS, 8, 1, bias=False),
-                        n2=nn.BatchNorm2d(8), act=nn.ReLU(), pool=pool()),
+        lambda: TinyNet(
+            8, n1=nn.BatchNorm2d(CHANNELS), conv=nn.Conv2d(CHANNELS, 8, 1, bias=False),
+            n2=nn.BatchNorm2d(8), act=nn.ReLU(), pool=pool()),
         (Consumer('head.conv', pre_norm='head.n1', post_norm='head.n2'),)),
     'conv_without_bias_and_batch_norm_behind': (
-        lambda: TinyNet(8, pool=nn.AdaptiveAvgPool2d(1), conv=nn.Conv2d(CHANNELS, 8, 1, bias=False),
-                        norm=nn.BatchNorm2d(8), act=nn.ReLU(), flat=nn.Flatten()),
+        lambda: TinyNet(
+            8, pool=nn.AdaptiveAvgPool2d(1), conv=nn.Conv2d(CHANNELS, 8, 1, bias=False),
+            norm=nn.BatchNorm2d(8), act=nn.ReLU(), flat=nn.Flatten()),
         (Consumer('head.conv', post_norm='head.norm'),)),
     'bias_free_conv': (
         lambda: TinyNet(8, conv=nn.Conv2d(CHANNELS, 8, 1, bias=False), act=nn.ReLU(), pool=pool()),
@@ -447,8 +450,9 @@ TIMM_STUDENTS: List[Tuple[str, Dict[str, Any], str, List[str]]] = [
     ('swin_tiny_patch4_window7_224', dict(
         img_size=32, window_size=1, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)), 'features',
      ['head.fc']),
-    ('deit_tiny_distilled_patch16_224', dict(img_size=32, embed_dim=24, depth=1, num_heads=2), 'features',
-     ['head', 'head_dist']),
+    (
+        'deit_tiny_distilled_patch16_224', dict(img_size=32, embed_dim=24, depth=1, num_heads=2), 'features',
+        ['head', 'head_dist']),
 ]
 
 

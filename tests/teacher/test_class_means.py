@@ -251,14 +251,16 @@ def test_means_that_cannot_be_kept_are_used_all_the_same(
     assert 'No space left' in caplog.text and not os.listdir(tmp_path)
 
 
-FAST = ['--num-classes', '10', '--img-size', '32', '-b', '30', '--warmup-epochs', '0', '--device', 'cpu', '-j', '0',
-        '--epochs', '1', '--no-teacher-pretrained', '--student', 'test_efficientnet', '--teacher', 'test_resnet']
+FAST = [
+    '--num-classes', '10', '--img-size', '32', '-b', '30', '--warmup-epochs', '0', '--device', 'cpu', '-j', '0',
+    '--epochs', '1', '--no-teacher-pretrained', '--student', 'test_efficientnet', '--teacher', 'test_resnet']
 
 
 def run(data_dir: Path, output: Path, *flags: str, teacher: Optional[Path] = None, experiment: str = 'run') -> Any:
     weights = ['--teacher-checkpoint', str(teacher)] if teacher else []
-    return train_distill.main(['--data-dir', str(data_dir), '--output', str(output), '--experiment', experiment, *FAST,
-                               *weights, *flags])
+    return train_distill.main([
+        '--data-dir', str(data_dir), '--output', str(output), '--experiment', experiment, *FAST,
+        *weights, *flags])
 
 
 @pytest.fixture(scope='module')
@@ -288,8 +290,9 @@ def test_script_computes_caches_reuses_and_resumes(
     monkeypatch.setattr(prepare, 'compute_class_means', _no_pass)
     again = run(digits_dir, tmp_path, '--kd', 'kd++', '--mixup', '0.2', teacher=teacher_file, experiment='again')
     assert read_history(again) == read_history(first)  # the pass moves nothing of the run
-    given = run(digits_dir, tmp_path / 'other', '--kd', 'kd++', '--mixup', '0.2', '--nd-class-means', str(cached),
-                teacher=teacher_file)
+    given = run(
+        digits_dir, tmp_path / 'other', '--kd', 'kd++', '--mixup', '0.2', '--nd-class-means', str(cached),
+        teacher=teacher_file)
     assert read_history(given) == read_history(first)
     cached.unlink()
     last = f'{first.output_dir}/last.pth.tar'
@@ -301,7 +304,8 @@ def test_script_computes_caches_reuses_and_resumes(
 def test_script_reads_training_images_with_either_transform(
         digits_dir: Path, teacher_file: Path, tmp_path: Path) -> None:
     for transform in ('eval', 'train'):
-        run(digits_dir, tmp_path, '--kd', 'nd', '--nd-class-means-transform', transform, '--train-crop-mode', 'rrc',
+        run(
+            digits_dir, tmp_path, '--kd', 'nd', '--nd-class-means-transform', transform, '--train-crop-mode', 'rrc',
             teacher=teacher_file, experiment=transform)
     first, second = (load_class_means(str(path), (10, WIDTH)) for path in (tmp_path / 'class_means').iterdir())
     difference = (first - second).norm() / first.norm()

@@ -316,15 +316,17 @@ def test_random_teacher_warns_and_has_the_students_classes(caplog: pytest.LogCap
 def test_teacher_with_weights_does_not_warn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_random_teacher(tmp_path / 'teacher.safetensors')
     with caplog.at_level(logging.WARNING):
-        create_teacher('test_resnet', SIZE, 5, checkpoint=str(tmp_path / 'teacher.safetensors'),
-                       **own_normalisation(create_model()))
+        create_teacher(
+            'test_resnet', SIZE, 5, checkpoint=str(tmp_path / 'teacher.safetensors'),
+            **own_normalisation(create_model()))
     assert not caplog.records
 
 
 def test_more_arguments_reach_the_model(tmp_path: Path) -> None:
     save_random_teacher(tmp_path / 'teacher.safetensors', 'test_vit', img_size=32, reg_tokens=2)
-    teacher = create_teacher('test_vit', SIZE, 5, checkpoint=str(tmp_path / 'teacher.safetensors'),
-                             model_kwargs=dict(img_size=32, reg_tokens=2))
+    teacher = create_teacher(
+        'test_vit', SIZE, 5, checkpoint=str(tmp_path / 'teacher.safetensors'),
+        model_kwargs=dict(img_size=32, reg_tokens=2))
     assert teacher.layout.num_prefix_tokens == 3
 
 
@@ -372,8 +374,9 @@ def test_how_much_was_folded_is_logged_once(caplog: pytest.LogCaptureFixture) ->
 
 def test_digest_is_that_of_the_weights_as_they_came(tmp_path: Path) -> None:
     model = save_random_teacher(tmp_path / 'teacher.safetensors')
-    teachers = [create_teacher('test_resnet', SIZE, 5, checkpoint=str(tmp_path / 'teacher.safetensors'), dtype=dtype)
-                for dtype in (None, torch.bfloat16)]
+    teachers = [
+        create_teacher('test_resnet', SIZE, 5, checkpoint=str(tmp_path / 'teacher.safetensors'), dtype=dtype)
+        for dtype in (None, torch.bfloat16)]
     assert {teacher.digest for teacher in teachers} == {hash_weights(model)}
     assert hash_weights(teachers[0].model) != hash_weights(model) != hash_weights(create_model(seed=2))
 
@@ -395,8 +398,9 @@ def test_model_that_needs_another_memory_order_keeps_it() -> None:
 
 
 def test_memory_format_of_the_task_reaches_the_teacher() -> None:
-    task = create_distill_task('test_resnet', Teacher(create_model(), SIZE, channels_last=False), kd='kd',
-                               num_classes=5, input_size=SIZE, verbose=False)
+    task = create_distill_task(
+        'test_resnet', Teacher(create_model(), SIZE, channels_last=False), kd='kd',
+        num_classes=5, input_size=SIZE, verbose=False)
     weight = first_convolution(task.teacher)
     assert not weight.is_contiguous(memory_format=torch.channels_last)
     task.to(memory_format=torch.channels_last)
@@ -488,8 +492,9 @@ WIDE_SWIN = {**SWIN, 'img_size': 128}
 
 def test_stages_are_matched_at_the_size_that_each_model_is_fed() -> None:
     teacher = create_model('swin_tiny_patch4_window7_224', **WIDE_SWIN)
-    task = create_distill_task(create_model(), teacher, kd='sp', kd_kwargs={'sp.stages': 'all'}, input_size=SIZE,
-                               verbose=False)
+    task = create_distill_task(
+        create_model(), teacher, kd='sp', kd_kwargs={'sp.stages': 'all'}, input_size=SIZE,
+        verbose=False)
     (pairs,) = [method.pairs for method in task.module.methods.values()]
     student_stages, stages = task.module.reader.spec.stages, task.teacher.stages
     reductions = [(32 // student_stages[i].shape[1], 128 // stages[j].shape[1]) for i, j in pairs]
@@ -539,8 +544,9 @@ def test_std_that_is_none_is_a_usage_error(values: Any) -> None:
 
 def test_recorded_size_that_the_model_cannot_run_at_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match=r'cannot run at 32x32 \(a file\).*--teacher-img-size'):
-        Teacher(create_model('test_vit', img_size=48, dynamic_img_size=False), SIZE,
-                records=[InputRecord('a file', size=(32, 32))])
+        Teacher(
+            create_model('test_vit', img_size=48, dynamic_img_size=False), SIZE,
+            records=[InputRecord('a file', size=(32, 32))])
 
 
 # Class counts are those of the logits

@@ -45,8 +45,9 @@ def flags(**given: Any) -> argparse.Namespace:
     dict(args=flags(mean=list(MEAN), std=list(STD), img_size=48, interpolation='bilinear')),
     dict(args=flags(mean=list(MEAN), std=list(STD), input_size=[3, 48, 48], interpolation='bilinear')),
     dict(args=dict(mean=MEAN, std=STD, input_size=48, interpolation='bilinear')),
-    dict(data_config=dict(mean=MEAN, std=STD, input_size=(3, 48, 48), interpolation='bilinear'),
-         args=flags(mean=[0.9], std=[0.9], img_size=64)),
+    dict(
+        data_config=dict(mean=MEAN, std=STD, input_size=(3, 48, 48), interpolation='bilinear'),
+        args=flags(mean=[0.9], std=[0.9], img_size=64)),
     dict(pretrained_cfg=dict(mean=MEAN, std=STD, input_size=[3, 48, 48], interpolation='bilinear')),
 ])
 def test_checkpoint_says_with_what_its_model_was_trained(entries: Dict[str, Any], tmp_path: Path) -> None:
@@ -247,11 +248,13 @@ def test_every_head_family_says_its_class_count(family: Any) -> None:
 
 
 def test_ten_class_teacher_with_two_heads_is_taken(tmp_path: Path) -> None:
-    model = create_model('deit_tiny_distilled_patch16_224', num_classes=10, depth=1, embed_dim=24, num_heads=2,
-                         img_size=32)
+    model = create_model(
+        'deit_tiny_distilled_patch16_224', num_classes=10, depth=1, embed_dim=24, num_heads=2,
+        img_size=32)
     save_file(model.state_dict(), str(tmp_path / 'deit.safetensors'))
-    teacher = create_teacher('deit_tiny_distilled_patch16_224', SIZE, 5, str(tmp_path / 'deit.safetensors'),
-                             model_kwargs=dict(depth=1, embed_dim=24, num_heads=2, img_size=32))
+    teacher = create_teacher(
+        'deit_tiny_distilled_patch16_224', SIZE, 5, str(tmp_path / 'deit.safetensors'),
+        model_kwargs=dict(depth=1, embed_dim=24, num_heads=2, img_size=32))
     assert teacher.num_classes == 10 and teacher.digest == hash_weights(model)
 
 

@@ -9,9 +9,10 @@ from timm_distill.utils import console
 
 REPO_DIR = Path(__file__).resolve().parent.parent.parent
 # the file by itself, since importing the package takes seconds
-LOAD = ("import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('console', {console.__file__!r})\n"
-        "console = importlib.util.module_from_spec(spec); spec.loader.exec_module(console)\n")
+LOAD = (
+    "import importlib.util, sys\n"
+    f"spec = importlib.util.spec_from_file_location('console', {console.__file__!r})\n"
+    "console = importlib.util.module_from_spec(spec); spec.loader.exec_module(console)\n")
 
 
 def run_with_a_reader_that_goes(argv: list) -> 'subprocess.CompletedProcess[str]':
@@ -36,8 +37,9 @@ def test_a_closed_pipe_ends_a_script_without_a_word(main: str) -> None:
 
 
 def test_another_broken_pipe_is_an_error_as_ever() -> None:
-    main = ('def main():\n    raise BrokenPipeError("of a loader process")\n'
-            "print('x', flush=True)\nsys.stdout = sys.__stderr__\n")
+    main = (
+        'def main():\n    raise BrokenPipeError("of a loader process")\n'
+        "print('x', flush=True)\nsys.stdout = sys.__stderr__\n")
     result = run_with_a_reader_that_goes(['-c', f'{LOAD}{main}sys.exit(console.run_script(main))'])
     assert result.returncode == 1 and 'of a loader process' in result.stderr
 

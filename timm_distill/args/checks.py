@@ -96,8 +96,9 @@ def _check_values(args: argparse.Namespace) -> None:
     check_ranges(args)
     _check_mappings(args)
     if args.amp and args.model_dtype not in (None, '', 'float32'):
-        raise UsageError(f'--model-dtype {args.model_dtype} does not go with --amp, which needs float32 weights: '
-                         'leave out one of the two')
+        raise UsageError(
+            f'--model-dtype {args.model_dtype} does not go with --amp, which needs float32 weights: '
+            'leave out one of the two')
     channels = args.input_size[0] if args.input_size else args.in_chans or 3
     for name in ('mean', 'std', 'teacher_mean', 'teacher_std'):
         value = getattr(args, name, None)
@@ -127,8 +128,9 @@ def _check_optimizer(args: argparse.Namespace) -> None:
             raise UsageError(f'--opt-kwargs {key}={args.opt_kwargs[key]}: {key} has a flag of its own, {_flag(key)}')
         if known and key not in known:
             closest = ', '.join(difflib.get_close_matches(key, known) or known)
-            raise UsageError(f"--opt-kwargs {key}={args.opt_kwargs[key]}: '{args.opt}' has no such argument; closest: "
-                             f'{closest}')
+            raise UsageError(
+                f"--opt-kwargs {key}={args.opt_kwargs[key]}: '{args.opt}' has no such argument; closest: "
+                f'{closest}')
 
 
 def _optimizer_options(opt: str) -> List[str]:
@@ -178,8 +180,9 @@ def _check_distillation(args: argparse.Namespace) -> None:
     """Check what needs no list of methods; the task checks names, weights and options."""
     if args.kd != 'none' and not args.teacher:
         raise UsageError(f'--kd {args.kd} needs a teacher: pass --teacher NAME, or --kd none to train without one')
-    clash = [flag for flag, value in (('--torchcompile', args.torchcompile), ('--teacher-stream', args.teacher_stream))
-             if value]
+    clash = [
+        flag for flag, value in (('--torchcompile', args.torchcompile), ('--teacher-stream', args.teacher_stream))
+        if value]
     if args.teacher_fsdp and clash:
         raise UsageError(f'--teacher-fsdp does not go with {" and ".join(clash)}: leave out one of them')
     if args.kd == 'none':

@@ -52,8 +52,9 @@ def _check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
                 parser.error(f'{flag} {text!r} holds a NUL character, which no name can')
             longest = max(len(part.encode(errors='surrogatepass')) for part in re.split(r'[/\\]', text))
             if name in _PATHS and '://' not in text and (longest > _NAME_BYTES or len(text) > _PATH_BYTES):
-                parser.error(f'{flag} {text[:40]!r}... is too long for a file system: a path has at most {_PATH_BYTES} '
-                             f'letters and a name in it {_NAME_BYTES} bytes, here {len(text)} and {longest}')
+                parser.error(
+                    f'{flag} {text[:40]!r}... is too long for a file system: a path has at most {_PATH_BYTES} '
+                    f'letters and a name in it {_NAME_BYTES} bytes, here {len(text)} and {longest}')
 
 
 def _reparse(

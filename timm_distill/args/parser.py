@@ -17,8 +17,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(add_help=False, allow_abbrev=True, **kwargs)
         self.topics: Dict[str, Any] = {}  # groups of flags by the word that `--help` takes
-        self.add_argument('-h', '--help', nargs='?', const='', action=_HelpAction, default=argparse.SUPPRESS,
-                          metavar='TOPIC', help='list all flags, or explain those of a topic (all: of every topic)')
+        self.add_argument(
+            '-h', '--help', nargs='?', const='', action=_HelpAction, default=argparse.SUPPRESS,
+            metavar='TOPIC', help='list all flags, or explain those of a topic (all: of every topic)')
 
     def add_topic(self, name: str, title: str, description: Optional[str] = None) -> Any:
         """Add a group of flags that `--help NAME` shows."""
@@ -31,8 +32,9 @@ class ArgumentParser(argparse.ArgumentParser):
         lines = [f'usage: {self.prog} [--data-dir DIR] [flags]', '', self.description or '', '']
         for name, group in self.topics.items():
             lines.append(f'{name}: {group.title}')
-            lines += textwrap.wrap(' '.join(_names(group)), _WIDTH, initial_indent='  ', subsequent_indent='  ',
-                                   break_on_hyphens=False)
+            lines += textwrap.wrap(
+                ' '.join(_names(group)), _WIDTH, initial_indent='  ', subsequent_indent='  ',
+                break_on_hyphens=False)
         lines += ['', f'{self.prog} -h TOPIC explains the flags of a topic, e.g. -h {next(iter(self.topics), "all")}; '
                       '-h all those of every topic.']
         return '\n'.join(lines) + '\n'
@@ -73,8 +75,9 @@ class _HelpAction(argparse.Action):
 
 def _names(group: Any) -> List[str]:
     """The longest name of each flag of a group."""
-    return [max(action.option_strings, key=len) if not isinstance(action, argparse.BooleanOptionalAction)
-            else action.option_strings[0] for action in group._group_actions if action.option_strings]
+    return [
+        max(action.option_strings, key=len) if not isinstance(action, argparse.BooleanOptionalAction)
+        else action.option_strings[0] for action in group._group_actions if action.option_strings]
 
 
 class ParseKeyValues(ParseKwargs):

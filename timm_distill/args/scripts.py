@@ -27,8 +27,9 @@ from .validation import add_validate_args
 
 def create_parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('-c', '--config', metavar='FILE', default=argparse.SUPPRESS,
-                        help='YAML file with values for any of these flags; the command line wins over it')
+    parser.add_argument(
+        '-c', '--config', metavar='FILE', default=argparse.SUPPRESS,
+        help='YAML file with values for any of these flags; the command line wins over it')
     return parser
 
 

@@ -34,11 +34,13 @@ def translate_timm_distillation(args: argparse.Namespace, methods: Sequence[str]
             _logger.warning(f'{", ".join(ignored)} ignored: they go with --kd-model-name.')
         return
     if args.teacher not in (None, args.kd_model_name):
-        raise UsageError(f'--kd-model-name {args.kd_model_name} and --teacher {args.teacher} name two teachers: '
-                         'leave out one of the two')
+        raise UsageError(
+            f'--kd-model-name {args.kd_model_name} and --teacher {args.teacher} name two teachers: '
+            'leave out one of the two')
     if args.kd is not None:
-        raise UsageError(f'--kd-model-name comes with --kd-distill-type, not with --kd {args.kd}: '
-                         'name the teacher by --teacher instead')
+        raise UsageError(
+            f'--kd-model-name comes with --kd-distill-type, not with --kd {args.kd}: '
+            'name the teacher by --teacher instead')
     if args.kd_loss_type != 'kl':
         raise UsageError(f"--kd-loss-type '{args.kd_loss_type}': timm knows kl alone")
     for name in ('kd_student_feature_dim', 'kd_teacher_feature_dim'):
@@ -46,8 +48,9 @@ def translate_timm_distillation(args: argparse.Namespace, methods: Sequence[str]
             _logger.warning(f'--{name.replace("_", "-")} ignored: the width is measured.')
     method, options = _method_of(args)
     if method not in methods:
-        raise UsageError(f'--kd-distill-type {args.kd_distill_type} has no counterpart here; --kd takes: '
-                         f'{", ".join(methods)}')
+        raise UsageError(
+            f'--kd-distill-type {args.kd_distill_type} has no counterpart here; --kd takes: '
+            f'{", ".join(methods)}')
     args.teacher, args.kd = args.kd_model_name, method
     if args.task_loss_weight is not None and args.distill_loss_weight is None and not args.kd_weight:
         args.distill_loss_weight = _complement(args.task_loss_weight)
@@ -59,8 +62,9 @@ def translate_timm_distillation(args: argparse.Namespace, methods: Sequence[str]
 def _complement(task_loss_weight: float) -> float:
     """Return the weight that timm's tasks give the distillation loss where that of the task loss alone is given."""
     if task_loss_weight > 1:
-        raise UsageError(f'--task-loss-weight {task_loss_weight:g} alone leaves the distillation loss 1 minus it, a '
-                         'negative weight: give --distill-loss-weight too, or a value from 0 to 1.')
+        raise UsageError(
+            f'--task-loss-weight {task_loss_weight:g} alone leaves the distillation loss 1 minus it, a '
+            'negative weight: give --distill-loss-weight too, or a value from 0 to 1.')
     return 1. - task_loss_weight
 
 

@@ -165,8 +165,9 @@ def describe_space(folder: str, needed: int = 0) -> str:
     largest = sorted(sizes.values(), reverse=True)[:_MAX_LISTED]
     need = f', a checkpoint takes {_with_unit(needed)}' if needed else ''
     files = ', '.join(f'{name} {_with_unit(size)}' for size, name in largest) or 'nothing'
-    return (f'{_with_unit(usage.free)} of {_with_unit(usage.total)} are free{need}; of that {folder} takes '
-            f'{_with_unit(sum(size for size, _ in sizes.values()))}: {files}.')
+    return (
+        f'{_with_unit(usage.free)} of {_with_unit(usage.total)} are free{need}; of that {folder} takes '
+        f'{_with_unit(sum(size for size, _ in sizes.values()))}: {files}.')
 
 
 def _with_unit(size: float) -> str:
@@ -281,10 +282,12 @@ def _load(path: str, flag: str, check: bool, **kwargs: Any) -> Dict[str, Any]:
     except Exception as e:  # damaged files fail with anything from EOFError to UnicodeDecodeError
         unsafe = _unsafe_objects(path)
         if unsafe:
-            raise UsageError(f'{path!r} is refused: it holds objects that only unsafe loading accepts, which can run '
-                             f'code: {unsafe}. Check {flag}.') from e
-        raise DamagedFileError(f'Cannot read {path!r} as a checkpoint (it is truncated, corrupt or of another format), '
-                               f'check {flag}.') from e
+            raise UsageError(
+                f'{path!r} is refused: it holds objects that only unsafe loading accepts, which can run '
+                f'code: {unsafe}. Check {flag}.') from e
+        raise DamagedFileError(
+            f'Cannot read {path!r} as a checkpoint (it is truncated, corrupt or of another format), '
+            f'check {flag}.') from e
     if not isinstance(checkpoint, dict):
         raise UsageError(f'{path!r} holds a {type(checkpoint).__name__} and not a checkpoint, check {flag}.')
     return checkpoint

@@ -61,11 +61,13 @@ class FolderLock:
             self._file = _open_locked(path)
         except BlockingIOError as e:
             self.folder = ''
-            raise UsageError(f'The folder {folder!r} is in use by {_describe_holder(path)}: wait for that run or '
-                             'stop it, or give another --experiment.') from e
+            raise UsageError(
+                f'The folder {folder!r} is in use by {_describe_holder(path)}: wait for that run or '
+                'stop it, or give another --experiment.') from e
         except OSError as e:
-            _logger.warning(f'{folder!r} cannot be locked ({e.strerror or e}): take care that no second run writes '
-                            'there.')
+            _logger.warning(
+                f'{folder!r} cannot be locked ({e.strerror or e}): take care that no second run writes '
+                'there.')
             return
         _write_holder(self._file)
 

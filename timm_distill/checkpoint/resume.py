@@ -42,14 +42,16 @@ __all__ = [
 ]
 
 # What a checkpoint is about. Another value makes another run, which can start from the weights at most.
-_IDENTITY = ('model', 'model_kwargs', 'num_classes', 'in_chans', 'kd', 'kd_kwargs', 'kd_tap', 'teacher',
-             'teacher_kwargs')
-_WITHOUT_EFFECT = {'resume', 'resume_data_changed', 'no_resume_opt', 'start_epoch', 'output', 'experiment',
-                   'log_interval', 'device', 'rank', 'local_rank', 'world_size', 'distributed', 'teacher_eval',
-                   'recovery_interval', 'checkpoint_hist', 'pin_mem', 'initial_checkpoint', 'pretrained',
-                   'pretrained_path', 'dry_run', 'list_kd', 'demo', 'demo_dir', 'config', 'max_bad_images', 'on_nan',
-                   'teacher_checkpoint', 'stop_epoch', 'save_epochs', 'report', 'push_to_hub',
-                   'synchronize_step', 'save_images', 'nd_class_means', 'overwrite'}
+_IDENTITY = (
+    'model', 'model_kwargs', 'num_classes', 'in_chans', 'kd', 'kd_kwargs', 'kd_tap', 'teacher',
+    'teacher_kwargs')
+_WITHOUT_EFFECT = {
+    'resume', 'resume_data_changed', 'no_resume_opt', 'start_epoch', 'output', 'experiment',
+    'log_interval', 'device', 'rank', 'local_rank', 'world_size', 'distributed', 'teacher_eval',
+    'recovery_interval', 'checkpoint_hist', 'pin_mem', 'initial_checkpoint', 'pretrained',
+    'pretrained_path', 'dry_run', 'list_kd', 'demo', 'demo_dir', 'config', 'max_bad_images', 'on_nan',
+    'teacher_checkpoint', 'stop_epoch', 'save_epochs', 'report', 'push_to_hub',
+    'synchronize_step', 'save_images', 'nd_class_means', 'overwrite'}
 
 
 def resolve_resume(args: argparse.Namespace, lock: Optional[FolderLock] = None) -> Optional[Dict[str, Any]]:
@@ -82,9 +84,10 @@ def resolve_resume(args: argparse.Namespace, lock: Optional[FolderLock] = None) 
             return checkpoint
         used = used_by(folder)
         if used:
-            raise UsageError(f'--resume auto: {folder!r} holds {", ".join(used[:4])}{", ..." if len(used) > 4 else ""} '
-                             'and no good checkpoint to go on from, see the messages above. Name one with --resume '
-                             'FILE, or begin again with --overwrite or another --experiment.')
+            raise UsageError(
+                f'--resume auto: {folder!r} holds {", ".join(used[:4])}{", ..." if len(used) > 4 else ""} '
+                'and no good checkpoint to go on from, see the messages above. Name one with --resume '
+                'FILE, or begin again with --overwrite or another --experiment.')
     _logger.info('--resume auto: there is no checkpoint yet, this is a new run.')
     args.resume = ''
     return None
@@ -106,12 +109,14 @@ def _check_named(path: str, checkpoint: Dict[str, Any]) -> None:
     """Refuse weights that are not finite, warn of other marks: somebody asked for this very file."""
     nonfinite = _nan_weights(checkpoint)
     if nonfinite:
-        raise UsageError(f'--resume {path}: its weights are not finite ({nonfinite}), nothing can be trained from '
-                         'them. Name an earlier checkpoint, or --resume auto for the newest good one.')
+        raise UsageError(
+            f'--resume {path}: its weights are not finite ({nonfinite}), nothing can be trained from '
+            'them. Name an earlier checkpoint, or --resume auto for the newest good one.')
     diverged = describe_checkpoint(path, checkpoint).diverged
     if diverged:
-        _logger.warning(f'{path!r} was written while the run diverged ({diverged}); --resume auto takes the newest '
-                        'good checkpoint instead.')
+        _logger.warning(
+            f'{path!r} was written while the run diverged ({diverged}); --resume auto takes the newest '
+            'good checkpoint instead.')
 
 
 def _nan_weights(checkpoint: Dict[str, Any]) -> str:
@@ -203,19 +208,23 @@ def check_same_run(args: argparse.Namespace, checkpoint: Dict[str, Any], teacher
     differing = [name for name in now if name in saved and not _same(now[name], saved[name])]
     refused = [name for name in differing if name in _IDENTITY]
     if refused:
-        raise UsageError(f'{args.resume!r} is of another run: {_differences(refused, saved, now)}. Give the flags of '
-                         'that run, or start a new one from its weights with --initial-checkpoint.')
+        raise UsageError(
+            f'{args.resume!r} is of another run: {_differences(refused, saved, now)}. Give the flags of '
+            'that run, or start a new one from its weights with --initial-checkpoint.')
     saved_hash = checkpoint.get('provenance', {}).get('teacher', {}).get('sha256 of its weights')
     if saved_hash and teacher_hash and saved_hash != teacher_hash:
-        raise UsageError(f'{args.resume!r} was distilled from a teacher with other weights (SHA-256 {saved_hash[:12]}, '
-                         f'here {teacher_hash[:12]}). Give its --teacher-checkpoint.')
+        raise UsageError(
+            f'{args.resume!r} was distilled from a teacher with other weights (SHA-256 {saved_hash[:12]}, '
+            f'here {teacher_hash[:12]}). Give its --teacher-checkpoint.')
     if 'opt' in differing and not args.no_resume_opt:
-        raise UsageError(f"{args.resume!r} holds the state of another optimizer: --opt {saved['opt']} -> {now['opt']}. "
-                         'Give the flag of that run, or --no-resume-opt to start the optimizer afresh.')
+        raise UsageError(
+            f"{args.resume!r} holds the state of another optimizer: --opt {saved['opt']} -> {now['opt']}. "
+            'Give the flag of that run, or --no-resume-opt to start the optimizer afresh.')
     changed = [name for name in differing if name not in _WITHOUT_EFFECT and not name.startswith(('log_', 'wandb_'))]
     if changed:
-        _logger.warning(f'Flags differ from those of the checkpoint: {_differences(changed, saved, now)}. The run goes '
-                        'on with the new ones, but not as if it had never stopped.')
+        _logger.warning(
+            f'Flags differ from those of the checkpoint: {_differences(changed, saved, now)}. The run goes '
+            'on with the new ones, but not as if it had never stopped.')
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -266,8 +275,9 @@ def restore_rank(task: TrainingTask, loaders: Any, checkpoint: Dict[str, Any]) -
 
 
 def _position_for_other_world(ranks: List[Dict[str, Any]], world_size: int) -> Optional[Dict[str, Any]]:
-    _logger.warning(f'The checkpoint was written by {len(ranks)} processes, these are {world_size}: the run goes on, '
-                    'but not as if it had never stopped.')
+    _logger.warning(
+        f'The checkpoint was written by {len(ranks)} processes, these are {world_size}: the run goes on, '
+        'but not as if it had never stopped.')
     position = ranks[0]['position']
     if position is None:
         return None
@@ -292,8 +302,9 @@ def _load_scheduler_state(lr_scheduler: Scheduler, state: Dict[str, Any]) -> Non
 def _load_weights(task: TrainingTask, checkpoint: Dict[str, Any], path: str) -> List[str]:
     """Load the student with all that belongs to the task, and its EMA. Returns what was missing, in words."""
     if is_unmerged(checkpoint, path):
-        raise UsageError(f'{path!r} holds the tensors of a student that could not be merged, for a look at them: '
-                         'resume from the checkpoint before it (--resume auto).')
+        raise UsageError(
+            f'{path!r} holds the tensors of a student that could not be merged, for a look at them: '
+            'resume from the checkpoint before it (--resume auto).')
     if 'state_dict' not in checkpoint and 'model' not in checkpoint:
         if not all(isinstance(v, torch.Tensor) for v in checkpoint.values()):
             raise UsageError(f"{path!r} holds no 'state_dict', --resume needs a training checkpoint.")

@@ -112,8 +112,9 @@ def list_run_files(folder: str, unreadable: Optional[List[str]] = None, quiet: b
         try:
             files.append(describe_checkpoint(path, read_metadata(path)))
         except (UsageError, AttributeError, LookupError, TypeError, ValueError) as e:  # damaged, or not ours at all
-            warn(f'Left out: {e}' if isinstance(e, UsageError) else
-                 f'Left out: {path!r} is no checkpoint of a run ({type(e).__name__}: {e}).')
+            warn(
+                f'Left out: {e}' if isinstance(e, UsageError) else
+                f'Left out: {path!r} is no checkpoint of a run ({type(e).__name__}: {e}).')
             if unreadable is not None:
                 unreadable.append(path)
     # hard links share what they hold: `last` comes before its numbered name

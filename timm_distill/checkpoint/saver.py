@@ -250,8 +250,9 @@ class DistillCheckpointSaver(CheckpointSaver):
 
     def _survive(self, error: OSError) -> None:
         self.unsaved = why_unwritten(error)
-        _logger.error(f'The checkpoint could not be written ({self.unsaved}). The former files stay, training goes on, '
-                      f'and the next save tries again. {self.space()}')
+        _logger.error(
+            f'The checkpoint could not be written ({self.unsaved}). The former files stay, training goes on, '
+            f'and the next save tries again. {self.space()}')
 
     def space(self) -> str:
         """Return where the space of the folder went."""
@@ -323,12 +324,14 @@ class DistillCheckpointSaver(CheckpointSaver):
         self.num_saves = max([start.save, *(file.save for file in files if file.run_id == start.run_id)])
         own = [file for file in files if file.run_id == start.run_id]
         later = [file for file in own if file.order > start.order]
-        others = [('damaged', unreadable), ('other-run', [file.path for file in files if file not in own]),
-                  ('abandoned', [file.path for file in later])]
+        others = [
+            ('damaged', unreadable), ('other-run', [file.path for file in files if file not in own]),
+            ('abandoned', [file.path for file in later])]
         moved = [os.path.basename(set_aside(path, reason)) for reason, paths in others for path in paths]
         if moved:
-            _logger.warning(f"{self.checkpoint_dir}: the run goes on from {start.name}. What is no part of it was "
-                            f"renamed, nothing was removed: {', '.join(moved)}.")
+            _logger.warning(
+                f"{self.checkpoint_dir}: the run goes on from {start.name}. What is no part of it was "
+                f"renamed, nothing was removed: {', '.join(moved)}.")
         return [file for file in own if file not in later]
 
     def _restore_best(self) -> None:

@@ -32,8 +32,9 @@ def read_class_map(path: str, folders: Sequence[str] = ()) -> Optional[Dict[str,
     if found is None:
         raise UsageError(f'--class-map {path}: there is no such file, neither here nor in the dataset folder')
     if os.path.splitext(found)[1].lower() != '.txt':
-        raise UsageError(f'--class-map {path} must be a text file NAME.txt with one class name a line, in the order of '
-                         'the labels; no other format is read, pickles least of all')
+        raise UsageError(
+            f'--class-map {path} must be a text file NAME.txt with one class name a line, in the order of '
+            'the labels; no other format is read, pickles least of all')
     return _number(_read_lines(found), path)
 
 
@@ -100,8 +101,9 @@ def settle_order(reader: Any, has_class_map: bool) -> None:
         new = {classes[key]: index for key, index in ordered.items()}
         _relabel(reader, new)
         setattr(reader, name, ordered)
-        _logger.warning('Some class folders differ in upper and lower case or in leading zeros alone; their labels are '
-                        'in alphabetical order here, and by chance where timm itself reads them.')
+        _logger.warning(
+            'Some class folders differ in upper and lower case or in leading zeros alone; their labels are '
+            'in alphabetical order here, and by chance where timm itself reads them.')
     if isinstance(reader.samples, list):
         _settle_ties(reader.samples)
 

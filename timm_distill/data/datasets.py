@@ -133,8 +133,9 @@ def _create_split(
 
 def _read_class_map(args: Namespace, is_folder: bool, root: Optional[str], split: str) -> Optional[Dict[Any, int]]:
     if args.class_map and args.dataset.lower().startswith('torch/'):
-        raise UsageError(f'--class-map {args.class_map} does not go with --dataset {args.dataset}, whose labels are '
-                         'its own: leave it out')
+        raise UsageError(
+            f'--class-map {args.class_map} does not go with --dataset {args.dataset}, whose labels are '
+            'its own: leave it out')
     aliases = [split, *(alias for group in _SPLIT_ALIASES if split in group for alias in group)]
     classes = read_class_map(args.class_map, [*(os.path.join(root, name) for name in aliases), root] if root else [])
     if classes and not is_folder and all(name.isdecimal() for name in classes):
@@ -153,8 +154,9 @@ def _create_folder_dataset(args: Namespace, flag: str, kwargs: Dict[str, Any]) -
     if args.target_key is not None:
         raise UsageError(f'--target-key {args.target_key} needs a --dataset with columns, class folders have none')
     if args.task == 'multilabel':
-        raise UsageError('--task multilabel needs a --dataset with several labels per image (hfds/, hfids/, tfds/ or '
-                         'wds/), class folders give one')
+        raise UsageError(
+            '--task multilabel needs a --dataset with several labels per image (hfds/, hfids/, tfds/ or '
+            'wds/), class folders give one')
     try:
         return create_dataset(args.dataset, **kwargs)
     except (AssertionError, OSError, RuntimeError, ValueError, tarfile.TarError) as error:
@@ -167,8 +169,9 @@ def _create_reader_dataset(args: Namespace, flag: str, kwargs: Dict[str, Any]) -
     reader = args.dataset.partition('/')[0].lower()
     module, package = _READERS[reader]
     if importlib.util.find_spec(module) is None:
-        raise UsageError(f'--dataset {args.dataset} needs the package {package}, which is not installed: '
-                         f'pip install {package}')
+        raise UsageError(
+            f'--dataset {args.dataset} needs the package {package}, which is not installed: '
+            f'pip install {package}')
     mode = kwargs['input_img_mode']
     if reader in _STREAMS_OF_IMAGES:
         kwargs = {**kwargs, 'input_img_mode': ''}  # images come as they are and are converted by us
@@ -176,8 +179,9 @@ def _create_reader_dataset(args: Namespace, flag: str, kwargs: Dict[str, Any]) -
         return _decode_here(create_dataset(args.dataset, **kwargs), mode, reader)
     except Exception as error:  # each of these libraries raises its own
         reason = ' '.join(str(error).split())[:300] or type(error).__name__
-        raise UsageError(f"--dataset {args.dataset} cannot be opened with {flag} '{kwargs['split']}' and --data-dir "
-                         f"{kwargs['root']}: {reason}") from error
+        raise UsageError(
+            f"--dataset {args.dataset} cannot be opened with {flag} '{kwargs['split']}' and --data-dir "
+            f"{kwargs['root']}: {reason}") from error
 
 
 def _decode_here(dataset: Any, mode: str, reader: str) -> Dataset:
@@ -251,15 +255,17 @@ def _check_class_count(args: Namespace, dataset: Dataset, num_classes: int) -> N
     if args.class_map:
         needed = max(classes.values()) + 1
         if needed > num_classes:
-            raise UsageError(f'--class-map {args.class_map} numbers {needed} classes, but the model has {num_classes}: '
-                             f'pass --num-classes {needed}')
+            raise UsageError(
+                f'--class-map {args.class_map} numbers {needed} classes, but the model has {num_classes}: '
+                f'pass --num-classes {needed}')
     elif '' in classes:
         raise UsageError(f'{folder} holds images outside of class folders: move each into the folder of its class')
     elif len(classes) < 2:
         raise UsageError(f'{folder} has only one class folder with images ({next(iter(classes))}), two are the least')
     elif len(classes) != num_classes:
-        raise UsageError(f'{folder} has {len(classes)} class folders with images, but the model has {num_classes} '
-                         f'classes: pass --num-classes {len(classes)}')
+        raise UsageError(
+            f'{folder} has {len(classes)} class folders with images, but the model has {num_classes} '
+            f'classes: pass --num-classes {len(classes)}')
 
 
 def _check_same_classes(args: Namespace, dataset_train: Dataset, dataset_eval: Dataset) -> None:
@@ -268,8 +274,9 @@ def _check_same_classes(args: Namespace, dataset_train: Dataset, dataset_eval: D
     if args.class_map or not _is_folder_dataset(args.dataset) or train is None or val is None or train == val:
         return
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    parts = [f'only in {split}: {", ".join(names[:5])}{", ..." if len(names) > 5 else ""}'
-             for split, names in ((args.train_split, only_train), (args.val_split, only_val)) if names]
+    parts = [
+        f'only in {split}: {", ".join(names[:5])}{", ..." if len(names) > 5 else ""}'
+        for split, names in ((args.train_split, only_train), (args.val_split, only_val)) if names]
     raise UsageError(
         f'the class folders of --train-split {args.train_split} and --val-split {args.val_split} differ '
         f'({"; ".join(parts)}): make them equal, or give the labels with --class-map')

@@ -68,8 +68,9 @@ class ImageDecoder:
         text = f'Grey images of more than 8 bits (mode {mode}) are scaled: {top:g} becomes 255'
         where = f', first in {name}' if name else ''
         if is_mixed:
-            _logger.warning(f'{text}{where}. Others had another range: if that is an image too dark to tell, convert '
-                            'them all to 8 or 16 bits.')
+            _logger.warning(
+                f'{text}{where}. Others had another range: if that is an image too dark to tell, convert '
+                'them all to 8 or 16 bits.')
         else:
             _logger.info(f'{text}{where}.')
 
@@ -97,8 +98,9 @@ def find_white(image: Image.Image, values: np.ndarray) -> Tuple[float, bool]:
     top = next((t for t in _TOPS[values.dtype.kind != 'f':] if high <= _OVERSHOOT * t), 0.)
     lowest = -_UNDERSHOOT * top if values.dtype.kind == 'f' and top <= 255 else 0
     if not top or low < lowest:
-        raise ValueError(f'its grey values lie between {low:g} and {high:g}, a range of unknown meaning: convert it to '
-                         '8 or 16 bits')
+        raise ValueError(
+            f'its grey values lie between {low:g} and {high:g}, a range of unknown meaning: convert it to '
+            '8 or 16 bits')
     return top, False
 
 

@@ -211,8 +211,9 @@ def describe_changes(before: Fingerprint, after: Fingerprint) -> List[str]:
     told = {*moved, *moved.values()}
     old, new = ({name: value for name, value in groups.items() if name not in told} for groups in (old, new))
     words += _describe_counts(old, new, has_same_reader)
-    words += _join(f"class '{name}' has the number {index} for {before['classes'][name]}"
-                   for name, index in after['classes'].items() if before['classes'].get(name, index) != index)
+    words += _join(
+        f"class '{name}' has the number {index} for {before['classes'][name]}"
+        for name, index in after['classes'].items() if before['classes'].get(name, index) != index)
     return words or ['the images come in another order']
 
 
@@ -230,8 +231,9 @@ def _describe_counts(old: Dict[str, Any], new: Dict[str, Any], compare_hashes: b
         *_join(f"'{name}' is new ({_images(count)})" for name, (count, _) in new.items() if name not in old),
         *_join(f"'{name}' is gone ({_images(count)})" for name, (count, _) in old.items() if name not in new),
         *_join(_describe_count(name, a[0], b[0]) for name, a, b in both if a[0] != b[0]),
-        *_join(f"'{name}' has as many images, but others"
-               for name, a, b in both if compare_hashes and a[0] == b[0] and a[1] != b[1]),
+        *_join(
+            f"'{name}' has as many images, but others"
+            for name, a, b in both if compare_hashes and a[0] == b[0] and a[1] != b[1]),
     ]
 
 

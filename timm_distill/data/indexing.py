@@ -49,8 +49,9 @@ def index_samples(dataset: Dataset) -> IndexedDataset:
         UsageError: If its images come as a stream, without an index.
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, '__len__'):
-        raise UsageError('This --kd reads the index of each training image, which a streamed --dataset does not give: '
-                         'use class folders, a tar file or hfds, or a method that needs no indices (--list-kd).')
+        raise UsageError(
+            'This --kd reads the index of each training image, which a streamed --dataset does not give: '
+            'use class folders, a tar file or hfds, or a method that needs no indices (--list-kd).')
     return IndexedDataset(dataset)
 
 

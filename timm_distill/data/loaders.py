@@ -116,8 +116,9 @@ def _batch_sizes(
     if args.train_img_sizes is None:
         return float(args.batch_size), None
     sampler = loader.batch_sampler
-    _logger.info(f'Training sizes {args.train_img_sizes} with batches of {sampler.batch_sizes} images, on average '
-                 f'{sampler.average_batch_size:.2f}, {len(sampler)} batches per epoch.')
+    _logger.info(
+        f'Training sizes {args.train_img_sizes} with batches of {sampler.batch_sizes} images, on average '
+        f'{sampler.average_batch_size:.2f}, {len(sampler)} batches per epoch.')
     return sampler.average_batch_size, BatchScale(args.variable_batch_loss_scale, sampler.average_batch_size)
 
 
@@ -205,8 +206,9 @@ def create_pass_loader(
         kwargs: As for `create_eval_loader`.
     """
     if training_transform and (args.train_img_sizes is not None or args.aug_splits > 1):
-        raise UsageError('--nd-class-means-transform train does not go with --train-img-sizes and --aug-splits: use '
-                         'eval.')
+        raise UsageError(
+            '--nd-class-means-transform train does not go with --train-img-sizes and --aug-splits: use '
+            'eval.')
     while isinstance(dataset, (AugMixDataset, IndexedDataset)):
         dataset = dataset.dataset
     copied = copy.copy(dataset)
@@ -251,9 +253,10 @@ def _create_train_loader(
             raise
         raise UsageError(f'--train-img-sizes cannot be scheduled like this: {error}') from error
     if reads_ahead:
-        _logger.warning('--use-multi-epochs-loader reads beyond the end of an epoch, which no resumed run can repeat: '
-                        'after a stop this run goes on, but not as if it had never stopped. Loader processes live as '
-                        'long as the run without it, too.')
+        _logger.warning(
+            '--use-multi-epochs-loader reads beyond the end of an epoch, which no resumed run can repeat: '
+            'after a stop this run goes on, but not as if it had never stopped. Loader processes live as '
+            'long as the run without it, too.')
     return (loader if reads_ahead else make_resumable(loader)), mixup_fn
 
 

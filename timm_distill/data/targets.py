@@ -72,8 +72,9 @@ def _class_weights(args: Namespace, loss_type: str, num_classes: int) -> Dict[st
     }
     for name, weight in weights.items():
         if num_classes and isinstance(weight, torch.Tensor) and weight.numel() != num_classes:
-            raise ValueError(f'--loss-{name.replace("_", "-")} has {weight.numel()} entries, '
-                             f'but the model has {num_classes} classes')
+            raise ValueError(
+                f'--loss-{name.replace("_", "-")} has {weight.numel()} entries, '
+                f'but the model has {num_classes} classes')
     if loss_type == 'db' and stats is not None:
         weights.update(class_counts=stats[0], num_samples=stats[1])
     return weights

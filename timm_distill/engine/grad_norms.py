@@ -112,8 +112,9 @@ class GradientShares:
             with _unchanged_buffers(self.task.student):
                 norms = {name: _gradient_norm(term * scale, parameters) for name, term in terms.items()}
         except RuntimeError as e:  # a compiled graph that cannot be kept, no memory: no reason to stop training
-            _logger.info(f'Weights of the terms: {_describe(self.task.term_weights())}. Their gradients cannot be '
-                         f'measured: {str(e).splitlines()[0]}')
+            _logger.info(
+                f'Weights of the terms: {_describe(self.task.term_weights())}. Their gradients cannot be '
+                f'measured: {str(e).splitlines()[0]}')
             self.updates.clear()
             return
         self._measured.append((update_idx, self.task.term_weights(), norms))

@@ -108,8 +108,9 @@ class TrainLog:
             f'Time: {elapsed / self.updates:.3f}s, {self.images * self.world_size / elapsed:.1f} images/s  '
             f'Data: {self.data_time / self.updates:.3f}s  LR: {lr:.3e}  ETA: {self._time_left(update_idx, elapsed)}')
         if self.losses.streak:
-            _logger.warning(f'{self.losses.num_skipped} updates of this epoch were not finite and were skipped, the '
-                            f'newest from {self.losses.reason or "a batch on another rank"}.')
+            _logger.warning(
+                f'{self.losses.num_skipped} updates of this epoch were not finite and were skipped, the '
+                f'newest from {self.losses.reason or "a batch on another rank"}.')
 
     def _time_left(self, update_idx: int, elapsed: float) -> str:
         """Return the training time left at the speed since the last line, h:mm:ss; validation is not counted."""

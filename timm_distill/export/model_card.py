@@ -94,8 +94,9 @@ def _describe(architecture: str, provenance: Mapping[str, Any], ema: bool) -> st
     kd = provenance.get('training', {}).get('kd', 'none')
     how = 'trained without a teacher' if kd == 'none' else f'trained by knowledge distillation (`{kd}`)'
     weights = 'an average of the weights over training (EMA)' if ema else 'the weights as trained'
-    return (f'A plain timm `{architecture}`, {how} with timm_distill: nothing of the distillation is left in it, '
-            f'neither parameters nor code. The file holds {weights}.')
+    return (
+        f'A plain timm `{architecture}`, {how} with timm_distill: nothing of the distillation is left in it, '
+        f'neither parameters nor code. The file holds {weights}.')
 
 
 def _input_facts(data_config: Mapping[str, Any]) -> Dict[str, Any]:

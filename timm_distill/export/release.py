@@ -75,8 +75,9 @@ def load_release(checkpoint: str, use_ema: Optional[bool] = None) -> Release:
         model.load_state_dict(clean_state_dict(state['state_dict_ema' if ema else 'state_dict']))
         _check_finite(model, checkpoint)
     except RuntimeError as e:
-        raise UsageError(f"{checkpoint} does not fit its own architecture '{args.model}' as timm {timm.__version__} "
-                         f'builds it: {str(e).splitlines()[-1].strip()}') from e
+        raise UsageError(
+            f"{checkpoint} does not fit its own architecture '{args.model}' as timm {timm.__version__} "
+            f'builds it: {str(e).splitlines()[-1].strip()}') from e
     data_config = state.get('data_config') or resolve_data_config(vars(args), model=model, use_test_size=False)
     provenance = {**(state.get('provenance') or {}), 'metrics': _metrics(state)}
     return Release(model.float().eval(), args.model, dict(data_config), provenance, ema, state.get('label_names'))
@@ -85,8 +86,9 @@ def load_release(checkpoint: str, use_ema: Optional[bool] = None) -> Release:
 def _check_finite(model: nn.Module, checkpoint: str) -> None:
     nonfinite = nonfinite_tensors(model.state_dict(), constant=None)
     if nonfinite:
-        raise UsageError(f'{checkpoint}: its weights are not finite ({", ".join(nonfinite[:3])}), the run diverged '
-                         'before it was written: give an earlier checkpoint. Nothing was written.')
+        raise UsageError(
+            f'{checkpoint}: its weights are not finite ({", ".join(nonfinite[:3])}), the run diverged '
+            'before it was written: give an earlier checkpoint. Nothing was written.')
 
 
 def _metrics(state: Dict[str, Any]) -> Dict[str, Any]:
@@ -99,11 +101,13 @@ def _metrics(state: Dict[str, Any]) -> Dict[str, Any]:
 def _read(checkpoint: str) -> Dict[str, Any]:
     state = read_checkpoint(checkpoint, 'CHECKPOINT')
     if is_unmerged(state, checkpoint):
-        raise UsageError(f'{checkpoint} holds the raw tensors of a student that could not be merged, whose logits are '
-                         'others than those it was trained to: give another checkpoint of the run.')
+        raise UsageError(
+            f'{checkpoint} holds the raw tensors of a student that could not be merged, whose logits are '
+            'others than those it was trained to: give another checkpoint of the run.')
     if not isinstance(state.get('args'), argparse.Namespace) or 'state_dict' not in state:
-        raise UsageError(f'{checkpoint} holds no flags of a run: give a last.pth.tar, model_best.pth.tar or '
-                         'checkpoint-N.pth.tar that train_distill.py wrote.')
+        raise UsageError(
+            f'{checkpoint} holds no flags of a run: give a last.pth.tar, model_best.pth.tar or '
+            'checkpoint-N.pth.tar that train_distill.py wrote.')
     return state
 
 
@@ -198,13 +202,15 @@ def export_onnx(release: Release, path: str) -> float:
             verbose=False,
         )
     except Exception as e:  # tracing runs all of the model's own code
-        raise UsageError(f"'{release.architecture}' cannot be exported to ONNX: {type(e).__name__}: "
-                         f'{" ".join(str(e).split())[:300]}') from e
+        raise UsageError(
+            f"'{release.architecture}' cannot be exported to ONNX: {type(e).__name__}: "
+            f'{" ".join(str(e).split())[:300]}') from e
     error = _compare_onnx(release.model, path, images)
     if not error <= ONNX_TOLERANCE:
         os.remove(path)
-        raise UsageError(f"The ONNX graph of '{release.architecture}' gives other logits than torch: largest "
-                         f'difference {error:.2g} of their spread, allowed {ONNX_TOLERANCE:g}. Nothing was written.')
+        raise UsageError(
+            f"The ONNX graph of '{release.architecture}' gives other logits than torch: largest "
+            f'difference {error:.2g} of their spread, allowed {ONNX_TOLERANCE:g}. Nothing was written.')
     return error
 
 
@@ -237,8 +243,9 @@ def push_to_hub(folder: str, repo_id: str) -> str:
         return str(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, commit_message='Add model'))
     except Exception as e:  # no connection, no token, no rights: each has an error of its own
         reason = str(e).splitlines()[0] if str(e) else 'no message'
-        raise UsageError(f'--push-to-hub {repo_id}: {type(e).__name__}: {reason} '
-                         f'The folder {folder} is complete; it can be pushed later.') from e
+        raise UsageError(
+            f'--push-to-hub {repo_id}: {type(e).__name__}: {reason} '
+            f'The folder {folder} is complete; it can be pushed later.') from e
 
 
 def _require(*packages: str) -> None:

@@ -23,8 +23,9 @@ def check_classifier(model: nn.Module) -> None:
     """Raise a UsageError for an encoder, or a model that was built without its classifier."""
     classifier = getattr(model, 'get_classifier', lambda: None)()
     if isinstance(classifier, nn.Identity) or getattr(model, 'num_classes', 1) == 0:
-        raise UsageError(f'{type(model).__name__} has no classifier: give --num-classes N, or choose another model '
-                         'if it is an encoder that takes none.')
+        raise UsageError(
+            f'{type(model).__name__} has no classifier: give --num-classes N, or choose another model '
+            'if it is an encoder that takes none.')
 
 
 def classifier_reads_pre_logits(model: nn.Module, feature: RawFeature) -> bool:
@@ -63,8 +64,9 @@ def classifier_linear(model: nn.Module) -> Optional[nn.Module]:
 def last_linear(model: nn.Module, images: torch.Tensor) -> Optional[nn.Module]:
     """Return the linear layer that a model runs last."""
     calls: List[nn.Module] = []
-    handles = [m.register_forward_hook(lambda module, args, out: calls.append(module))
-               for m in model.modules() if isinstance(m, nn.Linear)]
+    handles = [
+        m.register_forward_hook(lambda module, args, out: calls.append(module))
+        for m in model.modules() if isinstance(m, nn.Linear)]
     try:
         model(images)
     finally:

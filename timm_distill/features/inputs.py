@@ -126,7 +126,8 @@ def find_patch_size(model: nn.Module) -> Tuple[int, int]:
     """
     get_patch_size = getattr(model, 'get_patch_size', None)
     if get_patch_size is None:
-        raise UsageError(f'--naflex-loader gives sequences of patches, which {type(model).__name__} cannot read: '
-                         'choose a naflexvit model, or leave it out')
+        raise UsageError(
+            f'--naflex-loader gives sequences of patches, which {type(model).__name__} cannot read: '
+            'choose a naflexvit model, or leave it out')
     height, width = get_patch_size()
     return height, width

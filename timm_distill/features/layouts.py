@@ -96,10 +96,12 @@ class FeatureLayout:
         if self.grid is None:
             found = f'The model gives {num_tokens} tokens and does not tell on which grid of the input they lie'
         else:
-            found = (f'The model gives {num_tokens} tokens for an input whose grid is {self.grid[0]}x{self.grid[1]}: '
-                     'positions were dropped or added')
-        return (f'{found}, so they cannot be compared with a feature map. Leave patch_drop_rate at 0 in '
-                '--model-kwargs, choose another model, or --kd methods that read no feature maps (--list-kd).')
+            found = (
+                f'The model gives {num_tokens} tokens for an input whose grid is {self.grid[0]}x{self.grid[1]}: '
+                'positions were dropped or added')
+        return (
+            f'{found}, so they cannot be compared with a feature map. Leave patch_drop_rate at 0 in '
+            '--model-kwargs, choose another model, or --kd methods that read no feature maps (--list-kd).')
 
 
 def layout_of_map(

@@ -182,8 +182,9 @@ def _classifier_names(model: nn.Module, images: torch.Tensor) -> Tuple[str, ...]
     names = tuple(name for name, module in model.named_modules() if any(module is head for head in heads))
     if names:
         return names
-    raise UsageError(f'The student {type(model).__name__} has no classifier whose input could be read: choose another '
-                     '--student, or a --kd method that reads logits alone (--list-kd).')
+    raise UsageError(
+        f'The student {type(model).__name__} has no classifier whose input could be read: choose another '
+        '--student, or a --kd method that reads logits alone (--list-kd).')
 
 
 def _enable_token_head(model: nn.Module) -> None:

@@ -101,8 +101,9 @@ def resolve_feature_layout(model: nn.Module, input_size: Sequence[int]) -> Featu
         maps = [] if feature.ndim == 2 else intermediate_maps(model, images)
         layouts = candidate_layouts(model, feature, (input_size[1], input_size[2]), maps)
     if not layouts:
-        raise UsageError(f'{type(model).__name__} gives a last-stage feature of shape {list(feature.shape)}; '
-                         'a map [B, C, H, W], tokens [B, L, C] or a vector [B, C] is needed.')
+        raise UsageError(
+            f'{type(model).__name__} gives a last-stage feature of shape {list(feature.shape)}; '
+            'a map [B, C, H, W], tokens [B, L, C] or a vector [B, C] is needed.')
     if len(layouts) > 1 and feature.shape[layouts[0].channel_dim] != getattr(model, 'num_features', None):
         return layout_of_map(layouts, feature, maps[-1] if maps else None)
     return layouts[0]
@@ -187,8 +188,9 @@ def resolve_stages(model: nn.Module, input_size: Sequence[int]) -> Tuple[Stage, 
         except CANNOT_RUN as e:
             _logger.debug(f'{type(model).__name__} gives no intermediate features: {e}')
             return ()
-    stages = [Stage(index, tuple(feature.shape[1:]), _is_nonnegative(feature))  # type: ignore[arg-type]
-              for index, feature in enumerate(maps) if isinstance(feature, torch.Tensor) and feature.ndim == 4]
+    stages = [
+        Stage(index, tuple(feature.shape[1:]), _is_nonnegative(feature))  # type: ignore[arg-type]
+        for index, feature in enumerate(maps) if isinstance(feature, torch.Tensor) and feature.ndim == 4]
     deepest = {stage.shape[1:]: stage for stage in stages}
     if len(deepest) == 1:
         quarters = {len(stages) * (i + 1) // 4 - 1 for i in range(4)} - {-1}

@@ -23,8 +23,9 @@ def check_temperature(method: str, temperature: float) -> None:
     are one-hot whatever the logits.
     """
     if not 0.01 <= temperature <= 1000:
-        raise UsageError(f'{method}.temperature={temperature!r} must be from 0.01 to 1000 '
-                         f'(--kd-kwargs {method}.temperature=4).')
+        raise UsageError(
+            f'{method}.temperature={temperature!r} must be from 0.01 to 1000 '
+            f'(--kd-kwargs {method}.temperature=4).')
 
 
 def register_method(name: str) -> Callable[[type], type]:
@@ -112,8 +113,9 @@ class DistillMethod(nn.Module):
     @classmethod
     def describe_needs(cls) -> str:
         """Return one line on what the method reads."""
-        needs = [f'{model} {", ".join(_describe(x) for x in sorted(outputs))}'
-                 for model, outputs in (('teacher', cls.teacher_outputs), ('student', cls.student_outputs)) if outputs]
+        needs = [
+            f'{model} {", ".join(_describe(x) for x in sorted(outputs))}'
+            for model, outputs in (('teacher', cls.teacher_outputs), ('student', cls.student_outputs)) if outputs]
         if cls.adapter:
             needs.append(f"adapter '{cls.adapter}' on the student's path, merged at every save")
         if cls.needs_class_means:

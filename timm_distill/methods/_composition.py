@@ -61,8 +61,9 @@ def create_composition(
     if task_loss_weight is None:
         task_loss_weight = next((p.task_loss_weight for p in presets if p.task_loss_weight is not None), 1.)
     if weights and not task_loss_weight and not any(weights.values()):
-        raise UsageError(f'--task-loss-weight 0 and no method of --kd {kd} with a weight: nothing would train. Change '
-                         '--task-loss-weight, --distill-loss-weight or --kd-weight.')
+        raise UsageError(
+            f'--task-loss-weight 0 and no method of --kd {kd} with a weight: nothing would train. Change '
+            '--task-loss-weight, --distill-loss-weight or --kd-weight.')
     schedules: Dict[str, Callable[[int], float]] = {name: method.weight for name, method in methods.items()}
     specs = {name: spec for preset in presets for name, spec in preset.schedules.items()}
     for name, spec in {**specs, **(kd_schedule or {})}.items():
@@ -114,8 +115,9 @@ def expand_kd(kd: str) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
             presets[name].weights if name in presets else {name: METHODS.get(name).cls.published_weight})
         for method, weight in weights_of_name.items():
             if method in weights:
-                raise UsageError(f"--kd '{kd}' names the method '{method}' twice: '{name}' is a preset of "
-                                 f'{" and ".join(weights_of_name)}. Leave one of them out.')
+                raise UsageError(
+                    f"--kd '{kd}' names the method '{method}' twice: '{name}' is a preset of "
+                    f'{" and ".join(weights_of_name)}. Leave one of them out.')
             weights[method] = weight
             options[method] = dict(presets[name].options.get(method, {})) if name in presets else {}
     return weights, options
@@ -143,14 +145,16 @@ def check_mixing(kd: str, flags: Sequence[str]) -> None:
     unmixed = [name for name, cls in methods_of(kd).items() if not cls.mixed_images]
     if flags and unmixed:
         others = [name for name in METHODS.names() if METHODS.get(name).cls.mixed_images]
-        raise UsageError(f'--kd {"+".join(unmixed)} needs unmixed images: leave out {", ".join(flags)}, or choose '
-                         f'among the methods that take mixed images: {", ".join(others)}.')
+        raise UsageError(
+            f'--kd {"+".join(unmixed)} needs unmixed images: leave out {", ".join(flags)}, or choose '
+            f'among the methods that take mixed images: {", ".join(others)}.')
 
 
 def _check_method(what: str, name: str, known: Mapping[str, Any], kd: str) -> None:
     if name not in known:
-        raise UsageError(f"{what}: the method '{name}' is not in --kd {kd}; "
-                         f'it takes: {", ".join(known) or "nothing, --kd is none"}.')
+        raise UsageError(
+            f"{what}: the method '{name}' is not in --kd {kd}; "
+            f'it takes: {", ".join(known) or "nothing, --kd is none"}.')
 
 
 def _flatten_options(kd_kwargs: Mapping[str, Any]) -> List[Tuple[str, str, Any]]:
@@ -173,8 +177,9 @@ def _resolve_weights(
 ) -> Dict[str, float]:
     unknown = sorted(set(kd_weight or {}) - set(default_weights))
     if unknown:
-        raise UsageError(f'--kd-weight names {", ".join(unknown)}, which is not in --kd; '
-                         f'it takes: {", ".join(default_weights) or "nothing, --kd is none"}.')
+        raise UsageError(
+            f'--kd-weight names {", ".join(unknown)}, which is not in --kd; '
+            f'it takes: {", ".join(default_weights) or "nothing, --kd is none"}.')
     for name, weight in (kd_weight or {}).items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
             raise UsageError(f'--kd-weight {name}={weight} must be a number, 0 or more.')

@@ -61,8 +61,9 @@ def check_stage_choice(choice: StageChoice, option: str) -> Union[str, Tuple[int
     except (TypeError, ValueError):
         positions = ()
     if not positions or len(set(positions)) < len(positions):
-        raise UsageError(f"{option}={choice!r} must be 'all', 'last', 'middle' or different positions among the "
-                         f'matched stages, counted from 0 at the shallowest (--kd-kwargs {option}=1,2).')
+        raise UsageError(
+            f"{option}={choice!r} must be 'all', 'last', 'middle' or different positions among the "
+            f'matched stages, counted from 0 at the shallowest (--kd-kwargs {option}=1,2).')
     return positions
 
 
@@ -85,17 +86,20 @@ def select_stages(
     """
     pairs = match_stages(pair.student, pair.teacher)
     if spatial:
-        pairs = tuple(p for p, shapes in zip(pairs, stages_of_pairs(pair.student, pair.teacher, pairs))
-                      if _common_positions(*shapes) > 1)
+        pairs = tuple(
+            p for p, shapes in zip(pairs, stages_of_pairs(pair.student, pair.teacher, pairs))
+            if _common_positions(*shapes) > 1)
     if not pairs:
-        raise UsageError(f"{option.split('.')[0]} compares positions of feature maps, and no matched stage of this "
-                         'pair has more than one in both models: use a larger --img-size, or a method that reads '
-                         'vectors (--kd rkd, pkt or cc).')
+        raise UsageError(
+            f"{option.split('.')[0]} compares positions of feature maps, and no matched stage of this "
+            'pair has more than one in both models: use a larger --img-size, or a method that reads '
+            'vectors (--kd rkd, pkt or cc).')
     if isinstance(choice, str):
         return pairs if choice == 'all' else (pairs[-1 if choice == 'last' else len(pairs) // 2],)
     if not all(-len(pairs) <= position < len(pairs) for position in choice):
-        raise UsageError(f'{option}={",".join(map(str, choice))}: this pair has {len(pairs)} matched stages, 0 to '
-                         f'{len(pairs) - 1} from shallow to deep (--kd-kwargs {option}=all takes every one).')
+        raise UsageError(
+            f'{option}={",".join(map(str, choice))}: this pair has {len(pairs)} matched stages, 0 to '
+            f'{len(pairs) - 1} from shallow to deep (--kd-kwargs {option}=all takes every one).')
     return tuple(pairs[i] for i in sorted({position % len(pairs) for position in choice}))
 
 

@@ -69,8 +69,9 @@ class BinaryKD(DistillMethod):
         super().__init__()
         for name, value, allowed in (('target', target, TARGETS), ('reduction', reduction, REDUCTIONS)):
             if value not in allowed:
-                raise UsageError(f'bce_kd.{name}={value!r} must be one of {", ".join(allowed)} '
-                                 f'(--kd-kwargs bce_kd.{name}={allowed[0]}).')
+                raise UsageError(
+                    f'bce_kd.{name}={value!r} must be one of {", ".join(allowed)} '
+                    f'(--kd-kwargs bce_kd.{name}={allowed[0]}).')
         check_temperature('bce_kd', temperature)
         self.target, self.temperature, self.reduction = target, float(temperature), reduction
 

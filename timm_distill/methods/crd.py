@@ -106,9 +106,10 @@ class CRD(DistillMethod):
             if value < 1:
                 raise UsageError(f'crd.{name}={value!r} must be 1 or more.')
         if embed_dim * negatives > _MOST_NUMBERS:
-            raise UsageError(f'crd.negatives={negatives} of crd.embed_dim={embed_dim} are {embed_dim * negatives:.3g} '
-                             f'numbers for every image of a batch, of which {_MOST_NUMBERS:.3g} are allowed '
-                             '(--kd-kwargs crd.negatives=16384 crd.embed_dim=128).')
+            raise UsageError(
+                f'crd.negatives={negatives} of crd.embed_dim={embed_dim} are {embed_dim * negatives:.3g} '
+                f'numbers for every image of a batch, of which {_MOST_NUMBERS:.3g} are allowed '
+                '(--kd-kwargs crd.negatives=16384 crd.embed_dim=128).')
         check_temperature('crd', temperature)
         if not 0 <= momentum < 1:
             raise UsageError(f'crd.momentum={momentum!r} must be from 0 to below 1 (--kd-kwargs crd.momentum=0.5).')
@@ -124,8 +125,9 @@ class CRD(DistillMethod):
 
     def build(self, pair: PairSpec) -> None:
         if pair.num_samples is None or pair.num_samples < 2:
-            raise UsageError('crd keeps an embedding of every training image and must know how many there are, two or '
-                             'more: give sample_labels or num_samples to create_distill_task.')
+            raise UsageError(
+                'crd keeps an embedding of every training image and must know how many there are, two or '
+                'more: give sample_labels or num_samples to create_distill_task.')
         self.num_samples = pair.num_samples
         self.embed_student = nn.Linear(pair.student.pre_logits, self.embed_dim)
         self.embed_teacher = nn.Linear(pair.teacher.pre_logits, self.embed_dim)
@@ -142,12 +144,14 @@ class CRD(DistillMethod):
         """Order the training samples by class, so that those of one class, or of all others, can be drawn."""
         labels = pair.sample_labels
         if labels is None or len(labels) != self.num_samples:
-            raise UsageError(f"crd.mode={self.mode} chooses samples by class and needs the label of every training "
-                             'image, which is not known here: use --kd-kwargs crd.mode=instance, or give '
-                             'sample_labels to create_distill_task.')
+            raise UsageError(
+                f"crd.mode={self.mode} chooses samples by class and needs the label of every training "
+                'image, which is not known here: use --kd-kwargs crd.mode=instance, or give '
+                'sample_labels to create_distill_task.')
         if (labels < 0).any() or len(labels.unique()) < 2:
-            raise UsageError(f'crd.mode={self.mode} needs training labels of two or more classes, numbered from 0: '
-                             'use --kd-kwargs crd.mode=instance.')
+            raise UsageError(
+                f'crd.mode={self.mode} needs training labels of two or more classes, numbered from 0: '
+                'use --kd-kwargs crd.mode=instance.')
         count = torch.bincount(labels)
         self.register_buffer('labels', labels.clone(), persistent=False)
         self.register_buffer('by_class', torch.argsort(labels, stable=True), persistent=False)

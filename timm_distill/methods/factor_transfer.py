@@ -133,8 +133,9 @@ class FactorTransfer(DistillMethod):
         if difference_power not in (1, 2):
             raise UsageError(f'ft.difference_power={difference_power!r} must be 1 or 2.')
         if not 0 < factor_rate <= 16:
-            raise UsageError(f'ft.factor_rate={factor_rate!r} must be above 0 and at most 16 (--kd-kwargs '
-                             'ft.factor_rate=0.5).')
+            raise UsageError(
+                f'ft.factor_rate={factor_rate!r} must be above 0 and at most 16 (--kd-kwargs '
+                'ft.factor_rate=0.5).')
         for name, value in (('factor_weight', factor_weight), ('reconstruction_weight', reconstruction_weight)):
             if not 0 < value < math.inf:
                 raise UsageError(f'ft.{name}={value!r} must be positive.')

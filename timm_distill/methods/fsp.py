@@ -82,8 +82,9 @@ class FSP(DistillMethod):
     def build(self, pair: PairSpec) -> None:
         self.pairs = select_stages(pair, self.stages, 'fsp.stages')
         if len(self.pairs) < 2:
-            raise UsageError(f'fsp compares flows between neighbouring stages and needs two; fsp.stages={self.stages} '
-                             'of this pair gives one. Use --kd at, sp or fitnet, which take a single stage.')
+            raise UsageError(
+                f'fsp compares flows between neighbouring stages and needs two; fsp.stages={self.stages} '
+                'of this pair gives one. Use --kd at, sp or fitnet, which take a single stage.')
         self.connectors = nn.ModuleList([
             equal_channels(s.shape[0], t.shape[0])
             for s, t in stages_of_pairs(pair.student, pair.teacher, self.pairs)])

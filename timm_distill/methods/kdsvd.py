@@ -166,13 +166,16 @@ class KDSVD(DistillMethod):
         self.pairs = select_stages(pair, self.stages, 'kdsvd.stages')
         stages = stages_of_pairs(pair.student, pair.teacher, self.pairs)
         if len(stages) < 2:
-            raise UsageError(f'kdsvd compares neighbouring stages and needs two; kdsvd.stages={self.stages} of this '
-                             'pair gives one. Use --kd at, sp or fitnet, which take a single stage.')
-        possible = min(min(shape[0], self._side(shape[1]) * self._side(shape[2]))
-                       for s, t in stages for shape in (s.shape, t.shape))
+            raise UsageError(
+                f'kdsvd compares neighbouring stages and needs two; kdsvd.stages={self.stages} of this '
+                'pair gives one. Use --kd at, sp or fitnet, which take a single stage.')
+        possible = min(
+            min(shape[0], self._side(shape[1]) * self._side(shape[2]))
+            for s, t in stages for shape in (s.shape, t.shape))
         if self.k > possible:
-            raise UsageError(f'kdsvd.k={self.k} is more than the {possible} singular vectors of the smallest matched '
-                             'stage: lower it, or leave that stage out (kdsvd.stages).')
+            raise UsageError(
+                f'kdsvd.k={self.k} is more than the {possible} singular vectors of the smallest matched '
+                'stage: lower it, or leave that stage out (kdsvd.stages).')
         self.connectors = nn.ModuleList([equal_channels(s.shape[0], t.shape[0]) for s, t in stages])
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:

@@ -109,8 +109,9 @@ class ND(DistillMethod):
 
     def set_class_means(self, means: torch.Tensor) -> None:
         if means.shape != self.class_means.shape:
-            raise UsageError(f'The class means have the shape {list(means.shape)}, --kd nd needs '
-                             f"{list(self.class_means.shape)}: the student's classes x the teacher's pre-logits.")
+            raise UsageError(
+                f'The class means have the shape {list(means.shape)}, --kd nd needs '
+                f"{list(self.class_means.shape)}: the student's classes x the teacher's pre-logits.")
         if not torch.isfinite(means).all():
             raise UsageError('The class means hold values that are not finite: compute them again.')
         self.class_means.copy_(means)
@@ -118,9 +119,10 @@ class ND(DistillMethod):
     def check_ready(self) -> None:
         # a checkpoint fills the buffer too, so it is asked itself; not again once filled, as that waits for the device
         if not self._is_ready and torch.isnan(self.class_means).any():
-            raise UsageError("--kd nd needs the teacher's class means: train_distill.py computes them; in Python give "
-                             'create_distill_task(..., class_means=compute_class_means(teacher, loader, num_classes)) '
-                             'or call task.set_class_means().')
+            raise UsageError(
+                "--kd nd needs the teacher's class means: train_distill.py computes them; in Python give "
+                'create_distill_task(..., class_means=compute_class_means(teacher, loader, num_classes)) '
+                'or call task.set_class_means().')
         self._is_ready = True
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:

@@ -52,8 +52,9 @@ def separable_conv(in_channels: int, out_channels: int, stride: int) -> nn.Seque
     """Return two depthwise separable convolutions, the first with the stride."""
     layers: List[nn.Module] = []
     for own, other, step in ((in_channels, in_channels, stride), (in_channels, out_channels, 1)):
-        layers += [nn.Conv2d(own, own, 3, step, 1, groups=own, bias=False), nn.Conv2d(own, other, 1, bias=False),
-                   BatchNorm2d(other), nn.ReLU()]
+        layers += [
+            nn.Conv2d(own, own, 3, step, 1, groups=own, bias=False), nn.Conv2d(own, other, 1, bias=False),
+            BatchNorm2d(other), nn.ReLU()]
     return nn.Sequential(*layers)
 
 
@@ -114,8 +115,9 @@ class OFA(DistillMethod):
         given = self.eps if self.stage_eps is None else self.stage_eps
         values = tuple(given) if isinstance(given, (tuple, list)) else (given,) * count
         if len(values) != count:
-            raise UsageError(f'ofa.stage_eps={self.stage_eps!r} has {len(values)} values for {count} stages: give one '
-                             'number, or one for each.')
+            raise UsageError(
+                f'ofa.stage_eps={self.stage_eps!r} has {len(values)} values for {count} stages: give one '
+                'number, or one for each.')
         return tuple(_check_eps('ofa.stage_eps', value) for value in values)
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:

@@ -67,8 +67,9 @@ class _Matching(DistillMethod):
 
     def build(self, pair: PairSpec) -> None:
         self.matched = 'feature' if pair.teacher.head == 'feature' else 'pre_logits'
-        in_channels, out_channels = (spec.feature[0] if self.matched == 'feature' else spec.pre_logits
-                                     for spec in (pair.student, pair.teacher))
+        in_channels, out_channels = (
+            spec.feature[0] if self.matched == 'feature' else spec.pre_logits
+            for spec in (pair.student, pair.teacher))
         self.connector = Connector(in_channels, out_channels, relu=self.matched in pair.teacher.non_negative)
 
     def penultimate(self, features: Features) -> torch.Tensor:
@@ -98,13 +99,15 @@ class SRRL(_Matching):
 
     def build(self, pair: PairSpec) -> None:
         if not pair.teacher.num_classes:
-            raise UsageError("--kd srrl matches logits of the teacher's classifier, but this teacher has none: what "
-                             'its head makes of a feature is that feature again. Use --kd fm, which matches the '
-                             'feature alone, or a --teacher that classifies.')
+            raise UsageError(
+                "--kd srrl matches logits of the teacher's classifier, but this teacher has none: what "
+                'its head makes of a feature is that feature again. Use --kd fm, which matches the '
+                'feature alone, or a --teacher that classifies.')
         if not pair.teacher.head:
-            raise UsageError("--kd srrl runs the teacher's head on the student's feature, but this head takes neither "
-                             "the teacher's last feature map nor its pre-logits alone. Use --kd fm, which matches the "
-                             'feature without the head, or another --teacher.')
+            raise UsageError(
+                "--kd srrl runs the teacher's head on the student's feature, but this head takes neither "
+                "the teacher's last feature map nor its pre-logits alone. Use --kd fm, which matches the "
+                'feature without the head, or another --teacher.')
         super().build(pair)
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:

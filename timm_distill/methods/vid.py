@@ -105,8 +105,9 @@ class VID(DistillMethod):
         if not 0 <= width <= 65536:
             raise UsageError(f"vid.width={width!r} must be 0 (the teacher's channels) or up to 65536.")
         if not 1e-3 <= initial_variance <= 100:
-            raise UsageError(f'vid.initial_variance={initial_variance!r} must be from 0.001 to 100 '
-                             '(--kd-kwargs vid.initial_variance=5).')
+            raise UsageError(
+                f'vid.initial_variance={initial_variance!r} must be from 0.001 to 100 '
+                '(--kd-kwargs vid.initial_variance=5).')
         self.width = width
         self.initial_variance = float(initial_variance)
         self.stages = check_stage_choice(stages, 'vid.stages')

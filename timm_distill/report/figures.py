@@ -156,8 +156,9 @@ def draw_accuracy(
 ) -> None:
     """Draw top-1 of the student, its average and the teacher; below it the student's agreement with the teacher."""
     with_agreement = _has(rows, 'eval_agreement')
-    panels = figure.subplots(1 + with_agreement, 1, sharex=True, squeeze=False,
-                             height_ratios=(5, 3) if with_agreement else (1,))[:, 0]
+    panels = figure.subplots(
+        1 + with_agreement, 1, sharex=True, squeeze=False,
+        height_ratios=(5, 3) if with_agreement else (1,))[:, 0]
     for axes in panels:
         _style_axes(axes)
         _epochs(axes, rows, best_epoch)
@@ -212,8 +213,9 @@ def draw_times(figure: Any, times: Mapping[str, float]) -> None:
     axes = _axes(figure)
     total, left = sum(times.values()), 0.
     for name, seconds in times.items():
-        axes.barh([''], [seconds], left=left, color=_COLORS.get(name, '#444444'),
-                  label=f'{name} {1000 * seconds:.0f} ms ({100 * seconds / max(total, 1e-12):.0f} %)')
+        axes.barh(
+            [''], [seconds], left=left, color=_COLORS.get(name, '#444444'),
+            label=f'{name} {1000 * seconds:.0f} ms ({100 * seconds / max(total, 1e-12):.0f} %)')
         left += seconds
     axes.set_yticks([])
     axes.set_xlabel('seconds')
@@ -307,6 +309,7 @@ def _draw_matrix(figure: Any, matrix: torch.Tensor, class_names: Sequence[str]) 
         for i, row in enumerate(matrix.tolist()):
             for j, count in enumerate(row):
                 if count:
-                    axes.text(j, i, str(count), ha='center', va='center', fontsize=7,
-                              color='white' if share[i, j] > 0.5 else '#222222')
+                    axes.text(
+                        j, i, str(count), ha='center', va='center', fontsize=7,
+                        color='white' if share[i, j] > 0.5 else '#222222')
     figure.colorbar(image, ax=axes, label="share of the teacher's", shrink=0.8)

@@ -150,6 +150,7 @@ def _number(value: float) -> str:
 
 def _facts_tables(facts: Mapping[str, Mapping[str, Any]]) -> Dict[str, Dict[str, str]]:
     """Return what is known under each heading, in words; what is empty is left out."""
-    tables = {heading.capitalize(): {name: format_fact(value) for name, value in table.items()
-                                     if value not in (None, '', {}, [])} for heading, table in facts.items() if table}
+    tables = {heading.capitalize(): {
+        name: format_fact(value) for name, value in table.items()
+        if value not in (None, '', {}, [])} for heading, table in facts.items() if table}
     return {heading: table for heading, table in tables.items() if table}

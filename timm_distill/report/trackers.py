@@ -67,8 +67,9 @@ class TensorBoardLog:
 
     def __init__(self, folder: str, start_epoch: int = 0):
         if importlib.util.find_spec('tensorboard') is None:
-            raise UsageError("--log-tensorboard needs the package tensorboard: pip install "
-                             "'timm_distill[tensorboard]', or leave the flag out.")
+            raise UsageError(
+                "--log-tensorboard needs the package tensorboard: pip install "
+                "'timm_distill[tensorboard]', or leave the flag out.")
         from torch.utils.tensorboard import SummaryWriter
         self.writer = SummaryWriter(folder, purge_step=start_epoch or None)
 
@@ -151,8 +152,9 @@ class Summary:
         by_epoch = {row['epoch']: row for row in rows if int(row['epoch']) < start_epoch}
         self.rows = [by_epoch[epoch] for epoch in sorted(by_epoch, key=int)]
         if left_out:
-            _logger.warning(f'{self.path} was changed by hand: {left_out}. The run goes on without that; '
-                            f'{self._keep_copy()}.')
+            _logger.warning(
+                f'{self.path} was changed by hand: {left_out}. The run goes on without that; '
+                f'{self._keep_copy()}.')
 
     def _keep_copy(self) -> str:
         """Keep the file as it is under another name; says where, in words."""

@@ -64,8 +64,9 @@ def setup_device(args: argparse.Namespace) -> Tuple[torch.device, Precision]:
     enable_fast_math()
     device = utils.init_distributed_device(args)
     if args.sync_bn and args.distributed and device.type == 'cpu':
-        raise UsageError('--sync-bn needs GPUs, torch synchronises no batch norm on the CPU: leave it out (--dist-bn '
-                         'shares the statistics after every epoch)')
+        raise UsageError(
+            '--sync-bn needs GPUs, torch synchronises no batch norm on the CPU: leave it out (--dist-bn '
+            'shares the statistics after every epoch)')
     if args.fuser:
         utils.set_jit_fuser(args.fuser)
     if args.fast_norm:
@@ -140,22 +141,25 @@ def check_task(args: argparse.Namespace, task: DistillTask) -> None:
     """Reject methods that cannot read what these flags give them."""
     on_logits = [name for name, method in task.module.methods.items() if 'logits' in method.teacher_outputs]
     if on_logits and args.task == 'multilabel':
-        raise UsageError(f'--kd {"+".join(on_logits)} compares logits as distributions over classes, of which a '
-                         'multi-label model has none: use a method that reads features alone (--list-kd)')
+        raise UsageError(
+            f'--kd {"+".join(on_logits)} compares logits as distributions over classes, of which a '
+            'multi-label model has none: use a method that reads features alone (--list-kd)')
     if task.teacher is None:
         return
     if not task.trains_classifier and args.rank == 0:
-        _logger.warning(f'--task-loss-weight 0 and no weighted method of --kd {args.kd} reads the logits: nothing '
-                        'trains the classifier, which is saved and released as it began. Its accuracy says nothing, '
-                        'so that model_best is chosen by the distillation loss, not by --eval-metric '
-                        f'{args.eval_metric}. --task-loss-weight 1 trains it; so does a method on logits, e.g. kd.')
+        _logger.warning(
+            f'--task-loss-weight 0 and no weighted method of --kd {args.kd} reads the logits: nothing '
+            'trains the classifier, which is saved and released as it began. Its accuracy says nothing, '
+            'so that model_best is chosen by the distillation loss, not by --eval-metric '
+            f'{args.eval_metric}. --task-loss-weight 1 trains it; so does a method on logits, e.g. kd.')
     for size in args.train_img_sizes or ():
         try:
             task.teacher_features(random_images(task.teacher, (task.input_size[0], size, size)))
         except CANNOT_RUN as e:
-            raise UsageError(f"The teacher '{args.teacher}' cannot run at {size}x{size}, one of --train-img-sizes: "
-                             f'{" ".join(str(e).split())[:200]}. --teacher-kwargs dynamic_img_size=True lets many '
-                             'models take any size.') from e
+            raise UsageError(
+                f"The teacher '{args.teacher}' cannot run at {size}x{size}, one of --train-img-sizes: "
+                f'{" ".join(str(e).split())[:200]}. --teacher-kwargs dynamic_img_size=True lets many '
+                'models take any size.') from e
 
 
 def build_optimizer(args: argparse.Namespace, task: DistillTask, batch_size: float) -> torch.optim.Optimizer:
@@ -165,8 +169,9 @@ def build_optimizer(args: argparse.Namespace, task: DistillTask, batch_size: flo
     try:
         return create_optimizer_v2(task.trainable_module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     except Exception as e:  # every optimizer checks its arguments in its own way
-        raise UsageError(f'--opt {args.opt} cannot be built with these --opt-kwargs, --opt-betas, --opt-eps, --lr and '
-                         f'--momentum: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
+        raise UsageError(
+            f'--opt {args.opt} cannot be built with these --opt-kwargs, --opt-betas, --opt-eps, --lr and '
+            f'--momentum: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
 
 
 def scale_learning_rate(args: argparse.Namespace, batch_size: float) -> float:
@@ -178,8 +183,9 @@ def scale_learning_rate(args: argparse.Namespace, batch_size: float) -> float:
         args.lr_base_scale = 'sqrt' if adaptive else 'linear'
     lr = args.lr_base * (ratio ** 0.5 if args.lr_base_scale == 'sqrt' else ratio)
     if args.rank == 0:
-        _logger.info(f'Learning rate {lr:g}: --lr-base {args.lr_base} scaled ({args.lr_base_scale}) from a batch of '
-                     f'{args.lr_base_size} to {global_batch_size:g}.')
+        _logger.info(
+            f'Learning rate {lr:g}: --lr-base {args.lr_base} scaled ({args.lr_base_scale}) from a batch of '
+            f'{args.lr_base_size} to {global_batch_size:g}.')
     return lr
 
 
@@ -221,8 +227,9 @@ def check_rates(args: argparse.Namespace, scheduler: Any, num_epochs: int, updat
         except (ArithmeticError, TypeError, ValueError) as e:
             problem = f'cannot be computed ({type(e).__name__}: {e})'
         if problem:
-            raise UsageError(f'--sched {args.sched}: the learning rate of epoch {epoch} of {num_epochs} {problem}: '
-                             'change --lr-cycle-mul, --lr-cycle-decay, --lr-k-decay, --decay-rate or --cooldown-epochs')
+            raise UsageError(
+                f'--sched {args.sched}: the learning rate of epoch {epoch} of {num_epochs} {problem}: '
+                'change --lr-cycle-mul, --lr-cycle-decay, --lr-k-decay, --decay-rate or --cooldown-epochs')
 
 
 def count_epochs(args: argparse.Namespace) -> int:

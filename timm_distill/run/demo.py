@@ -145,8 +145,9 @@ def _to_image(pixels: Any) -> Image.Image:
 def _check_digits(root: Path, names: Sequence[str]) -> None:
     found = {path.relative_to(root).as_posix() for path in root.rglob('*') if path.is_file()}
     if found != set(names):
-        raise UsageError(f'{str(root)!r} is not the {len(names)} images that --demo writes: {len(found)} files are '
-                         'there. Remove that folder or choose another with --demo-dir.')
+        raise UsageError(
+            f'{str(root)!r} is not the {len(names)} images that --demo writes: {len(found)} files are '
+            'there. Remove that folder or choose another with --demo-dir.')
 
 
 def create_teacher_stage(data_dir: Path, output_dir: Path) -> DemoStage:

@@ -52,8 +52,9 @@ def evaluate_model(args: Namespace) -> Dict[str, Any]:
     extras = ExtraMetrics(args, dataset)
     metrics = evaluate(
         SelectedClasses(model, valid_labels) if valid_labels else model,
-        create_eval_loader(args, data_config, dataset, device, model_dtype=precision.model_dtype,
-                           patch_size=patch_size),
+        create_eval_loader(
+            args, data_config, dataset, device, model_dtype=precision.model_dtype,
+            patch_size=patch_size),
         device=device,
         model_dtype=precision.model_dtype,
         amp_autocast=precision.autocast,
@@ -111,8 +112,9 @@ def _refuse_unmerged(path: str) -> None:
     except UsageError:  # timm, which reads it next, has a reason of its own
         return
     if is_unmerged(content, path):
-        raise UsageError(f"--checkpoint '{path}' holds the raw tensors of a student that could not be merged, whose "
-                         'logits are others than those it was trained to: give another checkpoint of the run')
+        raise UsageError(
+            f"--checkpoint '{path}' holds the raw tensors of a student that could not be merged, whose "
+            'logits are others than those it was trained to: give another checkpoint of the run')
 
 
 def infer_num_classes(name: str, state_dict: Dict[str, torch.Tensor]) -> Optional[int]:
@@ -148,8 +150,9 @@ def read_valid_labels(path: str, num_classes: int) -> List[int]:
     wrong = [label for label in labels if not 0 <= label < num_classes]
     if wrong or not labels or len(set(labels)) < len(labels):
         reason = f'{wrong[0]} is none' if wrong else 'one is there twice' if labels else 'it is empty'
-        raise UsageError(f"--valid-labels '{path}' must hold different class indices from 0 to {num_classes - 1}: "
-                         f'{reason}')
+        raise UsageError(
+            f"--valid-labels '{path}' must hold different class indices from 0 to {num_classes - 1}: "
+            f'{reason}')
     return labels
 
 
@@ -189,8 +192,9 @@ def compile_model(model: nn.Module, args: Namespace) -> nn.Module:
         try:
             from functorch.compile import memory_efficient_fusion
         except ImportError as e:
-            raise UsageError('--aot-autograd needs functorch, which this torch lacks: --torchcompile does the '
-                             'same') from e
+            raise UsageError(
+                '--aot-autograd needs functorch, which this torch lacks: --torchcompile does the '
+                'same') from e
         return memory_efficient_fusion(model)
     return model
 
@@ -225,8 +229,9 @@ class ExtraMetrics:
                 names = dataset.filenames(basename=True)  # type: ignore[attr-defined]
                 self.real_labels = RealLabelsImagenet(names, real_json=args.real_labels)
             except (AssertionError, AttributeError, OSError, ValueError) as e:
-                raise UsageError(f"--real-labels '{args.real_labels}' needs the 50,000 validation images of ImageNet "
-                                 'under their own names, and the JSON file of their labels') from e
+                raise UsageError(
+                    f"--real-labels '{args.real_labels}' needs the 50,000 validation images of ImageNet "
+                    'under their own names, and the JSON file of their labels') from e
 
     def add(self, output: torch.Tensor, target: torch.Tensor) -> None:
         """Note a batch."""

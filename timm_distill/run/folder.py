@@ -83,10 +83,12 @@ def check_unused(args: argparse.Namespace, folder: str, checkpoint: Optional[Dic
     """
     continues = checkpoint is not None and belongs_to(folder, args.resume, checkpoint)
     if continues and args.overwrite:
-        raise UsageError(f'--overwrite would remove the run that --resume {args.resume} goes on with: leave out one of '
-                         'the two')
+        raise UsageError(
+            f'--overwrite would remove the run that --resume {args.resume} goes on with: leave out one of '
+            'the two')
     used = used_by(folder)
     if used and not continues and not args.overwrite:
-        raise UsageError(f'The folder {folder!r} holds a run already ({", ".join(used[:4])}'
-                         f'{", ..." if len(used) > 4 else ""}): --resume auto goes on with it, --overwrite removes it '
-                         'and begins anew, another --experiment leaves it alone')
+        raise UsageError(
+            f'The folder {folder!r} holds a run already ({", ".join(used[:4])}'
+            f'{", ..." if len(used) > 4 else ""}): --resume auto goes on with it, --overwrite removes it '
+            'and begins anew, another --experiment leaves it alone')

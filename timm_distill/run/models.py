@@ -26,12 +26,14 @@ def build_student(args: argparse.Namespace) -> nn.Module:
     try:
         student = timm.create_model(args.model, **_student_kwargs(args))
     except Exception as e:  # a hub, a file and a constructor each raise their own errors
-        raise UsageError(f"The student '{args.model}' cannot be built with these --pretrained, --initial-checkpoint, "
-                         f'--model-kwargs: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
+        raise UsageError(
+            f"The student '{args.model}' cannot be built with these --pretrained, --initial-checkpoint, "
+            f'--model-kwargs: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
     if args.pretrained_path and not args.pretrained:
-        _logger.warning(f'--pretrained-path {args.pretrained_path} is not read without --pretrained, as in timm: the '
-                        'student starts at random.' if not args.initial_checkpoint else
-                        f'--pretrained-path {args.pretrained_path} is not read without --pretrained, as in timm.')
+        _logger.warning(
+            f'--pretrained-path {args.pretrained_path} is not read without --pretrained, as in timm: the '
+            'student starts at random.' if not args.initial_checkpoint else
+            f'--pretrained-path {args.pretrained_path} is not read without --pretrained, as in timm.')
     init_head(args, student)
     if args.grad_checkpointing:
         student.set_grad_checkpointing(enable=True)
@@ -89,12 +91,14 @@ def fit_input_size(args: argparse.Namespace, student: nn.Module, data_config: Di
     wanted = data_config['input_size']
     size, reason = runnable_size(student, wanted)
     if reason:
-        raise UsageError(f"The student '{args.model}' cannot run on the input {list(wanted)}: {reason}. Change "
-                         '--img-size, --in-chans or --model-kwargs img_size=N.')
+        raise UsageError(
+            f"The student '{args.model}' cannot run on the input {list(wanted)}: {reason}. Change "
+            '--img-size, --in-chans or --model-kwargs img_size=N.')
     if size is None:
         return data_config
-    _logger.warning(f"The student '{args.model}' takes {size[0]}x{size[1]} alone: images are loaded at that size, not "
-                    f'at {wanted[1]}x{wanted[2]}. --model-kwargs img_size=N builds some models for other sizes.')
+    _logger.warning(
+        f"The student '{args.model}' takes {size[0]}x{size[1]} alone: images are loaded at that size, not "
+        f'at {wanted[1]}x{wanted[2]}. --model-kwargs img_size=N builds some models for other sizes.')
     return {**data_config, 'input_size': (wanted[0], *size)}
 
 
@@ -104,5 +108,6 @@ def check_train_sizes(args: argparse.Namespace, student: nn.Module, data_config:
     for size in args.train_img_sizes or ():
         other, reason = runnable_size(student, (channels, size, size))
         if reason or other is not None:
-            raise UsageError(f"The student '{args.model}' cannot run at {size}x{size}, one of --train-img-sizes. "
-                             '--model-kwargs dynamic_img_size=True lets many models take any size.')
+            raise UsageError(
+                f"The student '{args.model}' cannot run at {size}x{size}, one of --train-img-sizes. "
+                '--model-kwargs dynamic_img_size=True lets many models take any size.')

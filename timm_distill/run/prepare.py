@@ -27,8 +27,9 @@ def report_teacher(run: Run) -> None:
     if teacher is None or run.loaders.eval is None or args.teacher_eval is False:
         return
     if teacher.num_classes != args.num_classes:
-        _logger.warning(f'The teacher has {teacher.num_classes} classes and the data {args.num_classes}: '
-                        'its accuracy cannot be measured here.')
+        _logger.warning(
+            f'The teacher has {teacher.num_classes} classes and the data {args.num_classes}: '
+            'its accuracy cannot be measured here.')
         return
     recorder = PredictionRecorder(_TeacherLogits(teacher))
     metrics = validate(run, recorder, 'Teacher')
@@ -39,9 +40,10 @@ def report_teacher(run: Run) -> None:
         accuracy = f'top-1: {top1:.3f}' if 'top1' in metrics else f"mAP: {metrics['map']:.3f}"
         _logger.info(f'Teacher {args.teacher} {accuracy}')
         if top1 < 200 / teacher.num_classes:
-            _logger.warning(f'That is near chance ({100 / teacher.num_classes:.3f}): are its weights right, is the '
-                            'order of its classes that of the data, and are its images what it was trained on '
-                            f'(--teacher-mean, --teacher-std, --teacher-img-size)? They are {teacher.preprocessing}.')
+            _logger.warning(
+                f'That is near chance ({100 / teacher.num_classes:.3f}): are its weights right, is the '
+                'order of its classes that of the data, and are its images what it was trained on '
+                f'(--teacher-mean, --teacher-std, --teacher-img-size)? They are {teacher.preprocessing}.')
 
 
 class _TeacherLogits(nn.Module):
@@ -65,8 +67,9 @@ def prepare_class_means(run: Run) -> None:
         return
     assert task.teacher is not None
     training = args.nd_class_means_transform == 'train'
-    loader = create_pass_loader(args, run.data_config, run.loaders.train.dataset, run.device, training,
-                                model_dtype=run.precision.model_dtype, distributed=args.distributed)
+    loader = create_pass_loader(
+        args, run.data_config, run.loaders.train.dataset, run.device, training,
+        model_dtype=run.precision.model_dtype, distributed=args.distributed)
     settings = [
         sorted(run.data_config.items()), loader.dataset.transform, args.input_img_mode, run.precision.model_dtype,
         args.amp and args.amp_dtype, *([args.seed] if training else [])]
@@ -75,8 +78,9 @@ def prepare_class_means(run: Run) -> None:
     task.set_class_means(cached_class_means(
         os.path.join(folder, f'{model_file_name(args.teacher)}-{key}.safetensors'),
         shape,
-        partial(compute_class_means, task.teacher, loader, shape[0], run.device, run.precision.model_dtype,
-                run.precision.autocast, args.distributed),
+        partial(
+            compute_class_means, task.teacher, loader, shape[0], run.device, run.precision.model_dtype,
+            run.precision.autocast, args.distributed),
         metadata={'teacher': args.teacher, 'transform': args.nd_class_means_transform},
         device=run.device,
         distributed=args.distributed,

@@ -340,8 +340,9 @@ class Recorder:
             return ''
         newest = find_newest(self.result.output_dir) if os.path.isdir(self.result.output_dir) else None
         rest = f'The newest state there is: {newest[0]}. {self._resume_flags()}.' if newest else 'Nothing is saved.'
-        return (f'the newest state of the run is not on disk: {reason}. {saver.space()} {rest} Fewer files: '
-                '--checkpoint-hist, --recovery-interval; another place: --output.')
+        return (
+            f'the newest state of the run is not on disk: {reason}. {saver.space()} {rest} Fewer files: '
+            '--checkpoint-hist, --recovery-interval; another place: --output.')
 
     def how_to_resume(self) -> str:
         """Return what to tell the user of an interrupted run."""
@@ -358,8 +359,9 @@ class Recorder:
 
     def _resume_flags(self) -> str:
         folder = self.result.output_dir
-        return (f'To go on, give the same flags with --output {os.path.dirname(folder)} '
-                f'--experiment {os.path.basename(folder)} --resume auto')
+        return (
+            f'To go on, give the same flags with --output {os.path.dirname(folder)} '
+            f'--experiment {os.path.basename(folder)} --resume auto')
 
     def finish(self, seconds: float) -> RunResult:
         """Return the run's result, its epochs ranked as timm prints them: the best last.
@@ -400,8 +402,9 @@ class Recorder:
             reason = f'its newest {self.run.streak.length} updates were not finite and were skipped'
         if reason:
             best = f' {self.best_path} is the best epoch before.' if self.result.best_metric is not None else ''
-            raise NonFiniteLossError(f'The run ended with a student that is no good: {reason}. No hub folder was '
-                                     f'written.{best} A lower --lr or --clip-grad may help.')
+            raise NonFiniteLossError(
+                f'The run ended with a student that is no good: {reason}. No hub folder was '
+                f'written.{best} A lower --lr or --clip-grad may help.')
 
     def _release(self) -> None:
         """Write the best student in the hub's format beside the checkpoints, and push it where that is asked for."""

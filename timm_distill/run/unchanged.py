@@ -28,8 +28,9 @@ def check_equal_data(args: argparse.Namespace, fingerprints: Dict[str, Any]) -> 
     dist.all_gather_object(ranks, {name: digest_fingerprint(value) for name, value in fingerprints.items()})
     other = [str(rank) for rank, digests in enumerate(ranks) if digests != ranks[0]]
     if other:
-        raise UsageError(f'--data-dir {args.data_dir or args.data} holds other images or classes for the '
-                         f'processes {", ".join(other)} than for process 0: give all the same data')
+        raise UsageError(
+            f'--data-dir {args.data_dir or args.data} holds other images or classes for the '
+            f'processes {", ".join(other)} than for process 0: give all the same data')
 
 
 def check_same_data(run: Run, checkpoint: Dict[str, Any]) -> bool:
@@ -51,8 +52,9 @@ def check_same_data(run: Run, checkpoint: Dict[str, Any]) -> bool:
         return False
     text = '. '.join(f'The {name} data are not those of the checkpoint: {words}' for name, words in changes.items())
     if not run.args.resume_data_changed:
-        raise UsageError(f'{text}. Put back what {run.args.resume!r} was trained on, or go on with what there is with '
-                         '--resume-data-changed.')
+        raise UsageError(
+            f'{text}. Put back what {run.args.resume!r} was trained on, or go on with what there is with '
+            '--resume-data-changed.')
     forgotten = ', what --kd keeps of single images and classes begins anew' if 'training' in changes else ''
     ranked = ', the best metric until now was measured on other images' if 'validation' in changes else ''
     _logger.warning(f'{text}. The run goes on with them, but not as if it had never stopped{forgotten}{ranked}.')
@@ -71,12 +73,14 @@ def check_same_teacher_input(run: Run, checkpoint: Dict[str, Any]) -> None:
     now = teacher.preprocessing.values()
     if (checkpoint.get('data_config') or {}).get('input_size') != run.data_config['input_size']:
         saved = {**saved, 'input_size': now['input_size']}  # may follow the student's, of which the flags warn
-    changes = [f'{name} {_text(saved[name])} -> {_text(value)}' for name, value in now.items()
-               if name in saved and _text(saved[name]) != _text(value)]
+    changes = [
+        f'{name} {_text(saved[name])} -> {_text(value)}' for name, value in now.items()
+        if name in saved and _text(saved[name]) != _text(value)]
     if changes:
-        raise UsageError(f'{run.args.resume!r} was distilled from a teacher with other preprocessing: '
-                         f'{", ".join(changes)}. Give the teacher as it was (its config.json, its checkpoint, '
-                         '--teacher-mean, --teacher-std, --teacher-img-size).')
+        raise UsageError(
+            f'{run.args.resume!r} was distilled from a teacher with other preprocessing: '
+            f'{", ".join(changes)}. Give the teacher as it was (its config.json, its checkpoint, '
+            '--teacher-mean, --teacher-std, --teacher-img-size).')
 
 
 def _text(value: Any) -> str:

@@ -293,11 +293,13 @@ class AdaptedStudent(nn.Module):
         """
         task_state = task_state or {}
         if self.adapters and not task_state.get('adapter'):
-            raise UsageError('The checkpoint holds no adapter, so this run cannot go on from it with its --kd. '
-                             'To start from its weights, give it as --initial-checkpoint instead of --resume.')
+            raise UsageError(
+                'The checkpoint holds no adapter, so this run cannot go on from it with its --kd. '
+                'To start from its weights, give it as --initial-checkpoint instead of --resume.')
         if not self.adapters and task_state.get('adapter'):
-            raise UsageError('The checkpoint holds an adapter that this --kd does not use. '
-                             'Resume with the --kd of the run that wrote it.')
+            raise UsageError(
+                'The checkpoint holds an adapter that this --kd does not use. '
+                'Resume with the --kd of the run that wrote it.')
         try:
             self.student.load_state_dict({**state_dict, **task_state.get('student', {})})
             self.adapters.load_state_dict(task_state.get('adapter', {}))
@@ -305,8 +307,9 @@ class AdaptedStudent(nn.Module):
             self._load_memory(task_state.get('memory', {}))
         except RuntimeError as e:
             reason = str(e).splitlines()[-1].strip()
-            raise UsageError(f'The checkpoint does not fit this run: {reason} Resume with the --student, --teacher, '
-                             '--kd and --kd-kwargs of the run that wrote it.') from e
+            raise UsageError(
+                f'The checkpoint does not fit this run: {reason} Resume with the --student, --teacher, '
+                '--kd and --kd-kwargs of the run that wrote it.') from e
 
     @torch.no_grad()
     def _load_memory(self, state: Mapping[str, torch.Tensor]) -> None:

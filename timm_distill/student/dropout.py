@@ -85,8 +85,9 @@ class _Recorder(TorchFunctionMode):
     def find(self, tensor: torch.Tensor) -> Optional[int]:
         """Return which dropout with a rate gave a tensor or what it is a view of, None for none."""
         storage = tensor.untyped_storage().data_ptr()
-        return next((i for i, (rate, output) in enumerate(zip(self.rates, self.outputs))
-                     if rate > 0 and output.untyped_storage().data_ptr() == storage), None)
+        return next((
+            i for i, (rate, output) in enumerate(zip(self.rates, self.outputs))
+            if rate > 0 and output.untyped_storage().data_ptr() == storage), None)
 
 
 def find_dropout_of(output: Callable[[], torch.Tensor]) -> Optional[int]:

@@ -54,8 +54,9 @@ def merged_state_dict(
 
 def split_batch_norm_tensors(model: nn.Module) -> Set[str]:
     """Return the names of what `--split-bn` adds to a model: batch norms that only further views train."""
-    prefixes = [f'{name}.aux_bn' if name else 'aux_bn' for name, m in model.named_modules()
-                if isinstance(m, SplitBatchNorm2d)]
+    prefixes = [
+        f'{name}.aux_bn' if name else 'aux_bn' for name, m in model.named_modules()
+        if isinstance(m, SplitBatchNorm2d)]
     return {name for name in model.state_dict() if prefixes and name.startswith(tuple(prefixes))}
 
 

@@ -68,8 +68,9 @@ def resolve_student_tap(student: nn.Module, input_size: Sequence[int], point: st
                 rejected.append(f'not at {candidate}: {e}')
                 continue
             return replace(tap, rejected='; '.join(rejected))
-    raise UsageError(f'No adapter fits the student {type(student).__name__}: {"; ".join(rejected)}. '
-                     'Choose another --student, --kd-tap side, or a --kd method without an adapter.')
+    raise UsageError(
+        f'No adapter fits the student {type(student).__name__}: {"; ".join(rejected)}. '
+        'Choose another --student, --kd-tap side, or a --kd method without an adapter.')
 
 
 def _measure_point(student: nn.Module, input_size: Sequence[int], point: str) -> StudentTap:
@@ -194,8 +195,9 @@ def _reading_layers(
     except CANNOT_RUN as e:
         _logger.debug(f'{site} cannot be traced: {e}')
         return []
-    return [i for i, (a, b) in enumerate(zip(before, after))
-            if _has_width(calls[i].module, site.layout.channels) and not torch.equal(a.input, b.input)]
+    return [
+        i for i, (a, b) in enumerate(zip(before, after))
+        if _has_width(calls[i].module, site.layout.channels) and not torch.equal(a.input, b.input)]
 
 
 def _candidate_consumers(
@@ -345,11 +347,13 @@ def _check_shared_weights(student: nn.Module, images: torch.Tensor, tap: Student
     """
     shared = shared_names(student)
     for site in tap.sites:
-        names = [name for c in site.consumers for layer in (c.linear, c.pre_norm, c.post_norm) if layer
-                 for name in shared if name.startswith(f'{layer}.')]
+        names = [
+            name for c in site.consumers for layer in (c.linear, c.pre_norm, c.post_norm) if layer
+            for name in shared if name.startswith(f'{layer}.')]
         if names and not (error := _whole_error(student, images, tap, site)) < TAP_TOLERANCE:
-            raise _NoTap(f'{names[0]} is also {shared[names[0]][0]}, where the map does not belong '
-                         f'(measured error {error:.1e})')
+            raise _NoTap(
+                f'{names[0]} is also {shared[names[0]][0]}, where the map does not belong '
+                f'(measured error {error:.1e})')
 
 
 def _whole_error(student: nn.Module, images: torch.Tensor, tap: StudentTap, site: TapSite) -> float:

@@ -185,8 +185,9 @@ def load_class_means(path: str, shape: Tuple[int, int], flag: str = '--nd-class-
     if checksum is not None and checksum != _checksum(means):
         raise UsageError(f'{flag} {path} is damaged: its content does not have the checksum that was written with it.')
     if tuple(means.shape) != tuple(shape):
-        raise UsageError(f"{flag} {path} has class means of shape {list(means.shape)}, this run needs {list(shape)}: "
-                         "the student's classes x the teacher's pre-logits. Leave the flag out to compute them.")
+        raise UsageError(
+            f"{flag} {path} has class means of shape {list(means.shape)}, this run needs {list(shape)}: "
+            "the student's classes x the teacher's pre-logits. Leave the flag out to compute them.")
     if not torch.isfinite(means).all():
         raise UsageError(f'{flag} {path} holds class means that are not finite. Leave the flag out to compute them.')
     return means
@@ -244,7 +245,8 @@ def _write_cache(path: str, means: torch.Tensor, metadata: Dict[str, str]) -> No
     try:
         save_class_means(path, means, metadata)
     except OSError as e:
-        _logger.warning(f'The class means of the teacher cannot be kept in {path} ({e}): the next run computes them '
-                        'again.')
+        _logger.warning(
+            f'The class means of the teacher cannot be kept in {path} ({e}): the next run computes them '
+            'again.')
         return
     _logger.info(f'Class means of the teacher are kept in {path}.')

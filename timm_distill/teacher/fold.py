@@ -74,8 +74,9 @@ def _layers_read(model: nn.Module, images: torch.Tensor, read: Read) -> Set[str]
     def _keep(name: str) -> Callable:
         return lambda module, args, output: outputs.update({_storage(output): (name, output)})
 
-    handles = [module.register_forward_hook(_keep(name))
-               for name, module in model.named_modules() if isinstance(module, _LINEAR_LAYERS)]
+    handles = [
+        module.register_forward_hook(_keep(name))
+        for name, module in model.named_modules() if isinstance(module, _LINEAR_LAYERS)]
     try:
         return {outputs[_storage(tensor)][0] for tensor in read(model, images) if _storage(tensor) in outputs}
     finally:
@@ -229,8 +230,9 @@ def fuse_batch_norms(model: nn.Module, input_size: Sequence[int], read: Read) ->
         try:
             error = _fuse(model, input_size, read)
         except CANNOT_RUN as e:
-            _logger.warning(f'The batch norms of {type(model).__name__} are not folded, which costs time alone: '
-                            f'{type(e).__name__}: {e}')
+            _logger.warning(
+                f'The batch norms of {type(model).__name__} are not folded, which costs time alone: '
+                f'{type(e).__name__}: {e}')
     return FuseReport(norms, norms - _count_norms(model), error)
 
 

@@ -119,9 +119,10 @@ def _check_channels(name: str, record: InputRecord, channels: int) -> Tuple[floa
     except (TypeError, ValueError):
         numbers = torch.empty(0)
     if not numbers.numel() or not numbers.isfinite().all() or name == 'std' and not (numbers > 0).all():
-        raise UsageError(f'The teacher\'s {name} {str(values)[:80]!r} ({record.source}) must be numbers'
-                         f'{" above 0" if name == "std" else ""}, one or one for each of {channels} channels: give '
-                         f'--teacher-{name}.')
+        raise UsageError(
+            f'The teacher\'s {name} {str(values)[:80]!r} ({record.source}) must be numbers'
+            f'{" above 0" if name == "std" else ""}, one or one for each of {channels} channels: give '
+            f'--teacher-{name}.')
     return tuple(numbers.tolist())
 
 

@@ -207,13 +207,16 @@ class Teacher(nn.Module):
                 actual = self._read_sharded(images.to(device), self.outputs).tensors()
             wrong = max(((a.cpu() - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected))
         except CANNOT_RUN as e:
-            raise UsageError(f'--teacher-fsdp: the teacher {type(self.model).__name__} does not run in shards: '
-                             f'{" ".join(str(e).split())[:200]}. Leave it out.') from e
+            raise UsageError(
+                f'--teacher-fsdp: the teacher {type(self.model).__name__} does not run in shards: '
+                f'{" ".join(str(e).split())[:200]}. Leave it out.') from e
         if not wrong <= 1e-2:  # another device rounds otherwise
-            raise UsageError(f'--teacher-fsdp: the teacher {type(self.model).__name__} gives other outputs in shards '
-                             f'(relative difference {wrong:.2g}). Leave it out.')
-        _logger.info(f'Teacher: {count_local_parameters(self.model):,} of its parameters on this process, gathered in '
-                     f'{len(parts)} parts.')
+            raise UsageError(
+                f'--teacher-fsdp: the teacher {type(self.model).__name__} gives other outputs in shards '
+                f'(relative difference {wrong:.2g}). Leave it out.')
+        _logger.info(
+            f'Teacher: {count_local_parameters(self.model):,} of its parameters on this process, gathered in '
+            f'{len(parts)} parts.')
 
     @property
     def is_sharded(self) -> bool:
@@ -351,13 +354,15 @@ class Teacher(nn.Module):
             size = (int(said.size[0]), int(said.size[1]))
             reason = reason_not_to_run(self.model, (input_size[0], *size))
             if reason:
-                raise UsageError(f'The teacher {name} cannot run at {size[0]}x{size[1]} ({said.source}): {reason}. '
-                                 'Change --teacher-img-size, --in-chans or --teacher-kwargs img_size=N.')
+                raise UsageError(
+                    f'The teacher {name} cannot run at {size[0]}x{size[1]} ({said.source}): {reason}. '
+                    'Change --teacher-img-size, --in-chans or --teacher-kwargs img_size=N.')
             return (None if size == student_size else size), said.source
         own_size, reason = runnable_size(self.model, input_size)
         if reason:
-            raise UsageError(f'The teacher {name} cannot run on the input {list(input_size)}: '
-                             f'{reason}. Change --img-size, --in-chans or --teacher-img-size.')
+            raise UsageError(
+                f'The teacher {name} cannot run on the input {list(input_size)}: '
+                f'{reason}. Change --img-size, --in-chans or --teacher-img-size.')
         return own_size, "the student's size" if own_size is None else 'the size that it was built for'
 
     def _read_structure(self, own_input: Sequence[int]) -> None:
@@ -372,8 +377,9 @@ class Teacher(nn.Module):
             if not has_head(self.model):
                 classifier = classifier_linear(self.model) or last_linear(self.model, images)
                 if classifier is None:
-                    raise UsageError(f'The teacher {type(self.model).__name__} has no forward_features() and no linear '
-                                     'classifier: nothing of it can be read.')
+                    raise UsageError(
+                        f'The teacher {type(self.model).__name__} has no forward_features() and no linear '
+                        'classifier: nothing of it can be read.')
                 self._classifier_input = next(n for n, m in self.model.named_modules() if m is classifier)
                 logits, pre_logits = self._read_whole(self.model, images)
                 self.pre_logits_channels = pre_logits.shape[1]
@@ -397,8 +403,9 @@ class Teacher(nn.Module):
         try:
             return self.model.forward_head(raw, pre_logits=True)
         except (NotImplementedError, TypeError) as e:  # timm's encoders have the method and refuse, each in its way
-            raise UsageError(f'The teacher {type(self.model).__name__} is an encoder without a classifier: it gives '
-                             'neither logits nor pre-logits. Choose a model that classifies as --teacher.') from e
+            raise UsageError(
+                f'The teacher {type(self.model).__name__} is an encoder without a classifier: it gives '
+                'neither logits nor pre-logits. Choose a model that classifies as --teacher.') from e
 
     def _read_whole(self, model: nn.Module, images: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Return logits and classifier input of a model that cannot be run in parts."""

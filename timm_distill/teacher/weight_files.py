@@ -57,15 +57,17 @@ def read_weight_file(path: str, flag: str, weights: Optional[str] = None) -> Wei
     """
     content = _read(path, flag)
     if is_unmerged(content, path):
-        raise UsageError(f'{flag} {path} holds a student that was written because it could not be merged: its adapter '
-                         'is not in its weights. Give another checkpoint of its run.')
+        raise UsageError(
+            f'{flag} {path} holds a student that was written because it could not be merged: its adapter '
+            'is not in its weights. Give another checkpoint of its run.')
     entry = _choose_entry(content, path, flag, weights)
     state_dict = content[entry] if entry else content
     _check_tensors(state_dict, path, flag)
     nonfinite = nonfinite_tensors(state_dict, constant=None)
     if nonfinite:
-        raise UsageError(f'{flag} {path}: {len(nonfinite)} of its tensors are not finite ({", ".join(nonfinite[:3])}): '
-                         'its training diverged. Give another checkpoint.')
+        raise UsageError(
+            f'{flag} {path}: {len(nonfinite)} of its tensors are not finite ({", ".join(nonfinite[:3])}): '
+            'its training diverged. Give another checkpoint.')
     name = os.path.basename(path)
     args = content.get('args') if entry else None
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
@@ -99,20 +101,23 @@ def _choose_entry(content: Mapping[str, Any], path: str, flag: str, weights: Opt
     }
     if weights is not None and not present[weights] and (present['raw'] or present['ema'] or weights == 'ema'):
         other = 'raw' if weights == 'ema' else 'ema'
-        raise UsageError(f'{flag} {path} holds no {"averaged" if weights == "ema" else "raw"} weights: '
-                         f'give --teacher-weights {other}, or leave it out.')
+        raise UsageError(
+            f'{flag} {path} holds no {"averaged" if weights == "ema" else "raw"} weights: '
+            f'give --teacher-weights {other}, or leave it out.')
     return present[weights] if weights is not None else present['ema'] or present['raw']
 
 
 def _check_tensors(state_dict: Any, path: str, flag: str) -> None:
     if not isinstance(state_dict, dict) or not state_dict:
         raise UsageError(f'{flag} {path} holds no weights: a {type(state_dict).__name__} instead of tensors by name.')
-    wrong = [(name, value) for name, value in state_dict.items()
-             if not isinstance(name, str) or not isinstance(value, torch.Tensor)]
+    wrong = [
+        (name, value) for name, value in state_dict.items()
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor)]
     if wrong:
         name, value = wrong[0]
-        raise UsageError(f'{flag} {path} holds no plain weights: its {str(name)[:80]!r} is a {type(value).__name__}, '
-                         f'not a tensor ({len(wrong)} of {len(state_dict)} entries).')
+        raise UsageError(
+            f'{flag} {path} holds no plain weights: its {str(name)[:80]!r} is a {type(value).__name__}, '
+            f'not a tensor ({len(wrong)} of {len(state_dict)} entries).')
 
 
 def _read_hub_config(path: str) -> Optional[Dict[str, Any]]:

@@ -58,8 +58,9 @@ class TeacherSource:
     def flag_records(self) -> List[InputRecord]:
         """Return what the user says of the input."""
         size = None if self.img_size is None else (self.img_size, self.img_size)
-        return [InputRecord('--teacher-mean', mean=self.mean), InputRecord('--teacher-std', std=self.std),
-                InputRecord('--teacher-img-size', size=size)]
+        return [
+            InputRecord('--teacher-mean', mean=self.mean), InputRecord('--teacher-std', std=self.std),
+            InputRecord('--teacher-img-size', size=size)]
 
 
 def load_teacher_model(
@@ -91,15 +92,17 @@ def load_teacher_model(
         model = _load_pretrained_teacher(source.name, kwargs)
         return model, [*source.flag_records(), _pretrained_record(model, source)]
     if verbose:
-        _logger.warning(f'The teacher {source.name} has random weights (--no-teacher-pretrained): there is nothing to '
-                        'learn from it. Give it weights with --teacher-checkpoint FILE.')
+        _logger.warning(
+            f'The teacher {source.name} has random weights (--no-teacher-pretrained): there is nothing to '
+            'learn from it. Give it weights with --teacher-checkpoint FILE.')
     return _create_model(source.name, **{'num_classes': num_classes, **kwargs}), source.flag_records()
 
 
 def _check_name(name: str) -> None:
     if not name.startswith(_HUB_PREFIXES) and not timm.is_model(name):
-        raise UsageError(f"Unknown teacher '{name}'{_similar_models(name)}. --teacher takes a timm architecture, "
-                         'hf-hub:REPO or local-dir:FOLDER.')
+        raise UsageError(
+            f"Unknown teacher '{name}'{_similar_models(name)}. --teacher takes a timm architecture, "
+            'hf-hub:REPO or local-dir:FOLDER.')
 
 
 def _create_model(name: str, **kwargs: Any) -> nn.Module:
@@ -111,8 +114,9 @@ def _create_model(name: str, **kwargs: Any) -> nn.Module:
         if kwargs.get('pretrained'):
             raise
         reason = ' '.join(str(e).split())[:200]
-        raise UsageError(f"The teacher '{name}' cannot be built ({type(e).__name__}: {reason}): change --teacher or "
-                         '--teacher-kwargs.') from e
+        raise UsageError(
+            f"The teacher '{name}' cannot be built ({type(e).__name__}: {reason}): change --teacher or "
+            '--teacher-kwargs.') from e
 
 
 def _similar_models(name: str) -> str:
@@ -128,8 +132,9 @@ def _with_size(source: TeacherSource, kwargs: Dict[str, Any], size: Optional[Tup
     """
     asked = kwargs.get('img_size')
     if source.img_size is not None and asked not in (None, source.img_size, (source.img_size, source.img_size)):
-        raise UsageError(f'--teacher-img-size {source.img_size} and --teacher-kwargs img_size={asked} name two sizes: '
-                         'leave out one of them.')
+        raise UsageError(
+            f'--teacher-img-size {source.img_size} and --teacher-kwargs img_size={asked} name two sizes: '
+            'leave out one of them.')
     size = size if source.img_size is None else (source.img_size, source.img_size)
     if asked is not None or size is None:
         return kwargs
@@ -149,23 +154,27 @@ def _pretrained_record(model: nn.Module, source: TeacherSource) -> InputRecord:
         name = f'{name}.{tag}' if not name.endswith(f'.{tag}') else name
     size = recorded_size(config)
     keeps_size = source.is_hub and 'img_size' not in (source.model_kwargs or {})
-    return InputRecord(name, config.get('mean'), config.get('std'), size if keeps_size else None,
-                       config.get('interpolation'), trained_size=size)
+    return InputRecord(
+        name, config.get('mean'), config.get('std'), size if keeps_size else None,
+        config.get('interpolation'), trained_size=size)
 
 
 def _not_loaded(name: str, error: Exception) -> UsageError:
     reason = str(error).splitlines()[0] if str(error) else 'no message'
-    return UsageError(f"The pretrained weights of the teacher '{name}' could not be loaded ({type(error).__name__}: "
-                      f'{reason}). Give --teacher-checkpoint FILE, or --no-teacher-pretrained.')
+    return UsageError(
+        f"The pretrained weights of the teacher '{name}' could not be loaded ({type(error).__name__}: "
+        f'{reason}). Give --teacher-checkpoint FILE, or --no-teacher-pretrained.')
 
 
 def _load_pretrained_teacher(name: str, kwargs: Dict[str, Any]) -> nn.Module:
     if 'num_classes' in kwargs:
-        raise UsageError(f'--teacher-kwargs num_classes={kwargs["num_classes"]} would re-initialise the head of the '
-                         f"pretrained teacher '{name}'. Leave it out, or give --teacher-checkpoint FILE.")
+        raise UsageError(
+            f'--teacher-kwargs num_classes={kwargs["num_classes"]} would re-initialise the head of the '
+            f"pretrained teacher '{name}'. Leave it out, or give --teacher-checkpoint FILE.")
     if not name.startswith(_HUB_PREFIXES) and not timm.is_model_pretrained(name):
-        raise UsageError(f"timm has no pretrained weights for the teacher '{name}'. Give --teacher-checkpoint FILE, or "
-                         '--no-teacher-pretrained to distil from random weights.')
+        raise UsageError(
+            f"timm has no pretrained weights for the teacher '{name}'. Give --teacher-checkpoint FILE, or "
+            '--no-teacher-pretrained to distil from random weights.')
     try:
         return _create_model(name, pretrained=True, **kwargs)
     except UsageError:
@@ -188,8 +197,9 @@ def _load_checkpoint_teacher(
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as e:
-        raise UsageError(f"{_FLAG} {source.checkpoint} does not fit the architecture '{source.name}': "
-                         f'{_load_error(model, state_dict)}. Change --teacher or --teacher-kwargs.') from e
+        raise UsageError(
+            f"{_FLAG} {source.checkpoint} does not fit the architecture '{source.name}': "
+            f'{_load_error(model, state_dict)}. Change --teacher or --teacher-kwargs.') from e
     if verbose and file.entry:
         _logger.info(f"Teacher weights: '{file.entry}' of {source.checkpoint}.")
     if verbose and num_classes == 0:
@@ -220,8 +230,9 @@ def _warn_of_contradictions(source: TeacherSource, records: Sequence[InputRecord
         said = next((r for r in records if getattr(r, name) is not None and not r.assumed), None)
         given = getattr(source, name)
         if given is not None and said is not None and not is_same(given, getattr(said, name)):
-            _logger.warning(f'--teacher-{name} {" ".join(map(str, given))} is used, though {said.source} says '
-                            f'{getattr(said, name)}: leave the flag out unless that is wrong.')
+            _logger.warning(
+                f'--teacher-{name} {" ".join(map(str, given))} is used, though {said.source} says '
+                f'{getattr(said, name)}: leave the flag out unless that is wrong.')
 
 
 def fit_weights(
@@ -261,8 +272,9 @@ def fit_weights(
     if asked == 0:
         return {key: tensor for key, tensor in state_dict.items() if key not in class_dims}, 0
     if asked is not None and num_classes is not None and asked != num_classes:
-        raise UsageError(f'--teacher-kwargs num_classes={asked} would re-initialise the head of the teacher: {path} '
-                         f'has {num_classes or "no"} classes. Leave it out.')
+        raise UsageError(
+            f'--teacher-kwargs num_classes={asked} would re-initialise the head of the teacher: {path} '
+            f'has {num_classes or "no"} classes. Leave it out.')
     return state_dict, num_classes
 
 
@@ -316,23 +328,27 @@ def _convert(
 
 
 def _log_resampled(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> None:
-    changed = [f'{key} {list(before[key].shape)} -> {list(tensor.shape)}' for key, tensor in after.items()
-               if key in before and before[key].shape != tensor.shape]
+    changed = [
+        f'{key} {list(before[key].shape)} -> {list(tensor.shape)}' for key, tensor in after.items()
+        if key in before and before[key].shape != tensor.shape]
     if changed:
-        _logger.warning('Weights of the teacher were made for another input and are resampled: '
-                        f'{", ".join(changed[:3])}{", ..." if len(changed) > 3 else ""}. --teacher-img-size N is the '
-                        'size that it runs at.')
+        _logger.warning(
+            'Weights of the teacher were made for another input and are resampled: '
+            f'{", ".join(changed[:3])}{", ..." if len(changed) > 3 else ""}. --teacher-img-size N is the '
+            'size that it runs at.')
 
 
 def _count_classes(state_dict: Mapping[str, torch.Tensor], class_dims: Mapping[str, int], path: str) -> Optional[int]:
     """Return the class count of all heads in the weights; 0 without heads, None where the architecture has none."""
     if not class_dims:
         return None
-    counts = {key: state_dict[key].shape[dim] for key, dim in class_dims.items()
-              if key in state_dict and state_dict[key].ndim > dim}
+    counts = {
+        key: state_dict[key].shape[dim] for key, dim in class_dims.items()
+        if key in state_dict and state_dict[key].ndim > dim}
     if len(set(counts.values())) > 1:
-        raise UsageError(f'{_FLAG} {path}: its heads have different class counts: '
-                         f'{", ".join(f"{key} {count}" for key, count in counts.items())}.')
+        raise UsageError(
+            f'{_FLAG} {path}: its heads have different class counts: '
+            f'{", ".join(f"{key} {count}" for key, count in counts.items())}.')
     return next(iter(counts.values()), 0)
 
 
@@ -340,8 +356,9 @@ def _load_error(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> str
     own = model.state_dict()
     missing = sorted(own.keys() - state_dict.keys())
     unexpected = sorted(state_dict.keys() - own.keys())
-    shapes = [f'{k} is {list(state_dict[k].shape)}, not {list(own[k].shape)}'
-              for k in own if k in state_dict and own[k].shape != state_dict[k].shape]
+    shapes = [
+        f'{k} is {list(state_dict[k].shape)}, not {list(own[k].shape)}'
+        for k in own if k in state_dict and own[k].shape != state_dict[k].shape]
     parts = [
         f'{len(keys)} {what} ({", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""})'
         for what, keys in (('missing', missing), ('unexpected', unexpected), ('of another shape', shapes)) if keys

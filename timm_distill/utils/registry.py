@@ -83,8 +83,9 @@ class Registry:
         """
         self._discover()
         if name not in self._entries:
-            raise UsageError(f"Unknown {self.kind} '{name}'{_closest(name, self._entries)}. "
-                             f"{self.flag} takes: {', '.join(self.names())}.")
+            raise UsageError(
+                f"Unknown {self.kind} '{name}'{_closest(name, self._entries)}. "
+                f"{self.flag} takes: {', '.join(self.names())}.")
         return self._entries[name]
 
     def create(self, name: str, *args: Any, **options: Any) -> Any:
@@ -97,8 +98,9 @@ class Registry:
         for option in options:
             if option not in entry.defaults:
                 known = ', '.join(f'{name}.{key}' for key in entry.defaults) or 'no options'
-                raise UsageError(f"Unknown option '{name}.{option}'{_closest(option, entry.defaults)}. "
-                                 f'--kd-kwargs takes for {name}: {known}.')
+                raise UsageError(
+                    f"Unknown option '{name}.{option}'{_closest(option, entry.defaults)}. "
+                    f'--kd-kwargs takes for {name}: {known}.')
             _check_type(f'{name}.{option}', options[option], entry.defaults[option])
         return entry.cls(*args, **options)
 
@@ -121,8 +123,9 @@ class Registry:
                 entry_point.load()
             except Exception as e:  # whatever a plugin does wrong must not stop a run that may not use it
                 self._entries = known
-                _logger.warning(f"The plugin '{entry_point.value}' ({_distribution(entry_point)}) gives no "
-                                f'{self.kind}: {type(e).__name__}: {" ".join(str(e).split())}')
+                _logger.warning(
+                    f"The plugin '{entry_point.value}' ({_distribution(entry_point)}) gives no "
+                    f'{self.kind}: {type(e).__name__}: {" ".join(str(e).split())}')
 
 
 def _distribution(entry_point: EntryPoint) -> str:
@@ -145,8 +148,9 @@ def _check_type(option: str, value: Any, default: Any) -> None:
     if not fits:
         raise UsageError(f'{option}={value!r} must be {expected} (--kd-kwargs {option}={default}).')
     if not -_LARGEST <= value <= _LARGEST:  # nan too
-        raise UsageError(f'{option}={value!r} must be a number of at most {_LARGEST:g} '
-                         f'(--kd-kwargs {option}={default}).')
+        raise UsageError(
+            f'{option}={value!r} must be a number of at most {_LARGEST:g} '
+            f'(--kd-kwargs {option}={default}).')
 
 
 def _closest(word: str, known: Mapping[str, Any]) -> str:

@@ -546,14 +546,16 @@ def test_gradients_of_segments_that_differ_by_noise_are_as_exact_as_the_direct_f
     match = Match(teacher.float(), lambda positions: positions)
     adapter.float()
     gradients = {}
-    for name, form, dtype in (('exact', 'direct', torch.float64), ('direct', 'direct', torch.float32),
-                              ('moments', 'moments', torch.float32)):
+    for name, form, dtype in (
+            ('exact', 'direct', torch.float64), ('direct', 'direct', torch.float32),
+            ('moments', 'moments', torch.float32)):
         copied, leaf = with_form(adapter, form, dtype), x.to(dtype).requires_grad_()
         loss = copied(leaf, Match(match.teacher.to(dtype), match.to_map)).loss
         gradients[name] = torch.autograd.grad(loss, [copied.expand.weight, copied.expand_bn.weight, leaf])
     for index, factor in enumerate((0.7, 1.5, 0.7)):  # that of the scale is all but noise in both
-        moments, direct = [relative_error(gradients[form][index], gradients['exact'][index])
-                           for form in ('moments', 'direct')]
+        moments, direct = [
+            relative_error(gradients[form][index], gradients['exact'][index])
+            for form in ('moments', 'direct')]
         assert moments <= factor * direct, (index, moments, direct)
 
 
@@ -779,6 +781,7 @@ def test_compiled_task_gives_the_eager_losses_and_gradients(form: str, student: 
             task.compile(backend='aot_eager')
         result = task(images, target)
         result['loss'].backward()
-        results.append({'loss': result['loss'], 'norm_loss': result['norm_loss'],
-                        **{name: p.grad for name, p in task.module.named_parameters()}})
+        results.append({
+            'loss': result['loss'], 'norm_loss': result['norm_loss'],
+            **{name: p.grad for name, p in task.module.named_parameters()}})
     assert_equal(*results, tolerance=1e-7)

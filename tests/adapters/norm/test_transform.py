@@ -340,8 +340,9 @@ def test_gradient_for_tokens_does_not_depend_on_the_memory_format_of_the_cotange
     adapter = create_adapter('norm', 8, 5, segments=2, form='direct', **options).double().train()
     tokens, cotangent = torch.randn(2, 4, 17, 8, dtype=torch.float64)
     gradients = []
-    for as_positions in (lambda x: x.transpose(1, 2).unsqueeze(-1),  # what a token layout gives
-                         lambda x: x.transpose(1, 2)[:, :, :16].unflatten(2, (4, 4)).contiguous()):
+    for as_positions in (
+            lambda x: x.transpose(1, 2).unsqueeze(-1),  # what a token layout gives
+            lambda x: x.transpose(1, 2)[:, :, :16].unflatten(2, (4, 4)).contiguous()):
         x = tokens[:, :16].clone().requires_grad_()
         output = adapter(as_positions(x)).output
         gradients.append(torch.autograd.grad(output, x, as_positions(cotangent[:, :16]))[0])

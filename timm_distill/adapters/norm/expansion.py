@@ -169,8 +169,9 @@ class _ExpansionFunction(Function):
                 loss = _loss(factor, spread_part + mean_part, shared, residual, left)
                 if grad_reference is not None:
                     common = grad_reference.sub_(spread_mean, alpha=2).div_(len(reference))
-        ctx.save_for_backward(expand, contract, scale, cov, matched_cov, shift, centred, teacher, teacher_mean,
-                              variance, factor, spread_part, mean_part, residual, mean_product, difference_mean, common)
+        ctx.save_for_backward(
+            expand, contract, scale, cov, matched_cov, shift, centred, teacher, teacher_mean,
+            variance, factor, spread_part, mean_part, residual, mean_product, difference_mean, common)
         ctx.grad_centred = grad_centred
         ctx.product = product if matching or batch_stats else None
         ctx.options = (eps, same)
@@ -194,9 +195,10 @@ class _ExpansionBackward:
     """The backward pass of `_ExpansionFunction`; `grad_NAME` is the gradient of what is called NAME there."""
 
     def __init__(self, ctx: Any, grad_contracted: torch.Tensor, grad_loss: torch.Tensor):
-        (self.expand, self.contract, self.scale, self.cov, self.matched_cov, self.shift, self.centred, self.teacher,
-         self.teacher_mean, self.variance, self.factor, self.spread_part, self.mean_part, residual, self.mean_product,
-         self.difference_mean, self.common) = ctx.saved_tensors
+        (
+            self.expand, self.contract, self.scale, self.cov, self.matched_cov, self.shift, self.centred, self.teacher,
+            self.teacher_mean, self.variance, self.factor, self.spread_part, self.mean_part, residual,
+            self.mean_product, self.difference_mean, self.common) = ctx.saved_tensors
         self.eps, self.same = ctx.options
         # a second pass over a retained graph computes these again
         self.product, ctx.product, self.grad_centred, ctx.grad_centred = ctx.product, None, ctx.grad_centred, None

@@ -92,8 +92,9 @@ class NToOneTransform(Adapter):
             raise UsageError(f'norm.segments={segments} must be from 1 to 1024 (--kd-kwargs norm.segments=8).')
         for option, value, known in (('pool', pool, _POOLS), ('form', form, _FORMS), ('init', init, _INITS)):
             if value not in known:
-                raise UsageError(f"norm.{option}={value!r} must be one of {', '.join(known)} "
-                                 f'(--kd-kwargs norm.{option}={known[0]}).')
+                raise UsageError(
+                    f"norm.{option}={value!r} must be one of {', '.join(known)} "
+                    f'(--kd-kwargs norm.{option}={known[0]}).')
         self.segments = segments
         self.batch_norm = batch_norm
         self.residual = residual
@@ -123,8 +124,9 @@ class NToOneTransform(Adapter):
         if self.init == 'identity':
             obstacle = self._identity_obstacle()
             if obstacle:
-                raise UsageError(f'norm.init=identity is impossible: {obstacle}. Give norm.residual=True, or '
-                                 'norm.init=official (--kd-kwargs).')
+                raise UsageError(
+                    f'norm.init=identity is impossible: {obstacle}. Give norm.residual=True, or '
+                    'norm.init=official (--kd-kwargs).')
             self._become_identity()
 
     def start_pretrained(self) -> None:
@@ -132,12 +134,14 @@ class NToOneTransform(Adapter):
             return
         obstacle = self._identity_obstacle()
         if obstacle:
-            _logger.warning("The N-to-one transform starts at random on the path of a student that comes with weights, "
-                            f'whose accuracy it takes at first: it cannot start as the identity, {obstacle}. '
-                            '--kd-kwargs norm.residual=True lets it.')
+            _logger.warning(
+                "The N-to-one transform starts at random on the path of a student that comes with weights, "
+                f'whose accuracy it takes at first: it cannot start as the identity, {obstacle}. '
+                '--kd-kwargs norm.residual=True lets it.')
             return
-        _logger.info('The N-to-one transform starts as the identity, since the student comes with weights '
-                     '(--kd-kwargs norm.init=official starts at random).')
+        _logger.info(
+            'The N-to-one transform starts as the identity, since the student comes with weights '
+            '(--kd-kwargs norm.init=official starts at random).')
         self._become_identity()
 
     def _identity_obstacle(self) -> str:
@@ -183,8 +187,9 @@ class NToOneTransform(Adapter):
     def _check_positions(self, x: torch.Tensor) -> None:
         """Reject a batch that has no variance, which a batch norm would divide by."""
         if _count_positions(x) == 1 and any(reads_batch(norm) and count_ranks(norm) == 1 for norm in self._norms()):
-            raise UsageError("The batch norms of the N-to-one transform need two positions in a batch, of which this "
-                             'one has 1: give a larger --batch-size, or --kd-kwargs norm.batch_norm=False.')
+            raise UsageError(
+                "The batch norms of the N-to-one transform need two positions in a batch, of which this "
+                'one has 1: give a larger --batch-size, or --kd-kwargs norm.batch_norm=False.')
 
     def _choose_form(self, x: torch.Tensor, match: Optional[Match]) -> str:
         if self.batch_norm and not all(is_known_norm(norm) for norm in self._norms()):
@@ -199,8 +204,9 @@ class NToOneTransform(Adapter):
                 _logger.info(f'The N-to-one transform takes the {form} form at {_count_positions(x)} positions.')
                 self._logged_form = form
         elif form == 'moments' and max_pooled:
-            raise UsageError("norm.form=moments cannot max-pool the student's side: take norm.pool=avg or "
-                             'norm.form=direct.')
+            raise UsageError(
+                "norm.form=moments cannot max-pool the student's side: take norm.pool=avg or "
+                'norm.form=direct.')
         return form
 
     def _moments_are_cheaper(self, x: torch.Tensor) -> bool:
@@ -379,9 +385,10 @@ def _layer_affine(conv: nn.Conv2d, norm: nn.Module) -> AffineMap:
     if isinstance(norm, nn.Identity):
         return affine
     if not is_batch_norm(norm):
-        raise UsageError(f"{type(norm).__name__} in the N-to-one transform has no running statistics, so that what it "
-                         'does depends on the batch at inference, too, and cannot be merged: leave '
-                         'track_running_stats of its batch norms on, or give --kd-kwargs norm.batch_norm=False.')
+        raise UsageError(
+            f"{type(norm).__name__} in the N-to-one transform has no running statistics, so that what it "
+            'does depends on the batch at inference, too, and cannot be merged: leave '
+            'track_running_stats of its batch norms on, or give --kd-kwargs norm.batch_norm=False.')
     return scale_shift(affine, *batch_norm_affine(
         norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps))  # type: ignore[arg-type]
 

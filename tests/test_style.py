@@ -1,0 +1,55 @@
+"""Rules of the house style that ruff has none for."""
+import io
+import tokenize
+from pathlib import Path
+from typing import Iterator, List
+
+import pytest
+
+REPO_DIR = Path(__file__).resolve().parent.parent
+FOLDERS = ('timm_distill', 'benchmarks', 'tests')
+
+
+def source_files() -> List[Path]:
+    scripts = [REPO_DIR / 'train_distill.py', REPO_DIR / 'validate.py']
+    return sorted(path for folder in FOLDERS for path in (REPO_DIR / folder).rglob('*.py')) + scripts
+
+
+def find_aligned_brackets(source: str) -> Iterator[int]:
+    """Yield the lines of brackets with text behind them whose next line is aligned with that text."""
+    lines = source.splitlines()
+    stack: List[tokenize.TokenInfo] = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.OP:
+            continue
+        if token.string in '([{':
+            stack.append(token)
+        elif token.string in ')]}':
+            opening = stack.pop()
+            row, column = opening.end
+            text = lines[row - 1][column:].strip()
+            if row == token.start[0] or not text or text.startswith('#'):
+                continue
+            following = lines[row]
+            if following.strip() and len(following) - len(following.lstrip()) == column:
+                yield row
+
+
+@pytest.mark.parametrize('folder', [*FOLDERS, '.'])
+def test_brackets_have_hanging_indents(folder: str) -> None:
+    wanted = [
+        path for path in source_files() if path.relative_to(REPO_DIR).parts[0] == folder or folder == '.'
+        and path.parent == REPO_DIR]
+    found = [
+        f'{path.relative_to(REPO_DIR)}:{line}' for path in wanted for line in find_aligned_brackets(path.read_text())]
+    assert wanted and not found, 'Break the line behind the bracket and indent what follows:\n' + '\n'.join(found)
+
+
+@pytest.mark.parametrize('source, lines', [
+    ('f(a,\n  b)\n', [1]),
+    ('f(\n    a,\n    b)\n', []),
+    ('x = g(f(a,\n        b))\n', [1]),
+    ('x = {  # text\n    1: 2}\n', []),
+])
+def test_aligned_bracket_is_found(source: str, lines: List[int]) -> None:
+    assert list(find_aligned_brackets(source)) == lines
