@@ -1,17 +1,20 @@
-"""Texts of the repository: nothing of the machine they were written on, and a layout tree that is complete."""
+"""Texts of the repository: nothing of the machine they were written on, complete, with links and flags that exist."""
 import re
 import subprocess
-from collections import Counter
 from pathlib import Path
-from typing import Iterator, List
+from typing import Dict, Iterator, List, Set
 
 import pytest
 
 from timm_distill import list_methods
+from timm_distill.args import create_export_parser, create_train_parser, create_validate_parser
 from timm_distill.methods._presets import list_presets
 
 REPO_DIR = Path(__file__).resolve().parent.parent
-README = REPO_DIR / 'README.md'
+PAGES = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', *sorted(
+    path.relative_to(REPO_DIR).as_posix() for path in (REPO_DIR / 'docs').rglob('*.md'))]
+# of pip, pytest, mkdocs, torchrun
+OTHER_FLAGS = {'--strict', '--nproc-per-node', '--signal', '--extra'}
 
 MACHINE_PATH = re.compile(r'(?<![\w.:/~-])(?:/(?:home|root|Users|work|opt|mnt)/[\w.]|[A-Z]:\\(?!n)\w)')
 REGISTRY_HOST = re.compile(r'\b(?:py(?:pi)\.org|python(?:hosted)\.org|download\.(?:pytorch)\.org|index-(?:url)\b)')
@@ -62,19 +65,77 @@ def test_other_text_is_no_machine_path(line: str) -> None:
     assert not MACHINE_PATH.search(line)
 
 
-def test_readme_layout_tree_lists_every_module() -> None:
-    if not README.exists():
-        pytest.skip('README.md is not written yet')
-    named = Counter(re.findall(r'^[\s│├└─|`+-]*(?:[\w.]+/)*(\w+\.py)\b', README.read_text(encoding='utf-8'), re.M))
-    modules = [path for path in (REPO_DIR / 'timm_distill').rglob('*.py') if path.name != '__init__.py']
-    modules += [REPO_DIR / 'train_distill.py', REPO_DIR / 'validate.py']
-    wanted = Counter(path.name for path in modules)
-    missing = sorted((wanted - named).elements())
-    assert not missing, f"README's layout tree needs one line for each of: {', '.join(missing)}"
+def read(name: str) -> str:
+    return (REPO_DIR / name).read_text(encoding='utf-8')
+
+
+def files_of_tree(text: str) -> Set[str]:
+    """Return the Python files of an indented layout tree, by path; 'norm/moments.py' may stand on one line."""
+    folders: Dict[int, str] = {}
+    files = set()
+    for spaces, name in re.findall(r'^( {4,})([\w./]+)(?: {2,}|$)', text, re.M):
+        depth = len(spaces)
+        folders = {level: folder for level, folder in folders.items() if level < depth}
+        path = ''.join(folder for _, folder in sorted(folders.items())) + name
+        if name.endswith('/'):
+            folders[depth] = name
+        elif name.endswith('.py'):
+            files.add(path)
+    return files
+
+
+def test_tree_of_contributing_has_one_line_for_every_module_and_none_more() -> None:
+    named = files_of_tree(read('CONTRIBUTING.md').partition('## Layout')[2].partition('## Import order')[0])
+    modules = [*(REPO_DIR / 'timm_distill').rglob('*.py'), *(REPO_DIR / 'benchmarks').glob('*.py')]
+    modules += REPO_DIR.glob('*.py')
+    actual = {path.relative_to(REPO_DIR).as_posix() for path in modules if path.name != '__init__.py'}
+    missing, gone = sorted(actual - named), sorted(named - actual)
+    assert not missing and not gone, f"CONTRIBUTING.md's layout needs a line for {missing}, and none for {gone}"
+
+
+def test_tree_is_read_by_its_indentation() -> None:
+    tree = '    a/   x\n      b.py   y\n      c/\n        d/e.py  z\n    f.py   w\n'
+    assert files_of_tree(tree) == {'a/b.py', 'a/c/d/e.py', 'f.py'}
+
+
+def test_readme_is_for_five_minutes() -> None:
+    text = read('README.md')
+    assert len(text.splitlines()) <= 200 and len(text.split()) <= 1200, 'Move details from README.md to docs/.'
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_links_to_files_of_the_repository_lead_somewhere(page: str) -> None:
+    links = [link.partition('#')[0] for link in re.findall(r'\]\(([^)\s]+)\)', read(page)) if '://' not in link]
+    targets = [((REPO_DIR / page).parent / link) for link in links if link]
+    broken = [str(path) for path in targets if not path.exists() and path.name != 'results.md']  # the study writes it
+    assert not broken, f'{page}: {broken}'
+
+
+def known_flags() -> Set[str]:
+    parsers = (create_train_parser(), create_validate_parser(), create_export_parser())
+    return {option for parser in parsers for action in parser._actions for option in action.option_strings}
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_flags_in_the_documents_exist(page: str) -> None:
+    text = re.sub(r'(?m)^.*(?:benchmarks/\w+\.py|mkdocs|torchrun|SLURM).*$', '', read(page))
+    flags = {flag for flag in re.findall(r'(?<![\w-])--[a-z][a-z0-9-]+', text) if flag not in OTHER_FLAGS}
+    assert not flags - known_flags(), f'{page}: {sorted(flags - known_flags())}'
+
+
+def test_the_command_of_the_readme_is_a_recipe() -> None:
+    (recipe,) = set(re.findall(r'--config (\S+)', read('README.md')))
+    assert recipe.startswith('recipes/') and (REPO_DIR / recipe).is_file()
+
+
+def test_every_method_has_its_row_with_a_paper() -> None:
+    rows = dict(re.findall(r'^\| \[`(\w+)`\]\(#\1\) \|.*\| (.*) \|$', read('docs/methods.md'), re.M))
+    assert set(rows) == set(list_methods())
+    assert not [name for name, paper in rows.items() if not re.fullmatch(r'\[.+\]\(https://.+\)', paper)]
 
 
 def test_every_method_and_preset_is_documented_with_its_cost() -> None:
-    text = (REPO_DIR / 'docs' / 'methods.md').read_text(encoding='utf-8')
+    text = read('docs/methods.md')
     documented = {section.split('\n', 1)[0]: section for section in re.split(r'(?m)^## ', text)}
     assert set(list_methods()) <= set(documented)
     costs = re.compile(r'\bCost \d\.\d\d|\bCosts the forward|measure of the costs')

@@ -37,8 +37,8 @@ def same_methods_afterwards() -> Iterator[None]:
 
 
 def example_of_the_docs() -> str:
-    text = (REPO_DIR / 'docs' / 'methods.md').read_text(encoding='utf-8')
-    (example,) = re.findall(r'```python\n(.*?)```', text.partition('## A method of your own')[2], flags=re.S)
+    text = (REPO_DIR / 'docs' / 'adding_a_method.md').read_text(encoding='utf-8')
+    (example,) = re.findall(r'```python\n(.*?)```', text, flags=re.S)
     return example
 
 
