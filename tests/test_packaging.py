@@ -1,5 +1,6 @@
 """What an installation brings: metadata, extras, types, scripts."""
 import configparser
+import importlib
 import os
 import sys
 from importlib import metadata
@@ -64,6 +65,12 @@ def test_the_template_of_the_report_is_installed(config: configparser.ConfigPars
     assert files('timm_distill.report').joinpath('templates/report.html').is_file()
     assert 'templates/*.html' in config['options.package_data']['timm_distill.report'].split(', ')
     assert 'jinja2' in config['options']['install_requires'].split()
+
+
+def test_the_command_is_declared_and_its_module_is_installed(config: configparser.ConfigParser) -> None:
+    assert config['options.entry_points']['console_scripts'].split('\n')[1:] == ['timm-distill = timm_distill_cli:main']
+    assert config['options']['py_modules'] == 'timm_distill_cli'
+    assert callable(importlib.import_module('timm_distill_cli').main)
 
 
 def test_scripts_are_declared(config: configparser.ConfigParser) -> None:

@@ -8,8 +8,7 @@ from .pair import PairReport, check_pair
 from .task import DistillTask, merge_student
 from .teacher.class_means import compute_class_means
 from .teacher.teacher import Teacher, create_teacher
-
-__version__ = '0.1.0'
+from .utils.version import __version__
 
 __all__ = [
     'CifarNet',
@@ -18,6 +17,7 @@ __all__ = [
     'PairReport',
     'Teacher',
     'UsageError',
+    '__version__',
     'check_pair',
     'compute_class_means',
     'create_adapter',

@@ -13,7 +13,7 @@ from timm_distill.checkpoint.resume import find_newest
 from timm_distill.engine.train import NonFiniteLossError
 from timm_distill.errors import UsageError
 from timm_distill.export.release import load_release
-from timm_distill.run import epochs
+from timm_distill.run import epochs, train_script
 
 DIVERGES = ['--opt', 'sgd', '--lr', '1e30', '--sched', 'none', '--warmup-epochs', '0']
 
@@ -90,7 +90,7 @@ def test_rollback_that_leads_to_the_same_divergence_goes_further_back_the_next_t
 
 def test_weights_that_are_not_finite_end_the_run_with_exit_code_1_and_are_no_good_for_anything(
         digits_dir, tmp_path, caplog, monkeypatch):
-    forward = train_distill.fit
+    forward = train_script.fit
 
     def spoil(run, recorder, *args):
         save = recorder.save
@@ -102,7 +102,7 @@ def test_weights_that_are_not_finite_end_the_run_with_exit_code_1_and_are_no_goo
             save(epoch, metric)
         recorder.save = spoil_and_save
         forward(run, recorder, *args)
-    monkeypatch.setattr(train_distill, 'fit', spoil)
+    monkeypatch.setattr(train_script, 'fit', spoil)
     flags = ['--opt', 'sgd', '--lr', 0.01, '--epochs', 2]
     with pytest.raises(NonFiniteLossError, match=r'weights are not finite \(conv1'):
         run(digits_dir, tmp_path, *flags)

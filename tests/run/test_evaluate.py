@@ -16,6 +16,7 @@ from timm.utils import CheckpointSaver
 from timm_distill.args import create_validate_parser, parse_args
 from timm_distill.data import create_eval_dataset, create_eval_loader
 from timm_distill.engine.evaluate import evaluate
+from timm_distill.run import validate_script
 
 _spec = importlib.util.spec_from_file_location('validate', Path(__file__).parent.parent.parent / 'validate.py')
 assert _spec is not None and _spec.loader is not None
@@ -26,7 +27,7 @@ _spec.loader.exec_module(validate)
 @pytest.fixture(autouse=True)
 def _no_log_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
     # they would outlive the captured streams that they write to
-    monkeypatch.setattr(validate, 'setup_default_logging', lambda: None)
+    monkeypatch.setattr(validate_script, 'setup_default_logging', lambda: None)
 
 
 @pytest.fixture(scope='module')
@@ -168,7 +169,7 @@ def test_retry_halves_the_batch_until_memory_suffices(run, capsys, monkeypatch):
             raise RuntimeError('CUDA out of memory')
         return {'model': 'x', 'top1': 0., 'top1_err': 0., 'top5': 0., 'top5_err': 0.}
 
-    monkeypatch.setattr(validate, 'evaluate_model', evaluate_model)
+    monkeypatch.setattr(validate_script, 'evaluate_model', evaluate_model)
     assert validate.main(flags(run[0], '--retry')) == 0
     assert sizes[0] == 8
     assert sizes[-1] <= 3

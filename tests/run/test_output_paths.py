@@ -11,6 +11,7 @@ import validate
 from timm_distill import UsageError
 from timm_distill.checkpoint.file import check_file, check_folder
 from timm_distill.export import release as export
+from timm_distill.run import train_script, validate_script
 
 
 def fail(*args: Any, **kwargs: Any) -> None:
@@ -61,7 +62,7 @@ def test_training_finds_out_before_it_builds_anything(
         monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(file.parent)
-    monkeypatch.setattr(train_distill, 'build_run', fail)
+    monkeypatch.setattr(train_script, 'build_run', fail)
     with pytest.raises(UsageError, match='--output'):
         train_distill.main(['--data-dir', 'data', *[arg.replace('FILE', str(file)) for arg in argv]])
     assert os.listdir(file.parent) == ['file']
@@ -72,7 +73,7 @@ def test_validation_finds_out_before_it_evaluates(
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.setattr(validate, 'evaluate_model', fail)
+    monkeypatch.setattr(validate_script, 'evaluate_model', fail)
     for path in (str(file.parent), str(file / 'results.csv'), 'no/such/folder/results.csv'):
         assert validate.main(['--data-dir', 'data', '--results-file', path]) == 2
         assert '--results-file' in capsys.readouterr().err

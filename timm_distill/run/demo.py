@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UsageError
+from ..utils.console import program_name
 from .stopping import StopRequested
 
 TEACHER = 'test_resnet'
@@ -60,7 +61,7 @@ class DemoStage:
     @property
     def command(self) -> str:
         """The same run as a shell command."""
-        return shlex.join([f'OMP_NUM_THREADS={NUM_THREADS}', 'train_distill.py', *self.argv])
+        return shlex.join([f'OMP_NUM_THREADS={NUM_THREADS}', *program_name('train_distill.py').split(), *self.argv])
 
 
 @dataclass(frozen=True)

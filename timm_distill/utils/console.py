@@ -1,12 +1,18 @@
-"""What a script does where its output is no longer read, as in `train_distill.py --list-kd | head`."""
+"""Scripts on a console: their names, and their end where the output is no longer read, as in `--list-kd | head`."""
 import os
 import select
 import sys
 from typing import Callable
 
-__all__ = ['EXIT_CLOSED_PIPE', 'run_script']
+__all__ = ['EXIT_CLOSED_PIPE', 'program_name', 'run_script']
 
 EXIT_CLOSED_PIPE = 141  # what shells report for other tools: 128 + SIGPIPE
+
+
+def program_name(script: str) -> str:
+    """Return what a user calls to run a script: the script, or the command of `timm-distill` that it was started by."""
+    name = os.path.basename(sys.argv[0])
+    return name if name.startswith('timm-distill ') else script
 
 
 def run_script(main: Callable[[], int]) -> int:
