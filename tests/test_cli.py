@@ -71,9 +71,10 @@ def test_the_script_keeps_its_own_name(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 @pytest.mark.parametrize('number, code', [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signal_while_torch_is_imported_has_its_word_and_code(number: int, code: int) -> None:
-    hook = ('import os, sys\nclass Finder:\n    def find_spec(self, name, path=None, target=None):\n'
-            f'        if name == "torch": os.kill(os.getpid(), {int(number)})\n'
-            'sys.meta_path.insert(0, Finder())\nimport timm_distill_cli\ntimm_distill_cli.main(["train"])\n')
+    hook = (
+        'import os, sys\nclass Finder:\n    def find_spec(self, name, path=None, target=None):\n'
+        f'        if name == "torch": os.kill(os.getpid(), {int(number)})\n'
+        'sys.meta_path.insert(0, Finder())\nimport timm_distill_cli\ntimm_distill_cli.main(["train"])\n')
     out = run_process('-c', hook)
     assert out.returncode == code
     assert out.stderr.startswith('timm-distill train: stopped') and 'nothing is saved yet' in out.stderr

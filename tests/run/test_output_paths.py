@@ -10,7 +10,7 @@ import train_distill
 import validate
 from timm_distill import UsageError
 from timm_distill.checkpoint.file import check_file, check_folder
-from timm_distill.export import release as export
+from timm_distill.export import __main__ as export
 from timm_distill.run import train_script, validate_script
 
 
