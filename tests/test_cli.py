@@ -10,6 +10,7 @@ import timm.utils
 
 import timm_distill_cli
 from timm_distill import __version__, list_methods
+from timm_distill.export import __main__ as export_script
 from timm_distill.run import train_script, validate_script
 
 REPO_DIR = Path(__file__).resolve().parent.parent
@@ -22,6 +23,7 @@ def as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, 'argv', list(sys.argv))
     monkeypatch.setattr(timm.utils, 'setup_default_logging', lambda: None)
     monkeypatch.setattr(validate_script, 'setup_default_logging', lambda: None)
+    monkeypatch.setattr(export_script, 'setup_default_logging', lambda: None)
     monkeypatch.setattr(timm_distill_cli, 'catch_early_signals', lambda program: None)
 
 
@@ -50,13 +52,14 @@ def test_list_prints_the_methods(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize('argv', [
     ['train', '--kd', 'nothing', '--teacher', 'test_resnet', '--data-dir', 'DIR'],
     ['validate', '--checkpoint', 'missing.pth'],
+    ['export', 'missing.pth'],
 ])
 def test_messages_name_the_command_that_was_given(argv: list, capsys: pytest.CaptureFixture) -> None:
     assert timm_distill_cli.main(argv) == 2
     assert capsys.readouterr().err.startswith(f'timm-distill {argv[0]}: error: ')
 
 
-@pytest.mark.parametrize('name', ['train', 'validate'])
+@pytest.mark.parametrize('name', ['train', 'validate', 'export'])
 def test_help_of_a_command_names_it(name: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         timm_distill_cli.main([name, '--help'])

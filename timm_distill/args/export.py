@@ -1,11 +1,13 @@
 """Flags of `python -m timm_distill.export`."""
 import argparse
 
+from ..utils.console import program_name
+
 
 def create_export_parser() -> argparse.ArgumentParser:
     """Parser of `python -m timm_distill.export`."""
     parser = argparse.ArgumentParser(
-        prog='python -m timm_distill.export',
+        prog=program_name('python -m timm_distill.export'),
         description='Give a student away: a checkpoint of train_distill.py as a hub folder, plain weights or ONNX')
     parser.add_argument(
         'checkpoint', metavar='CHECKPOINT',

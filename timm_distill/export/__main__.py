@@ -12,7 +12,7 @@ from timm.utils import setup_default_logging
 from ..args import create_export_parser
 from ..checkpoint.file import check_file, check_folder
 from ..errors import UsageError
-from ..utils.console import run_script
+from ..utils.console import program_name, run_script
 from .release import _require, export_hub, export_onnx, export_weights, load_release, push_to_hub
 
 _logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def cli() -> int:
     try:
         main()
     except UsageError as e:
-        print(f'timm_distill.export: error: {e}', file=sys.stderr)
+        print(f'{program_name("timm_distill.export")}: error: {e}', file=sys.stderr)
         return 2
     return 0
 
