@@ -1,6 +1,7 @@
 """Fixtures that all tests share: a small folder of real images, the golden files, one thread, no network."""
 import os
 from pathlib import Path
+from typing import Any, Generator
 
 import pytest
 
@@ -23,6 +24,15 @@ def find_golden_dir() -> Path:
         return Path(named)
     shared = REPO_DIR.parent / 'shared' / 'golden'
     return shared if shared.is_dir() else REPO_DIR / 'tests' / 'golden'
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, Any, Any]:
+    """Escape names that are no UTF-8 in what a test printed: reports are sent between processes as UTF-8."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors='backslashreplace').decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture(scope='session')
