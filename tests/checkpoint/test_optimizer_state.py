@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from test_checkpoint import StubTask, create_saver
+from stub_task import StubTask, create_saver
 from timm.optim import create_optimizer_v2, list_optimizers
 
 from timm_distill.checkpoint.optimizer_state import get_hidden_state, load_optimizer_state, set_hidden_state

@@ -11,7 +11,7 @@ from typing import Any, List
 
 import pytest
 import torch
-from test_checkpoint import create_saver, create_task, save_epochs, train_step
+from stub_task import create_saver, create_task, save_epochs, train_step
 
 from timm_distill.checkpoint import lock as locking
 from timm_distill.checkpoint.file import read_checkpoint, write_checkpoint

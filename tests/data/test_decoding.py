@@ -1,7 +1,4 @@
 """Promises about grey images of more than 8 bits, and about the other modes."""
-import io
-import json
-import tarfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List
 
@@ -10,13 +7,13 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
+from reader_images import DEEP, READERS, write_folders
 from timm.data import create_dataset
 
 from timm_distill.args import create_train_parser, create_validate_parser
 from timm_distill.data import create_datasets, create_eval_dataset
 from timm_distill.data.decoding import ImageDecoder
 
-DEEP = np.linspace(0, 65535, 48 * 40).round().reshape(48, 40).astype(np.uint16)
 GREY = np.rint(DEEP / 257).astype(np.uint8)  # the same picture in 8 bits
 DATA_CONFIG = {'input_size': (3, 32, 32)}
 
@@ -97,59 +94,6 @@ def test_palette_alpha_and_ink_are_converted_as_timm_converts_them(name: str) ->
     image = create_modes()[name]
     for mode in ('RGB', 'L'):
         assert np.array_equal(np.asarray(ImageDecoder(mode)(image)), np.asarray(image.convert(mode)))
-
-
-def write_folders(root: Path) -> None:
-    for split in ('train', 'validation'):
-        for label in ('a', 'b'):
-            folder = root / split / label
-            folder.mkdir(parents=True)
-            Image.fromarray(DEEP).save(folder / f'{label}.png')
-
-
-def write_tar(root: Path) -> None:
-    write_folders(root / 'folders')
-    with tarfile.open(root / 'images.tar', 'w') as tar:
-        tar.add(root / 'folders' / 'train', arcname='.')
-
-
-def write_parquet(root: Path) -> None:
-    datasets = pytest.importorskip('datasets')
-    write_folders(root / 'folders')
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=['a', 'b']))
-    for split in ('train', 'validation'):
-        paths = sorted((root / 'folders' / split).rglob('*.png'))
-        columns = {'image': [{'bytes': path.read_bytes(), 'path': path.name} for path in paths], 'label': [0, 1]}
-        (root / 'data').mkdir(exist_ok=True)
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(root / 'data' / f'{split}.parquet'))
-
-
-def write_shards(root: Path) -> None:
-    pytest.importorskip('webdataset')
-    data = io.BytesIO()
-    Image.fromarray(DEEP).save(data, format='png')
-    splits = {}
-    for split in ('train', 'validation'):
-        with tarfile.open(root / f'{split}.tar', 'w') as tar:
-            for i in range(2):
-                for name, content in ((f'{i}.png', data.getvalue()), (f'{i}.cls', b'%d' % i)):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-        splits[split] = dict(name=split, num_samples=2, filenames=[f'{split}.tar'], shard_lengths=[2])
-    (root / '_info.json').write_text(json.dumps({'splits': splits}))
-
-
-READERS: Dict[str, Any] = {
-    'folders': (write_folders, lambda root: ['--data-dir', root]),
-    'tar': (write_tar, lambda root: ['--data-dir', root / 'images.tar', '--val-split', '']),
-    'hfds': (write_parquet, lambda root: ['--data-dir', root / 'cache', '--dataset', f'hfds/{root}/data']),
-    'hfids': (write_parquet, lambda root: [
-        '--data-dir', root / 'cache', '--dataset', f'hfids/{root}/data', '--train-num-samples', 2,
-        '--val-num-samples', 2]),
-    'wds': (write_shards, lambda root: ['--data-dir', root, '--dataset', 'wds/images']),
-    'torch': (write_folders, lambda root: ['--data-dir', root, '--dataset', 'torch/image_folder']),
-}
 
 
 @pytest.mark.parametrize('reader', READERS)

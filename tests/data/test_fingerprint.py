@@ -7,9 +7,9 @@ from typing import Any, Callable, Dict, List
 
 import numpy as np
 import pytest
-import test_decoding
+import reader_images
 import torch
-from test_decoding import READERS
+from reader_images import READERS
 from timm.data import create_dataset
 
 from timm_distill.args import create_train_parser
@@ -118,7 +118,7 @@ def test_every_reader_tells_its_data_from_others(
         return fingerprint_dataset(create_datasets(args, {'input_size': (3, 32, 32)}, 2)[0])
 
     first, again = _read('first'), _read('again')
-    monkeypatch.setattr(test_decoding, 'DEEP', 65535 - test_decoding.DEEP)  # other images of the same names
+    monkeypatch.setattr(reader_images, 'DEEP', 65535 - reader_images.DEEP)  # other images of the same names
     other = _read('other')
     assert first['num_samples'] == 2 and describe_changes(first, again) == []
     assert 'but others' in ' '.join(describe_changes(first, other))

@@ -5,7 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from test_checkpoint import create_saver, create_task
+from stub_task import create_saver, create_task
 from test_train_distill import TEACHER, run
 
 import timm_distill.checkpoint.file
