@@ -1,10 +1,12 @@
 """Promises of writing, reading and resuming checkpoints."""
 import argparse
 import errno
+import hashlib
 import logging
 import os
 import pickle
 import random
+import re
 import zipfile
 from types import SimpleNamespace
 from typing import Any, Optional, Tuple
@@ -19,7 +21,7 @@ from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, NativeScaler
 
 import timm_distill.checkpoint.file
-from timm_distill.checkpoint.file import read_checkpoint, verify, write_checkpoint
+from timm_distill.checkpoint.file import DamagedFileError, read_checkpoint, verify, write_checkpoint
 from timm_distill.checkpoint.resume import (
     check_same_run,
     find_newest,
@@ -293,25 +295,80 @@ def test_saving_draws_no_random_numbers(tmp_path):
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_checksum_stands_in_the_file_and_others_read_it(tmp_path):
+def test_others_read_the_file(tmp_path):
     path = str(tmp_path / 'file.pth.tar')
     state = {'state_dict': {'weight': torch.randn(1000)}}
     write_checkpoint(state, path)
-    assert zipfile.ZipFile(path).comment.startswith(b'sha256:')
     for mmap in (False, True):
         assert torch.equal(torch.load(path, mmap=mmap)['state_dict']['weight'], state['state_dict']['weight'])
 
 
-def test_any_flipped_bit_of_the_content_is_detected(tmp_path):
+def flip(data: bytes, position: int, bit: int) -> bytes:
+    damaged = bytearray(data)
+    damaged[position] ^= 1 << bit
+    return bytes(damaged)
+
+
+def test_any_flipped_bit_of_a_tensor_is_detected(tmp_path):
     path = tmp_path / 'file.pth.tar'
-    write_checkpoint({'state_dict': {'weight': torch.randn(100)}}, str(path))
+    weight = torch.randn(100)
+    write_checkpoint({'state_dict': {'weight': weight}}, str(path))
     data = path.read_bytes()
-    for position in random.Random(0).sample(range(len(data) - 80), 60):
-        damaged = bytearray(data)
-        damaged[position] ^= 1 << (position % 8)
-        path.write_bytes(damaged)
-        with pytest.raises(UsageError, match='checksum'):
+    start = data.index(weight.numpy().tobytes())
+    for position in random.Random(0).sample(range(start, start + weight.nbytes), 60):
+        path.write_bytes(flip(data, position, position % 8))
+        with pytest.raises(DamagedFileError, match='checksum'):
             verify(str(path))
+
+
+def test_no_flipped_bit_anywhere_gives_other_content(tmp_path):
+    path = tmp_path / 'file.pth.tar'
+    state = {'state_dict': {'weight': torch.arange(9.), 'number': torch.ones(3, dtype=torch.int8)}, 'epoch': 7}
+    write_checkpoint(state, str(path))
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+    attributes = [match.start() + 38 for match in re.finditer(rb'PK\x01\x02', data)]
+    assert len(attributes) >= 3 and min(attributes) > directory
+    places = [(position, 4) for position in attributes]  # of a folder: torch reads nothing there and says nothing
+    rng = random.Random(0)
+    places += [(rng.randrange(len(data)), rng.randrange(8)) for _ in range(150)]
+    places += [(rng.randrange(directory, len(data)), rng.randrange(8)) for _ in range(150)]
+    caught = 0
+    for position, bit in places:
+        path.write_bytes(flip(data, position, bit))
+        try:
+            loaded = read_checkpoint(str(path))
+        except DamagedFileError:
+            caught += 1
+            continue
+        assert loaded['epoch'] == 7, (position, bit)
+        torch.testing.assert_close(loaded['state_dict'], state['state_dict'], rtol=0, atol=0)
+    assert caught > 100
+
+
+def test_a_file_with_a_sha256_in_its_comment_is_read_and_checked(tmp_path):
+    path = tmp_path / 'file.pth.tar'
+    state = {'state_dict': {'weight': torch.randn(100)}}
+    torch.save(state, path)
+    comment = b'sha256:' + hashlib.sha256(path.read_bytes()).hexdigest().encode()
+    path.write_bytes(path.read_bytes()[:-2] + len(comment).to_bytes(2, 'little') + comment)  # as versions before 0.2
+    assert torch.equal(read_checkpoint(str(path))['state_dict']['weight'], state['state_dict']['weight'])
+    data = path.read_bytes()
+    path.write_bytes(flip(data, data.index(state['state_dict']['weight'].numpy().tobytes()) + 50, 3))
+    with pytest.raises(DamagedFileError, match='checksum'):
+        read_checkpoint(str(path))
+
+
+def test_a_file_written_without_checksums_is_read(tmp_path):
+    path = str(tmp_path / 'file.pth.tar')
+    computes = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({'state_dict': {'weight': torch.ones(3)}}, path)
+    finally:
+        torch.serialization.set_crc32_options(computes)
+    assert torch.equal(read_checkpoint(path)['state_dict']['weight'], torch.ones(3))
 
 
 @pytest.mark.parametrize('damage', ['truncate', 'flip'])

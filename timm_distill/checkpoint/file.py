@@ -1,17 +1,17 @@
 """Files that survive a crash: written beside, flushed, put in place in one step, and checked when they are read.
 
-A checkpoint is an ordinary file of `torch.save` that every reader of such files takes. The SHA-256 of its content
-stands in the comment at its end, a place that the zip format has for such things. Reading is weights-only: tensors,
-numbers, text, containers of these and the `argparse.Namespace` of a run; never code.
+A checkpoint is an ordinary file of `torch.save` that every reader of such files takes: a zip archive with a CRC-32 of
+each tensor, which torch itself does not compare. Reading is weights-only: tensors, numbers, text, containers of these
+and the `argparse.Namespace` of a run; never code.
 """
 import argparse
 import errno
-import hashlib
 import os
 import pickle
 import shutil
 import tempfile
-from typing import Any, BinaryIO, Dict, Optional, Tuple
+import zipfile
+from typing import Any, BinaryIO, Dict, Optional, Tuple, cast
 
 import torch
 
@@ -24,9 +24,7 @@ __all__ = [
     'write_text',
 ]
 
-_PREFIX = b'sha256:'
-_COMMENT_SIZE = len(_PREFIX) + 64
-_BLOCK = 1 << 20
+_DIRECTORY = 0x10  # the attribute by which zip archives tell folders from files
 _MAX_LISTED = 8
 DISK_FULL = {errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC)}
 
@@ -35,17 +33,15 @@ class DamagedFileError(UsageError):
     """A file that cannot be what was written: truncated, changed, or not a checkpoint at all."""
 
 
-class _HashingFile:
-    """A file that torch.save writes into; keeps the hash, and the error that torch reports in its own words."""
+class _WatchedFile:
+    """A file that torch.save writes into; keeps the error, which torch reports in its own words."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
-        self.hash = hashlib.sha256()
         self.error: Optional[OSError] = None
 
     def write(self, data: Any) -> int:
         try:
-            self.hash.update(data)
             return self.file.write(data)
         except OSError as e:
             self.error = e
@@ -82,14 +78,14 @@ def put_in_place(source: str, target: str) -> None:
 
 
 def write_checkpoint(state: Dict[str, Any], path: str) -> None:
-    """Write a checkpoint with its checksum and flush it; nothing stays behind where that fails.
+    """Write a checkpoint and flush it; nothing stays behind where that fails.
 
     Raises:
         OSError: As the file system gave it, for example that no space is left.
     """
     try:
         with open(path, 'wb') as file:
-            _write_hashed(state, file)
+            _write(state, file)
         flush(path)
     except BaseException:  # an interrupt too
         if os.path.exists(path):
@@ -97,17 +93,14 @@ def write_checkpoint(state: Dict[str, Any], path: str) -> None:
         raise
 
 
-def _write_hashed(state: Dict[str, Any], file: BinaryIO) -> None:
-    target = _HashingFile(file)
+def _write(state: Dict[str, Any], file: BinaryIO) -> None:
+    target = _WatchedFile(file)
     try:
-        torch.save(state, target)  # type: ignore[arg-type]
+        torch.save(state, cast(BinaryIO, target))
     except RuntimeError:
         if target.error is not None:
             raise target.error from None
         raise
-    # a zip file ends with the length of its comment in two bytes, and the comment
-    file.seek(-2, os.SEEK_END)
-    file.write(_COMMENT_SIZE.to_bytes(2, 'little') + _PREFIX + target.hash.hexdigest().encode())
 
 
 def write_text(text: str, path: str) -> None:
@@ -141,8 +134,8 @@ class _Counter:
 def checkpoint_size(state: Dict[str, Any]) -> int:
     """Return how many bytes `write_checkpoint` needs."""
     counter = _Counter()
-    torch.save(state, counter)  # type: ignore[arg-type]
-    return counter.size + _COMMENT_SIZE
+    torch.save(state, cast(BinaryIO, counter))
+    return counter.size
 
 
 def why_unwritten(error: BaseException) -> str:
@@ -220,31 +213,35 @@ def _exists(path: str) -> bool:
 
 
 def verify(path: str) -> None:
-    """Compare a checkpoint with its checksum; files of other programs have none and pass.
+    """Compare the tensors of a checkpoint with their checksums; files that have none pass.
 
     Raises:
         DamagedFileError: If the content is not what was written.
     """
-    size = os.path.getsize(path) - _COMMENT_SIZE
-    with open(path, 'rb') as file:
-        file.seek(max(size, 0))
-        comment = file.read()
-        if size < 2 or not comment.startswith(_PREFIX):
-            return
-        file.seek(0)
-        digest = hashlib.sha256()
-        left = size - 2
-        while left:
-            block = file.read(min(left, _BLOCK))
-            digest.update(block)
-            left -= len(block)
-        digest.update(bytes(2))  # the length of the comment, as it was when the hash was taken
-    if digest.hexdigest().encode() != comment[len(_PREFIX):]:
-        raise DamagedFileError(f'{path!r} is damaged: its content does not have the checksum that was written with it.')
+    if not zipfile.is_zipfile(path):  # a part of a checkpoint or another format: torch tells which when it reads it
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = _is_damaged(archive)
+    except PermissionError:
+        raise
+    except Exception as e:  # the archive's own tables fail with anything from BadZipFile to struct.error
+        raise DamagedFileError(f'{path!r} is damaged: {e}.') from e
+    if damaged:
+        raise DamagedFileError(
+            f'{path!r} is damaged: its content does not have the checksum that was written with it.')
+
+
+def _is_damaged(archive: zipfile.ZipFile) -> bool:
+    entries = archive.infolist()
+    if any(entry.external_attr & _DIRECTORY for entry in entries):
+        return True  # torch reads such a tensor as whatever the memory held
+    has_checksums = any(entry.CRC for entry in entries)  # torch.serialization.set_crc32_options(False) leaves them out
+    return has_checksums and archive.testzip() is not None
 
 
 def read_checkpoint(path: str, flag: str = '--resume') -> Dict[str, Any]:
-    """Read a checkpoint, tensors to the CPU, checked against its checksum, without ever running code from it.
+    """Read a checkpoint, tensors to the CPU, checked against their checksums, without ever running code from it.
 
     Args:
         path: A file written by torch.save that holds a dict.
@@ -258,7 +255,7 @@ def read_checkpoint(path: str, flag: str = '--resume') -> Dict[str, Any]:
 
 
 def read_metadata(path: str) -> Dict[str, Any]:
-    """Read a checkpoint for its numbers and flags: tensors stay on disk and the checksum is left out.
+    """Read a checkpoint for its numbers and flags: tensors stay on disk and are not checked.
 
     Raises:
         UsageError: As `read_checkpoint`.
