@@ -57,7 +57,6 @@ def create_distill_task(
         teacher_std: Optional[Sequence[float]] = None,
         teacher_img_size: Optional[int] = None,
         teacher_dtype: Optional[torch.dtype] = None,
-        teacher_stream: bool = False,
         teacher_device: Optional[torch.device] = None,
         device: Union[str, torch.device, None] = None,
         dtype: Optional[torch.dtype] = None,
@@ -99,7 +98,6 @@ def create_distill_task(
         teacher_std: Likewise.
         teacher_img_size: Height and width that the teacher is fed, likewise.
         teacher_dtype: Precision that the teacher computes in; that of the run, autocast included, by default.
-        teacher_stream: Run the teacher in a CUDA stream of its own, beside the student's forward.
         teacher_device: Where the teacher is built, `device` by default; the CPU for one that `Teacher.shard` moves.
         device: Device of everything.
         dtype: Dtype of everything.
@@ -124,8 +122,7 @@ def create_distill_task(
             mean or config.get('mean', IMAGENET_DEFAULT_MEAN), std or config.get('std', IMAGENET_DEFAULT_STD),
             checkpoint=teacher_checkpoint, pretrained=teacher_pretrained, model_kwargs=teacher_kwargs, verbose=verbose,
             source=dict(weights=teacher_weights, mean=teacher_mean, std=teacher_std, img_size=teacher_img_size),
-            device=teacher_device or device, dtype=teacher_dtype or dtype, autocast=teacher_dtype is None,
-            own_stream=teacher_stream)
+            device=teacher_device or device, dtype=teacher_dtype or dtype, autocast=teacher_dtype is None)
         _check_class_counts(model, teacher_model, methods, input_size)
     module = _adapt_student(model, teacher_model, methods, input_size, kd_tap, verbose)
     _start_adapters(module, student, student_kwargs, student_pretrained, verbose)

@@ -109,7 +109,7 @@ class DistillTask(TrainingTask):
         if self.teacher is None:
             logits = self.trainable_module(input)
             return {'loss': self.criterion(logits, target), 'output': logits}
-        teacher = self.teacher_features(input, wait=False)
+        teacher = self.teacher_features(input)
         if self.needs_indices:
             target, teacher.indices = _split_indices(target)
         logits, task_logits, terms = self.trainable_module(input, teacher, target)
@@ -187,12 +187,10 @@ class DistillTask(TrainingTask):
                 if p.requires_grad and id(p) not in reached]
         return loss + sum(0. * p.sum() for p in self._untrained) if self._untrained else loss
 
-    def teacher_features(self, input: torch.Tensor, wait: bool = True) -> Features:
+    def teacher_features(self, input: torch.Tensor) -> Features:
         """Run the teacher on a batch normalised for the student, [B, C, H, W], for all that the methods read."""
         assert self.teacher is not None
-        own_stream = getattr(self.teacher, 'own_stream', False)  # a teacher may be any module
-        run = self.teacher if wait or not own_stream else self.teacher.start
-        features = run(input, self._teacher_outputs)
+        features = self.teacher(input, self._teacher_outputs)
         features.tap = features.feature
         tap = self.module.tap
         if tap is not None and tap.point == 'pre_logits' and features.pre_logits is not None:

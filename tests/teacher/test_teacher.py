@@ -16,7 +16,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.models import resnet18
 
 from timm_distill import Teacher, UsageError, create_distill_task, create_teacher
-from timm_distill.features.spec import Features
 from timm_distill.teacher.fold import settle_batch_norms
 from timm_distill.teacher.preprocessing import InputRecord
 from timm_distill.teacher.teacher import hash_weights
@@ -457,32 +456,6 @@ def test_nothing_is_kept_that_was_not_asked_for() -> None:
     features = teacher(torch.randn(2, *SIZE), frozenset({'logits'}))
     assert len(features.tensors()) == 1 and features.tensors()[0] is features.logits
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in teacher.modules())
-
-
-def test_waiting_for_a_teacher_without_a_stream_does_nothing() -> None:
-    features = Features(logits=torch.zeros(1))
-    features.wait()
-    assert features.ready is None
-
-
-def test_own_stream_without_cuda_is_said_to_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
-    x = torch.randn(2, *SIZE)
-    teacher = Teacher(create_model(), SIZE, own_stream=True)
-    assert '--teacher-stream has no effect' in caplog.text
-    assert torch.equal(teacher.start(x).logits, teacher(x).logits)
-
-
-@pytest.mark.gpu
-def test_teacher_in_its_own_stream_gives_the_same_losses() -> None:
-    def _losses(teacher_stream: bool) -> torch.Tensor:
-        torch.manual_seed(0)
-        task = create_distill_task(
-            'test_efficientnet', create_settled_model(), kd='norm+kd', num_classes=5, input_size=SIZE, device='cuda',
-            teacher_stream=teacher_stream, verbose=False).train()
-        images = torch.randn(8, 64, *SIZE, generator=torch.Generator().manual_seed(1)).cuda()
-        return torch.stack([task(x.clone(), torch.arange(64, device='cuda') % 5)['loss'].detach() for x in images])
-
-    torch.testing.assert_close(_losses(True), _losses(False), rtol=1e-3, atol=1e-4)
 
 
 # The input that it is really fed

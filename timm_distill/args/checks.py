@@ -49,7 +49,6 @@ _NEEDS_KD: Dict[str, Any] = {
     'teacher_std': None,
     'teacher_img_size': None,
     'teacher_dtype': None,
-    'teacher_stream': False,
     'task_loss_weight': None,
     'distill_loss_weight': None,
     'kd_tap': 'auto',
@@ -180,11 +179,8 @@ def _check_distillation(args: argparse.Namespace) -> None:
     """Check what needs no list of methods; the task checks names, weights and options."""
     if args.kd != 'none' and not args.teacher:
         raise UsageError(f'--kd {args.kd} needs a teacher: pass --teacher NAME, or --kd none to train without one')
-    clash = [
-        flag for flag, value in (('--torchcompile', args.torchcompile), ('--teacher-stream', args.teacher_stream))
-        if value]
-    if args.teacher_fsdp and clash:
-        raise UsageError(f'--teacher-fsdp does not go with {" and ".join(clash)}: leave out one of them')
+    if args.teacher_fsdp and args.torchcompile:
+        raise UsageError('--teacher-fsdp does not go with --torchcompile: leave out one of them')
     if args.kd == 'none':
         ignored = [_flag(name) for name, unset in _NEEDS_KD.items() if getattr(args, name) != unset]
         if ignored:

@@ -38,9 +38,6 @@ def add_distillation_args(parser: ArgumentParser) -> None:
         '--teacher-dtype', default=None, choices=['float32', 'bfloat16', 'float16'],
         help='precision that the teacher computes in; None: that of the run, --amp included')
     group.add_argument(
-        '--teacher-stream', action='store_true', default=False,
-        help='on CUDA, run the teacher in a stream of its own beside the student\'s forward')
-    group.add_argument(
         '--teacher-fsdp', action='store_true', default=False,
         help='spread the teacher\'s weights over the processes of a node (fully_shard), for one that '
              'does not fit a device; it is built in host memory first')

@@ -22,7 +22,6 @@ class Features:
         head: The teacher's frozen head, from a map [B, Ct, H, W] or vector [B, D, 1, 1] to logits (teacher only).
         transform_logits: The map that `logits` went through, for other logits that are compared with them.
         indices: Indices of the batch's samples in the training set, [B] (teacher only).
-        ready: What a CUDA stream other than the one that computes them has to wait for (teacher only).
     """
     logits: Optional[torch.Tensor] = None
     feature: Optional[torch.Tensor] = None
@@ -34,7 +33,6 @@ class Features:
     head: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
     transform_logits: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits
     indices: Optional[torch.Tensor] = None
-    ready: Optional[torch.cuda.Event] = None
 
     def tensors(self) -> List[torch.Tensor]:
         """Return what the model gave: logits, feature, pre-logits and stages, as far as they were asked for."""
@@ -46,19 +44,6 @@ class Features:
             None if x is None else x.to(dtype) for x in (self.logits, self.feature, self.pre_logits))
         self.stages = tuple(x.to(dtype) for x in self.stages)
         return self
-
-    def wait(self) -> None:
-        """Let the current CUDA stream wait until the features are there."""
-        if self.ready is not None:
-            self._join(self.ready)
-            self.ready = None
-
-    @torch.compiler.disable
-    def _join(self, ready: torch.cuda.Event) -> None:
-        stream = torch.cuda.current_stream()
-        stream.wait_event(ready)
-        for tensor in self.tensors():
-            tensor.record_stream(stream)
 
 
 @dataclass(frozen=True)

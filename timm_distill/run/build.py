@@ -112,7 +112,6 @@ def build_task(
         teacher_kwargs=args.teacher_kwargs,
         **teacher_input_kwargs(args),
         teacher_dtype=resolve_dtype(args.teacher_dtype),
-        teacher_stream=args.teacher_stream,
         teacher_device=torch.device('cpu') if args.teacher_fsdp else None,
         device=device,
         dtype=precision.model_dtype,

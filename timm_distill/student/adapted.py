@@ -99,7 +99,6 @@ class AdaptedStudent(nn.Module):
         if teacher is None or target is None:
             return features.logits  # type: ignore[return-value]
         logits = features.logits
-        teacher.wait()
         features.logits, teacher.logits = self.transform_logits(logits), self.transform_logits(teacher.logits)
         features.token_logits = self.transform_logits(features.token_logits)
         features.transform_logits = self.transform_logits  # type: ignore[assignment]
@@ -138,8 +137,6 @@ class AdaptedStudent(nn.Module):
             teacher: Optional[Features],
     ) -> Features:
         classifier = self.student.get_submodule(tap.inside)
-        if teacher is not None:
-            teacher.wait()
         with self._delayed_dropout() as dropout:
             match_inside(classifier, None if teacher is None else teacher.tap, dropout)
             features, raw = reader.run_trunk(self.student, images)
@@ -181,10 +178,7 @@ class AdaptedStudent(nn.Module):
         """Run the adapters on the feature of these images at the tap and note their losses."""
         if self.tap is None:
             return feature
-        target = None
-        if teacher is not None:
-            teacher.wait()
-            target = teacher.tap
+        target = None if teacher is None else teacher.tap
         adapted = [
             adapter(site.layout.to_positions(tensor), None if target is None else self._match(site, images, target))
             for adapter, site, tensor in zip(self.adapters, self.tap.sites, self.tap.read(feature))

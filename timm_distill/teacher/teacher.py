@@ -82,7 +82,6 @@ class Teacher(nn.Module):
         fuse: Fold batch norms.
         channels_last: Memory order of the convolutions' weights, which their outputs follow. By default channels_last
             on the CPU, where it is faster whatever order the images have, and as it comes elsewhere.
-        own_stream: On CUDA, run in a stream of its own; see `start`.
         copy_model: Keep a copy, so that `model` stays as it is; else it is frozen and changed.
         records: What is said of its own normalisation, input size and interpolation, the one that counts most first;
             the model's `pretrained_cfg`, its size apart, stands behind them.
@@ -114,7 +113,6 @@ class Teacher(nn.Module):
             autocast: bool = True,
             fuse: bool = True,
             channels_last: Optional[bool] = None,
-            own_stream: bool = False,
             copy_model: bool = True,
             records: Sequence[InputRecord] = (),
     ):
@@ -137,12 +135,8 @@ class Teacher(nn.Module):
         device_type = next(self.model.parameters()).device.type
         if channels_last or channels_last is None and device_type == 'cpu':
             self._order_channels_last(own_input)
-        if own_stream and device_type != 'cuda':
-            _logger.warning(f'--teacher-stream has no effect: the teacher runs on the device {device_type}.')
         self._warn_of_assumptions(student_mean, student_std)
         self.autocast = autocast
-        self.own_stream = own_stream
-        self._stream: Optional[torch.cuda.Stream] = None
         self._register_normalization(student_mean, student_std)
 
     @property
@@ -170,18 +164,7 @@ class Teacher(nn.Module):
         Returns:
             The outputs asked for; the others are None. They have the images' dtype, or autocast's where it is enabled.
         """
-        features = self.start(images, outputs)
-        features.wait()
-        return features
-
-    def start(self, images: torch.Tensor, outputs: AbstractSet[str] = frozenset({'logits'})) -> Features:
-        """Run the teacher as `forward` does, but do not wait for a stream of its own.
-
-        Whoever reads the features calls their `wait()` first.
-        """
         self.model.eval()  # whoever may have called train() on a part of it
-        if self.own_stream and images.is_cuda:
-            return self._run_aside(images, outputs)
         return self._run(images, outputs)
 
     def shard(self, device: torch.device) -> None:
@@ -244,17 +227,6 @@ class Teacher(nn.Module):
     def compile(self, **kwargs: Any) -> None:
         """Compile the forward pass with `torch.compile`'s arguments."""
         self._run = torch.compile(self._run, **kwargs)  # type: ignore[method-assign]
-
-    def _run_aside(self, images: torch.Tensor, outputs: AbstractSet[str]) -> Features:
-        """Run in the teacher's own stream, beside what the current one does next."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(images.device)
-        self._stream.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(self._stream):
-            features = self._run(images, outputs)
-            features.ready = self._stream.record_event()
-        images.record_stream(self._stream)
-        return features
 
     @torch.no_grad()  # not inference mode: its tensors cannot be saved for the backward pass of a loss
     def _run(self, images: torch.Tensor, outputs: AbstractSet[str]) -> Features:
