@@ -17,6 +17,7 @@ from .features.spec import Features
 from .student.adapted import AdaptedStudent
 from .student.merge import MERGE_TOLERANCE
 from .teacher.teacher import Teacher
+from .utils._compat import ignore_in_ddp
 
 _logger = logging.getLogger(__name__)
 
@@ -256,7 +257,7 @@ class DistillTask(TrainingTask):
             torch.distributed.broadcast(buffer, 0)
         kept = {id(buffer) for buffer in memory.values()}
         names = [name for name, buffer in self.trainable_module.named_buffers() if id(buffer) in kept]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.trainable_module, names)
+        ignore_in_ddp(self.trainable_module, names)
 
     def setup_ema(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Create the EMA student; what the methods keep of the run (memory banks) is not copied for it."""

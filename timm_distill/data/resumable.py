@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
+from ..utils._compat import has_started
 from ..utils.random import RandomState, get_rng_state, set_rng_state
 
 _logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class ResumableLoader:
     def state_dict(self) -> Dict[str, Any]:
         """Return whether workers run and the states of their generators, as of the newest batch of each."""
         workers = {**self._restored, **{i: pickle.loads(state) for i, state in self._newest.items()}}
-        return {'started': self.loader._iterator is not None or bool(self._restored), 'workers': workers}
+        return {'started': has_started(self.loader) or bool(self._restored), 'workers': workers}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Let the workers, which must not run yet, start from the states that `state_dict` returned."""

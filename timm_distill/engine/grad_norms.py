@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
+from ..utils._compat import foreach_add_, foreach_div_, get_grad_scaler
+
 _logger = logging.getLogger(__name__)
 
 
@@ -49,9 +51,9 @@ class GradientNorms:
         with _unchanged_buffers(student):
             for name, term in self.task.weighted_terms(result).items():
                 gradients = _gradients(term * (scale / group_size), parameters)
-                torch._foreach_div_(gradients, scale)
+                foreach_div_(gradients, scale)
                 if name in self._sums:
-                    torch._foreach_add_(self._sums[name], gradients)
+                    foreach_add_(self._sums[name], gradients)
                 else:
                     self._sums[name] = gradients
 
@@ -143,14 +145,8 @@ def _gradient_norm(term: torch.Tensor, parameters: Sequence[torch.Tensor]) -> to
 
 
 def _scale_of(loss_scaler: Optional[Any]) -> float:
-    scaler = getattr(loss_scaler, '_scaler', None)  # timm's scaler holds torch's
+    scaler = get_grad_scaler(loss_scaler)
     return 1. if scaler is None else float(scaler.get_scale())
-
-
-def allow_retained_graphs() -> None:
-    """Let compiled graphs be differentiated more than once; to be called before the first of them runs."""
-    from torch._functorch import config
-    config.donated_buffer = False
 
 
 def reached_tensors(result: torch.Tensor) -> Set[int]:
@@ -194,7 +190,7 @@ def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
 def _average_over_ranks(gradients: List[torch.Tensor]) -> None:
     for gradient in gradients:
         dist.all_reduce(gradient)
-    torch._foreach_div_(gradients, dist.get_world_size())
+    foreach_div_(gradients, dist.get_world_size())
 
 
 def _finite_mean(values: Sequence[float]) -> float:

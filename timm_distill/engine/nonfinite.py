@@ -9,6 +9,8 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import torch
 import torch.nn as nn
 
+from ..utils._compat import foreach_add_, foreach_copy_, foreach_mul_, foreach_sub, masks_updates
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -29,7 +31,7 @@ def keep_where(tensors: Sequence[torch.Tensor], keep: torch.Tensor) -> None:
     """
     for dtype, group in _by_dtype(tensors).items():
         bits = [tensor.view(dtype) for tensor in group]
-        torch._foreach_mul_(bits, keep.to(device=group[0].device, dtype=dtype))
+        foreach_mul_(bits, keep.to(device=group[0].device, dtype=dtype))
 
 
 def _by_dtype(tensors: Sequence[torch.Tensor]) -> Dict[torch.dtype, List[torch.Tensor]]:
@@ -57,7 +59,7 @@ class UpdateGuard:
         self.parameters = [p for group in optimizer.param_groups for p in group['params']]
         self.buffers = [buffer for buffer in module.buffers() if buffer.numel()]
         self.eager = _on_cpu(self.parameters) if eager is None else eager
-        self.masks_itself = bool(getattr(optimizer, '_step_supports_amp_scaling', False)) and not self.eager
+        self.masks_itself = masks_updates(optimizer) and not self.eager
         self.watching = False  # look at each update for a while, although it costs a wait
         self.bad_batch: Optional[Tuple[torch.Tensor, torch.Tensor]] = None  # first of a streak that was looked at
         self._is_finite: Optional[torch.Tensor] = None
@@ -68,7 +70,7 @@ class UpdateGuard:
         """Note the buffers before the first batch of an update."""
         self._is_finite = None
         if self.buffers:
-            torch._foreach_copy_(self._saved, self.buffers)
+            foreach_copy_(self._saved, self.buffers)
 
     @torch.no_grad()
     def check(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -119,7 +121,7 @@ class UpdateGuard:
             return
         if self.eager:
             if not self.finite.item():
-                torch._foreach_copy_(self.buffers, self._saved)
+                foreach_copy_(self.buffers, self._saved)
             return
         for (dtype, new), (_, old) in zip(*(_by_dtype(x).items() for x in (self.buffers, self._saved))):
             _select(new, old, dtype, self.finite)
@@ -128,9 +130,9 @@ class UpdateGuard:
 def _select(new: Sequence[torch.Tensor], old: Sequence[torch.Tensor], dtype: torch.dtype, keep: torch.Tensor) -> None:
     """Where `keep` is false, write old into new; in integers, whose differences wrap around and so are exact."""
     new_bits, old_bits = [x.view(dtype) for x in new], [x.view(dtype) for x in old]
-    difference = torch._foreach_sub(old_bits, new_bits)
-    torch._foreach_mul_(difference, (~keep).to(device=new[0].device, dtype=dtype))
-    torch._foreach_add_(new_bits, difference)
+    difference = foreach_sub(old_bits, new_bits)
+    foreach_mul_(difference, (~keep).to(device=new[0].device, dtype=dtype))
+    foreach_add_(new_bits, difference)
 
 
 __all__ = ['UpdateGuard', 'all_finite', 'keep_where']

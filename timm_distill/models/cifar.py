@@ -14,8 +14,8 @@ import torch
 import torch.nn as nn
 from timm.layers import SelectAdaptivePool2d, create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
 
+from ..utils._compat import feature_take_indices
 from ._blocks import (
     InvertedResidual,
     PoolLarge,

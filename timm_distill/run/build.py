@@ -19,6 +19,7 @@ from ..factory import create_distill_task
 from ..features.inputs import CANNOT_RUN, find_patch_size, random_images
 from ..methods._composition import methods_of
 from ..task import DistillTask
+from ..utils._compat import get_learning_rates
 from ..utils.distributed import share_weights
 from .device import (
     Precision,
@@ -221,7 +222,7 @@ def check_rates(args: argparse.Namespace, scheduler: Any, num_epochs: int, updat
     scale = updates_per_epoch if args.sched_on_updates else 1
     for epoch in [*range(0, num_epochs, max(1, num_epochs // 10_000)), num_epochs]:
         try:
-            rates = scheduler._get_lr(epoch * scale)  # timm has no public way to ask
+            rates = get_learning_rates(scheduler, epoch * scale)
             problem = '' if all(0 <= rate < math.inf for rate in rates) else f'is {rates[0]}'
         except (ArithmeticError, TypeError, ValueError) as e:
             problem = f'cannot be computed ({type(e).__name__}: {e})'

@@ -10,10 +10,10 @@ from timm.scheduler import PlateauLRScheduler
 
 from ..checkpoint.resume import done_batches, resume_task
 from ..data import create_pass_loader
-from ..engine.grad_norms import allow_retained_graphs
 from ..report.predictions import PredictionRecorder
 from ..teacher.class_means import cached_class_means, class_means_key, compute_class_means, load_class_means
 from ..teacher.teacher import Teacher
+from ..utils._compat import allow_retained_graphs
 from ..utils.text import model_file_name
 from .state import Run
 from .validation import count_samples, has_single_predictions, validate

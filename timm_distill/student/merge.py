@@ -11,6 +11,7 @@ import torch.nn as nn
 from timm.layers import SplitBatchNorm2d
 
 from ..features.inputs import evaluation_mode
+from ..utils._compat import remove_forward_pre_hook
 from ..utils.precision import full_float32
 from .folding import fold_affine, named_tensors
 from .tap import StudentTap
@@ -141,9 +142,7 @@ def plain_input(model: nn.Module, name: str) -> None:
     """Undo `adapt_input`."""
     layer = model.get_submodule(name)
     layer.__dict__.pop(_INSIDE, None)
-    for key, hook in list(layer._forward_pre_hooks.items()):
-        if hook is _run_adapter:
-            del layer._forward_pre_hooks[key]
+    remove_forward_pre_hook(layer, _run_adapter)
 
 
 def _first(logits: torch.Tensor) -> torch.Tensor:

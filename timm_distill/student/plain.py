@@ -9,6 +9,7 @@ import torch.nn as nn
 from timm.layers import SplitBatchNorm2d
 
 from ..features.inputs import CANNOT_RUN
+from ..utils._compat import get_model_kwargs
 from .merge import MERGE_TOLERANCE, merge_error, plain_input
 from .tap import StudentTap
 
@@ -67,7 +68,7 @@ def _without_distilled_training(model: nn.Module) -> nn.Module:
 def _build_again(student: nn.Module) -> Optional[nn.Module]:
     """Return a new model of the student's architecture, None where timm did not build it."""
     name = (getattr(student, 'pretrained_cfg', None) or {}).get('architecture')
-    kwargs = getattr(student, '_model_args', None)
+    kwargs = get_model_kwargs(student)
     if not name or kwargs is None:
         return None
     kwargs = {'num_classes': getattr(student, 'num_classes', None), **kwargs, 'pretrained': False}

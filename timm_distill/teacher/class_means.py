@@ -19,6 +19,7 @@ from ..checkpoint.file import flush, put_in_place
 from ..data import digest_fingerprint, fingerprint_dataset
 from ..engine.train_log import progress_bar
 from ..errors import UsageError
+from ..utils._compat import list_non_persistent_buffers
 from ..utils.random import get_rng_state, set_rng_state
 from ..utils.text import printable
 from .teacher import Teacher
@@ -109,7 +110,7 @@ def _hash_structure(model: nn.Module) -> str:
         settings = sorted((key, _describe_setting(value)) for key, value in vars(module).items() if key[:1] != '_')
         kept = [(key, text) for key, text in settings if text and key not in _NO_SETTINGS]
         digest.update(f'{name} {type(module).__module__} {type(module).__qualname__} {kept}\n'.encode())
-        for key in sorted(module._non_persistent_buffers_set):  # the state dict of sharded weights takes all processes
+        for key in list_non_persistent_buffers(module):  # the state dict of sharded weights takes all processes
             table = getattr(module, key)
             if table is not None:
                 digest.update(table.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -9,12 +9,11 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set,
 import torch
 import torch.nn as nn
 from timm.utils.model import reparameterize_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..features.classifier import classifier_parameters
 from ..features.inputs import CANNOT_RUN, evaluation_mode, private_generator, random_images
 from ..features.tracing import output_error
+from ..utils._compat import TorchDispatchMode, tree_leaves, writes_to_arguments
 from ..utils.affine import AffineMap, batch_norm_affine, scale_shift, to_float64
 from ..utils.batch_norm import is_batch_norm
 
@@ -127,7 +126,7 @@ class _Trace(TorchDispatchMode):
         views = {_storage(t) for t in tree_leaves(result) if isinstance(t, torch.Tensor)}
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor) and _storage(tensor) in self._outputs:
-                if func._schema.is_mutable or _storage(tensor) not in views:  # a view alone reads nothing
+                if writes_to_arguments(func) or _storage(tensor) not in views:  # a view alone reads nothing
                     self._readers[self._outputs[_storage(tensor)][0]].add(self._running[-1] if self._running else '')
         return result
 
@@ -268,10 +267,10 @@ def _apply(model: nn.Module, pairs: Sequence[Pair]) -> None:
     for pair in pairs:
         norm = model.get_submodule(pair.norm)
         left[norm] = fold_pair(model.get_submodule(pair.layer), norm)
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in left:
-                setattr(parent, name, left[child])
+    for name, child in list(model.named_modules(remove_duplicate=False)):
+        if child in left:
+            parent, _, attribute = name.rpartition('.')
+            setattr(model.get_submodule(parent), attribute, left[child])
 
 
 def _exact_subset(pairs: Sequence[Pair], exact: Callable[[Sequence[Pair]], bool]) -> Sequence[Pair]:

@@ -7,9 +7,9 @@ from typing import Optional, Tuple, Union
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
+from ...utils._compat import BatchNormBase
 from ...utils.precision import to_full_precision
 from .moments import BatchStatistics, Moments, share_moments
 
@@ -23,7 +23,7 @@ def is_known_norm(module: nn.Module) -> bool:
 
 def reads_batch(norm: nn.Module) -> bool:
     """Whether a batch norm normalises with the batch's statistics: in training, and where it has no others."""
-    return isinstance(norm, _BatchNorm) and (norm.training or norm.running_var is None)
+    return isinstance(norm, BatchNormBase) and (norm.training or norm.running_var is None)
 
 
 def count_ranks(norm: nn.Module) -> int:
@@ -86,7 +86,7 @@ def update_running(
     Nothing is kept in eval mode, nor where the norm does not track them. Without a momentum they are averages over all
     batches.
     """
-    assert isinstance(norm, _BatchNorm)
+    assert isinstance(norm, BatchNormBase)
     if not norm.training or not norm.track_running_stats:
         return
     if norm.num_batches_tracked is not None:
@@ -98,7 +98,7 @@ def update_running(
         running.lerp_(value.to(running.dtype), _momentum(norm, running))
 
 
-def _momentum(norm: _BatchNorm, running: torch.Tensor) -> Union[float, torch.Tensor]:
+def _momentum(norm: BatchNormBase, running: torch.Tensor) -> Union[float, torch.Tensor]:
     """Return the share of a batch in the running statistics; as a tensor where the host would wait for it."""
     if norm.momentum is not None:
         return float(norm.momentum)

@@ -1,0 +1,89 @@
+"""Private names of torch and timm in one place, each with the reason why no public name does.
+
+Whatever a new version of either renames is mended here.
+"""
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+import torch
+import torch.nn as nn
+from timm.models._features import feature_take_indices  # reads `indices` as timm's models do; exported for these alone
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase  # public batch norms have no other base in common
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode  # hooks of modules do not see who reads which storage
+from torch.utils._pytree import tree_leaves  # arguments of operators are nested; the public pytree has no stable name
+
+__all__ = [
+    'BatchNormBase', 'TorchDispatchMode', 'allow_retained_graphs', 'feature_take_indices', 'foreach_add_',
+    'foreach_copy_', 'foreach_div_', 'foreach_mul_', 'foreach_sub', 'get_grad_scaler', 'get_learning_rates',
+    'get_model_kwargs', 'has_started', 'ignore_in_ddp', 'list_non_persistent_buffers', 'masks_updates',
+    'remove_forward_pre_hook', 'tree_leaves', 'writes_to_arguments',
+]
+
+# One kernel for a list of tensors, as torch's own optimizers run them; torch has no public one.
+foreach_add_ = torch._foreach_add_
+foreach_copy_ = torch._foreach_copy_
+foreach_div_ = torch._foreach_div_
+foreach_mul_ = torch._foreach_mul_
+foreach_sub = torch._foreach_sub
+
+
+def writes_to_arguments(operator: Any) -> bool:
+    """Whether an operator that a dispatch mode sees changes its arguments: its schema alone tells."""
+    return operator._schema.is_mutable
+
+
+def allow_retained_graphs() -> None:
+    """Let compiled graphs be differentiated more than once; to be called before the first of them runs.
+
+    `torch.compile` has no option of its own for it.
+    """
+    from torch._functorch import config  # reads the environment, and belongs to compiled runs alone
+    config.donated_buffer = False
+
+
+def masks_updates(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer leaves out updates by its `found_inf` on the device, as torch's GradScaler asks."""
+    return bool(getattr(optimizer, '_step_supports_amp_scaling', False))
+
+
+def ignore_in_ddp(module: nn.Module, names: Sequence[str]) -> None:
+    """Let DDP neither broadcast nor reduce parameters and buffers; torch names this way in its documentation of DDP."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
+def list_non_persistent_buffers(module: nn.Module) -> List[str]:
+    """Return the names of a module's own buffers that are in no state dict.
+
+    Comparing names with the state dict would gather the weights of a sharded model, which takes all processes.
+    """
+    return sorted(module._non_persistent_buffers_set)
+
+
+def remove_forward_pre_hook(module: nn.Module, hook: Callable) -> None:
+    """Remove a hook by its function; a handle removes it of the module that was registered with, never of a copy."""
+    for key, registered in list(module._forward_pre_hooks.items()):
+        if registered is hook:
+            del module._forward_pre_hooks[key]
+
+
+def has_started(loader: torch.utils.data.DataLoader) -> bool:
+    """Whether a loader's persistent workers run: only its iterator tells."""
+    return loader._iterator is not None
+
+
+def get_grad_scaler(loss_scaler: Optional[Any]) -> Optional[torch.amp.GradScaler]:
+    """Return torch's scaler in timm's, which has no public way to read the scale; None where there is none."""
+    return getattr(loss_scaler, '_scaler', None)
+
+
+def get_learning_rates(scheduler: Any, step: int) -> List[float]:
+    """Return the rates that a timm schedule has at a step or epoch, without setting them as its public methods do."""
+    return scheduler._get_lr(step)
+
+
+def get_model_kwargs(model: nn.Module) -> Optional[Dict[str, Any]]:
+    """Return the arguments that timm built a model with, None for a model that it did not build.
+
+    timm's `get_model_args` tells the two apart no more, and leaves out the drop rates.
+    """
+    return getattr(model, '_model_args', None)
