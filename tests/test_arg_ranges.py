@@ -166,6 +166,7 @@ def test_an_unknown_argument_of_the_optimizer_is_named_with_the_closest(argv: Li
 
 def test_arguments_of_the_optimizer_and_of_timms_factory_pass() -> None:
     check('train', '--opt-kwargs', 'nesterov=False', 'foreach=True')
+    check('train', '--opt-kwargs', 'filter_bias_and_bn=False')  # decays biases and norms, as papers do
     check('train', '--opt', 'muon', '--opt-kwargs', 'fallback_list=[]', 'ns_steps=4')
 
 

@@ -240,7 +240,9 @@ def test_label_loss_follows_mixup_smoothing_and_bce(folder):
     assert (bce.target_threshold, bce.sum_classes, bce.smoothing, bce.pos_weight.item()) == (0.2, True, 0.1, 2.)
 
 
-@pytest.mark.parametrize('flags', [['-j', '0'], ['-j', '2'], ['-j', '2', '--no-prefetcher', '--aa', 'rand-m9']])
+@pytest.mark.parametrize('flags', [
+    ['-j', '0'], ['-j', '2'], ['-j', '2', '--no-prefetcher', '--aa', 'rand-m9'],
+    ['-j', '0', '--train-crop-mode', 'pad'], ['-j', '2', '--train-crop-mode', 'pad']])
 def test_loaders_go_on_from_a_saved_state_as_if_they_had_never_stopped(folder, flags):
     def epoch(data):
         batches = torch.cat([x for x, _ in data.train]), torch.cat([x for x, _ in data.eval])

@@ -4,6 +4,7 @@ from typing import Any
 from timm.loss import LOSS_TYPES
 
 from .checks import INTERPOLATIONS
+from .combinations import CROP_RATIO, CROP_SCALE
 from .parser import ArgumentParser
 
 
@@ -14,12 +15,13 @@ def add_augmentation_args(parser: ArgumentParser) -> None:
         help='train on plain resized crops; wins over all other augmentation flags')
     group.add_argument(
         '--train-crop-mode', type=str, default=None,
-        help='rrc (random resized crop), rkrc or rkrr (keep the ratio, then crop); None: rrc')
+        help='rrc (random resized crop), rkrc or rkrr (keep the ratio, then crop), pad (the CIFAR papers\': the image '
+             'as in validation, an eighth of zeros on each side, 4 pixels at 32, then a crop at random); None: rrc')
     group.add_argument(
-        '--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='PCT',
+        '--scale', type=float, nargs='+', default=list(CROP_SCALE), metavar='PCT',
         help='smallest and largest part of the image that a training crop covers')
     group.add_argument(
-        '--ratio', type=float, nargs='+', default=[3. / 4., 4. / 3.], metavar='RATIO',
+        '--ratio', type=float, nargs='+', default=list(CROP_RATIO), metavar='RATIO',
         help='smallest and largest aspect ratio of a training crop')
     group.add_argument('--hflip', type=float, default=0.5, help='probability of a horizontal flip')
     group.add_argument('--vflip', type=float, default=0., help='probability of a vertical flip')

@@ -26,7 +26,7 @@ _ONE_OF: Dict[str, Tuple[Optional[str], ...]] = {
     'clip_mode': ('norm', 'value', 'agc'),
     'sched': SCHEDULES,
     'lr_base_scale': ('', 'linear', 'sqrt'),
-    'train_crop_mode': (None, '', 'rrc', 'rkrc', 'rkrr'),
+    'train_crop_mode': (None, '', 'rrc', 'rkrc', 'rkrr', 'pad'),
     'crop_mode': (None, '', 'center', 'squash', 'border'),
     'remode': ('pixel', 'rand', 'const'),
     'mixup_mode': ('batch', 'pair', 'elem'),
@@ -140,7 +140,7 @@ def _optimizer_options(opt: str) -> List[str]:
         return []
     if any(p.kind == p.VAR_KEYWORD for p in parameters):
         return []
-    own = ('foreach', 'fallback_list', 'fallback_no_weight_decay')
+    own = ('filter_bias_and_bn', 'foreach', 'fallback_list', 'fallback_no_weight_decay')
     return sorted({*own, *(p.name for p in parameters)} - {'params'})
 
 

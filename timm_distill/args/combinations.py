@@ -7,6 +7,8 @@ from ..errors import UsageError
 
 _logger = logging.getLogger(__name__)
 
+CROP_SCALE = (0.08, 1.)
+CROP_RATIO = (3 / 4, 4 / 3)
 _EVAL_METRICS = {
     'classification': ('top1', 'top5', 'loss'),
     'multilabel': ('map', 'micro_f1', 'macro_f1', 'sample_f1', 'loss'),
@@ -69,6 +71,9 @@ def _check_naflex(args: argparse.Namespace) -> None:
     _reject(args.use_multi_epochs_loader, '--naflex-loader does not go with --use-multi-epochs-loader')
     _reject(args.aug_splits, '--naflex-loader does not go with --aug-splits')
     _reject(args.aug_repeats, '--naflex-loader does not go with --aug-repeats')
+    _reject(
+        args.train_crop_mode == 'pad',
+        '--naflex-loader crops to lengths of sequences: --train-crop-mode pad works without it')
     _reject(args.no_prefetcher, '--naflex-loader needs the prefetcher, which normalises patches: '
                                 'leave out --no-prefetcher')
     _reject(args.channels_last, '--naflex-loader loads patches, which have no --channels-last order')
@@ -156,6 +161,9 @@ def _warn_of_flags_without_effect(args: argparse.Namespace) -> None:
     ):
         if given and not present:
             _logger.warning(f'{flag} has no effect without {needed}.')
+    for flag, value, default in (('--scale', args.scale, CROP_SCALE), ('--ratio', args.ratio, CROP_RATIO)):
+        if args.train_crop_mode == 'pad' and tuple(value) != default:
+            _logger.warning(f'{flag} has no effect with --train-crop-mode pad.')
     if args.warmup_epochs >= args.epochs and not args.warmup_prefix:
         _logger.warning(
             f'--warmup-epochs {args.warmup_epochs} takes all of --epochs {args.epochs}: the learning rate '

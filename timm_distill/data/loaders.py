@@ -17,6 +17,7 @@ from .fingerprint import Fingerprint, fingerprint_dataset
 from .indexing import IndexedDataset, index_samples
 from .mixup import create_mixup
 from .naflex import PatchSize, create_naflex_eval_loader, create_naflex_train_loader
+from .pad_crop import use_pad_crop
 from .resumable import ResumableLoader, find_resumable, make_resumable
 
 _logger = logging.getLogger(__name__)
@@ -151,11 +152,8 @@ def create_eval_loader(
         _common_kwargs(args, data_config, device, model_dtype, distributed),
         batch_size=batch_size or args.batch_size,
         is_training=False,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        crop_mode=data_config['crop_mode'],
-        crop_border_pixels=getattr(args, 'crop_border_pixels', None),
         num_workers=num_workers,
+        **_resize_kwargs(args, data_config),
     )
     if args.naflex_loader:
         return make_resumable(create_naflex_eval_loader(args, dataset, patch_size or (16, 16), **kwargs))
@@ -166,6 +164,16 @@ def create_eval_loader(
         tf_preprocessing=tf_preprocessing,
         **kwargs,
     ))
+
+
+def _resize_kwargs(args: Namespace, data_config: Dict[str, Any]) -> Dict[str, Any]:
+    """How validation brings an image to the input size."""
+    return dict(
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        crop_border_pixels=getattr(args, 'crop_border_pixels', None),
+    )
 
 
 def _common_kwargs(
@@ -252,12 +260,22 @@ def _create_train_loader(
         if args.train_img_sizes is None:
             raise
         raise UsageError(f'--train-img-sizes cannot be scheduled like this: {error}') from error
+    if args.train_crop_mode == 'pad' and not args.no_aug:
+        _pad_crop(args, data_config, loader)
     if reads_ahead:
         _logger.warning(
             '--use-multi-epochs-loader reads beyond the end of an epoch, which no resumed run can repeat: '
             'after a stop this run goes on, but not as if it had never stopped. Loader processes live as '
             'long as the run without it, too.')
     return (loader if reads_ahead else make_resumable(loader)), mixup_fn
+
+
+def _pad_crop(args: Namespace, data_config: Dict[str, Any], loader: Any) -> None:
+    if data_config['crop_pct'] != 1:
+        _logger.warning(
+            f'--train-crop-mode pad pads images as validation sees them, enlarged and cropped at its crop_pct '
+            f'{data_config["crop_pct"]}. For the papers\' pre-processing, which keeps the pixels, give --crop-pct 1.')
+    use_pad_crop(loader.dataset, mean=data_config['mean'], **_resize_kwargs(args, data_config))
 
 
 def _train_kwargs(args: Namespace, data_config: Dict[str, Any]) -> Dict[str, Any]:
@@ -271,7 +289,7 @@ def _train_kwargs(args: Namespace, data_config: Dict[str, Any]) -> Dict[str, Any
         re_mode=args.remode,
         re_count=args.recount,
         re_split=args.resplit,
-        train_crop_mode=args.train_crop_mode,
+        train_crop_mode=None if args.train_crop_mode == 'pad' else args.train_crop_mode,  # timm's are of its own
         scale=args.scale,
         ratio=args.ratio,
         hflip=args.hflip,
