@@ -87,7 +87,7 @@ def files_of_tree(text: str) -> Set[str]:
 def test_tree_of_contributing_has_one_line_for_every_module_and_none_more() -> None:
     named = files_of_tree(read('CONTRIBUTING.md').partition('## Layout')[2].partition('## Import order')[0])
     modules = [*(REPO_DIR / 'timm_distill').rglob('*.py'), *(REPO_DIR / 'benchmarks').glob('*.py')]
-    modules += REPO_DIR.glob('*.py')
+    modules += [*REPO_DIR.glob('*.py'), *(REPO_DIR / 'recipes').rglob('*.py')]
     actual = {path.relative_to(REPO_DIR).as_posix() for path in modules if path.name != '__init__.py'}
     missing, gone = sorted(actual - named), sorted(named - actual)
     assert not missing and not gone, f"CONTRIBUTING.md's layout needs a line for {missing}, and none for {gone}"
@@ -118,7 +118,7 @@ def known_flags() -> Set[str]:
 
 @pytest.mark.parametrize('page', [page for page in PAGES if page != 'CHANGELOG.md'])  # it names what is gone
 def test_flags_in_the_documents_exist(page: str) -> None:
-    text = re.sub(r'(?m)^.*(?:benchmarks/\w+\.py|mkdocs|torchrun|SLURM).*$', '', read(page))
+    text = re.sub(r'(?m)^.*(?:benchmarks/\w+\.py|cifar100/run\.py|mkdocs|torchrun|SLURM).*$', '', read(page))
     flags = {flag for flag in re.findall(r'(?<![\w-])--[a-z][a-z0-9-]+', text) if flag not in OTHER_FLAGS}
     assert not flags - known_flags(), f'{page}: {sorted(flags - known_flags())}'
 
