@@ -8,7 +8,7 @@ import pytest
 
 from timm_distill import list_methods
 from timm_distill.args import create_export_parser, create_train_parser, create_validate_parser
-from timm_distill.methods._presets import list_presets
+from timm_distill.methods import METHODS
 
 REPO_DIR = Path(__file__).resolve().parent.parent
 PAGES = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', *sorted(
@@ -140,4 +140,4 @@ def test_every_method_and_preset_is_documented_with_its_cost() -> None:
     assert set(list_methods()) <= set(documented)
     costs = re.compile(r'\bCost \d\.\d\d|\bCosts the forward|measure of the costs')
     assert not [name for name in list_methods() if not costs.search(documented[name].split('\n\n')[1])]
-    assert not [preset.name for preset in list_presets() if f'`{preset.name}`' not in text]
+    assert not [preset.name for preset in METHODS.presets().values() if f'`{preset.name}`' not in text]

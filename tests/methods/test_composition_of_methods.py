@@ -4,14 +4,14 @@ from typing import Dict, Iterator, List
 import pytest
 
 from timm_distill.errors import UsageError
-from timm_distill.methods import _presets as presets
+from timm_distill.methods import METHODS, Preset, create_method, list_methods, register_method, register_preset
 from timm_distill.methods._composition import create_composition, expand_kd, parse_kd
-from timm_distill.methods._presets import Preset, get_preset, register_preset
 
 
 @pytest.fixture(autouse=True)
 def _own_presets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(presets, '_PRESETS', {})
+    list_methods()  # found before the presets are replaced
+    monkeypatch.setattr(METHODS, '_presets', {})
     register_preset(Preset('kd++', 'Both.', 'None.', {'kd': 1., 'norm': 2.}, {'kd': {'temperature': 1.}}, ('kdpp',)))
     yield
 
@@ -83,8 +83,33 @@ def test_a_companion_flag_of_a_method_that_is_not_used_is_an_error(companion: Di
         create_composition('norm', **companion)
 
 
-def test_an_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match='kd\\+\\+'):
-        get_preset('kd--')
+@pytest.mark.parametrize('misspelt, known', [('kpdp', 'kdpp'), ('kd-+', 'kd++'), ('nrom', 'norm'), ('kdd++', 'kd++')])
+def test_a_misspelt_name_is_answered_with_the_closest_of_methods_and_presets(misspelt: str, known: str) -> None:
+    with pytest.raises(UsageError) as error:
+        expand_kd(misspelt)
+    assert f"did you mean '{known}'?" in str(error.value)
+
+
+def test_an_unknown_name_lists_methods_and_presets() -> None:
+    with pytest.raises(UsageError, match='--kd takes: .*norm.*, and the presets kd[+][+], kdpp'):
+        expand_kd('unknown')
+
+
+def test_a_preset_is_no_single_method_and_says_what_it_stands_for() -> None:
+    with pytest.raises(UsageError, match=r'kd \(weight 1\), norm \(weight 2\)'):
+        create_method('kd++')
+
+
+def test_methods_and_presets_share_their_names() -> None:
     with pytest.raises(ValueError, match='already'):
         register_preset(Preset('kdpp', 'Again.', 'None.', {'kd': 1.}))
+    with pytest.raises(ValueError, match='already'):
+        register_preset(Preset('norm', 'A method.', 'None.', {'kd': 1.}))
+    with pytest.raises(ValueError, match='already'):
+        register_method('kdpp')(type('Method', (METHODS.get('kd').cls,), {'__doc__': 'A preset.'}))
+
+
+def test_a_preset_with_a_taken_alias_leaves_no_name_behind() -> None:
+    with pytest.raises(ValueError, match='already'):
+        register_preset(Preset('new', 'One.', 'None.', {'kd': 1.}, aliases=('kd',)))
+    assert 'new' not in METHODS.presets()

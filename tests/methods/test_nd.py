@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from golden_data import GoldenCase, assert_golden, case_id, golden_cases
 
 from timm_distill import DistillTask, UsageError, create_distill_task, create_method
+from timm_distill.methods import METHODS
 from timm_distill.methods.nd import EmbeddingHead, class_centers, nd_loss
 
 SIZE, CLASSES = (3, 32, 32), 5
@@ -184,9 +185,9 @@ def test_batch_of_one_is_finite() -> None:
 @pytest.mark.parametrize('name, alias', [
     ('kd++', 'kdpp'), ('dkd++', 'dkdpp'), ('dist++', 'distpp'), ('reviewkd++', 'reviewkdpp'), ('deit++', 'deitpp')])
 def test_presets_have_an_alias_and_nd(name: str, alias: str) -> None:
-    from timm_distill.methods._presets import get_preset
-    assert get_preset(name) is get_preset(alias)
-    assert 'nd' in get_preset(name).weights
+    presets = METHODS.presets()
+    assert presets[name] is presets[alias]
+    assert 'nd' in presets[name].weights
 
 
 def test_presets_warm_up_as_the_authors_scripts_do() -> None:

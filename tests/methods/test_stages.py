@@ -4,12 +4,12 @@ from typing import Any, Sequence, Tuple
 import pytest
 import torch
 
-from timm_distill import UsageError
+from timm_distill import UsageError, create_method
 from timm_distill.features.spec import Features, FeatureSpec, PairSpec, Stage
 from timm_distill.methods._stages import (
-    check_stage_choice,
     match_stages,
     matched_stages,
+    parse_stages,
     select_stages,
     stages_of_pairs,
 )
@@ -53,13 +53,13 @@ def test_stages_of_pairs_are_the_stages_at_the_positions() -> None:
     ('0,2', (0, 2)), ('-1', (-1,)),
 ])
 def test_stages_are_chosen_by_word_or_position(choice: Any, expected: Any) -> None:
-    assert check_stage_choice(choice, 'at.stages') == expected
+    assert parse_stages(choice) == expected
 
 
-@pytest.mark.parametrize('choice', ['first', '', (), (1, 1), None, 'all,last'])
+@pytest.mark.parametrize('choice', ['first', '', (), (1, 1), None, 'all,last', 1.5, [1.5], True, [True]])
 def test_other_choices_of_stages_are_refused_by_name(choice: Any) -> None:
     with pytest.raises(UsageError, match="at.stages=.*'all', 'last', 'middle'"):
-        check_stage_choice(choice, 'at.stages')
+        create_method('at', stages=choice)
 
 
 @pytest.mark.parametrize('choice, expected', [

@@ -4,53 +4,15 @@ A value outside would train for hours on nothing (a momentum of nan), hang (nois
 timm. What timm itself uses is allowed; `tests/test_arg_ranges.py` holds that no numeric flag is left out.
 """
 import argparse
-import math
-from dataclasses import dataclass
 from typing import Any, Dict, Tuple
 
 from ..errors import UsageError
+from ..utils.ranges import LARGEST_SIZE, NOT_NEGATIVE, Range
 
-_LARGEST = 2 ** 31 - 1  # what sizes and counts may be anywhere in torch
-
-
-@dataclass(frozen=True)
-class Range:
-    """Finite numbers from `low` to `high`.
-
-    Attributes:
-        low: Smallest value.
-        high: Largest value.
-        without_low: Leave `low` itself out.
-        without_high: Leave `high` itself out.
-    """
-    low: float = -math.inf
-    high: float = math.inf
-    without_low: bool = False
-    without_high: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        above = value > self.low if self.without_low else value >= self.low
-        below = value < self.high if self.without_high else value <= self.high
-        return above and below and -math.inf < value < math.inf  # which no comparison with nan is
-
-    def __str__(self) -> str:
-        if math.isinf(self.low):
-            return 'a finite number'
-        if math.isinf(self.high):
-            return f'a finite number {"above" if self.without_low else "from"} {self.low:g}'
-        if self.high == _LARGEST:
-            return f'{self.low:g} or more, at most {_LARGEST}'
-        low = f'above {self.low:g}' if self.without_low else f'{self.low:g} or more'
-        high = f'below {self.high:g}' if self.without_high else f'at most {self.high:.12g}'
-        return f'{low} and {high}' if self.without_low or self.without_high else f'between {self.low:g} and ' \
-                                                                                 f'{self.high:.12g}'
-
-
-_COUNT = Range(1, _LARGEST)
-_COUNT_OR_NONE = Range(0, _LARGEST)
+_COUNT = Range(1, LARGEST_SIZE)
+_COUNT_OR_NONE = Range(0, LARGEST_SIZE)
 _FINITE = Range()
 _POSITIVE = Range(0, without_low=True)
-_NOT_NEGATIVE = Range(0)
 _PROBABILITY = Range(0, 1)
 _PART = Range(0, 1, without_low=True)
 _BELOW_ONE = Range(0, 1, without_high=True)
@@ -70,7 +32,7 @@ RANGES: Dict[Range, Tuple[str, ...]] = {
     _POSITIVE: (
         'bce_pos_weight', 'bn_eps', 'clip_grad', 'decay_epochs', 'decay_rate', 'kd_temperature', 'lr_base',
         'lr_cycle_mul', 'lr_k_decay', 'lr_noise_std', 'lr_stable_timescale', 'ratio', 'train_size_schedule_spread'),
-    _NOT_NEGATIVE: (
+    NOT_NEGATIVE: (
         'asl_gamma_neg', 'asl_gamma_pos', 'aug_repeats', 'color_jitter', 'cutmix', 'distill_loss_weight',
         'epoch_repeats', 'loss_weight_power', 'lr', 'lr_cycle_decay', 'min_lr', 'mixup', 'naflex_patch_size_probs',
         'opt_eps', 'poly_gamma', 'scale', 'task_loss_weight', 'train_size_probs', 'warmup_lr', 'weight_decay'),
@@ -87,7 +49,7 @@ RANGES: Dict[Range, Tuple[str, ...]] = {
         'asl_clip', 'bce_target_thresh', 'drop', 'drop_block', 'drop_connect', 'drop_path', 'model_ema_decay',
         'momentum', 'opt_betas', 'smoothing'),
     Range(-1): ('poly_epsilon',),  # from where on the loss falls with the probability
-    Range(-1, _LARGEST): ('local_rank',),  # of launchers that start one process
+    Range(-1, LARGEST_SIZE): ('local_rank',),  # of launchers that start one process
     # images 100 times as large as the crop, or a tenth of it
     Range(0.01, 10): ('crop_pct',),
     # NumPy's seeds are below 2 ** 32, and every process adds its rank

@@ -9,17 +9,22 @@ import sys
 from typing import Any, List
 
 from ..errors import UsageError
+from ..utils.ranges import OneOf, Range
 from ._base import METHODS, DistillMethod, register_method
-from ._presets import list_presets
+from ._presets import Preset, register_preset
 
 __all__ = [
     'METHODS',
     'DistillMethod',
+    'OneOf',
+    'Preset',
+    'Range',
     'create_method',
     'describe_methods',
     'list_methods',
     'load_method_file',
     'register_method',
+    'register_preset',
 ]
 
 
@@ -70,19 +75,20 @@ def load_method_file(path: str) -> None:
 
 
 def describe_methods() -> str:
-    """Return a text that lists each method with its needs, defaults, paper and weight, and each preset."""
+    """Return a text that lists each method with its needs, options, paper and weight, and each preset."""
     blocks = []
     for name in list_methods():
         entry = METHODS.get(name)
-        defaults = ' '.join(f'{name}.{key}={value}' for key, value in entry.defaults.items()) or 'none'
+        options = '\n              '.join(map(str, entry.options.values())) or 'none'
         blocks.append('\n'.join([
             f'{name}: {entry.description}',
             f'    needs     {entry.cls.describe_needs()}',
-            f'    defaults  {defaults}',
+            f'    options   {options}',
             f'    paper     {entry.cls.paper}',
             f'    weight    {entry.cls.published_weight:g} (--kd-weight {name}={entry.cls.published_weight:g})'
             + (f', from: {entry.cls.weight_source}' if entry.cls.weight_source else ''),
         ]))
     blocks.append('Presets, published combinations under one name:')
-    blocks += [preset.describe() for preset in list_presets()]
+    presets = {preset.name: preset for preset in METHODS.presets().values()}
+    blocks += [presets[name].describe() for name in sorted(presets)]
     return '\n\n'.join(blocks)

@@ -3,44 +3,57 @@
 A method knows no loop, no argparse and no other method. Whatever it trains is a submodule of it and used in `forward`,
 so that optimizer, DDP, EMA and checkpoint find it.
 """
-from typing import Any, Callable, ClassVar, Dict, FrozenSet, Mapping, Optional
+from typing import Annotated, Any, Callable, ClassVar, Dict, FrozenSet, Mapping, Optional, Type
 
 import torch
 import torch.nn as nn
 
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
-from ..utils.registry import Registry
+from ..utils.ranges import Range
+from ..utils.registry import LARGEST_NUMBER, Registry
 from ._schedules import Steps
 
 METHODS = Registry('method', '--kd', __package__, entry_points='timm_distill.methods')
 
 
-def check_temperature(method: str, temperature: float) -> None:
-    """Raise a UsageError for a temperature at which float32 keeps nothing of the logits.
-
-    Far above 1 the distributions are equal up to rounding, which the squared temperature then magnifies; far below they
-    are one-hot whatever the logits.
-    """
-    if not 0.01 <= temperature <= 1000:
-        raise UsageError(
-            f'{method}.temperature={temperature!r} must be from 0.01 to 1000 '
-            f'(--kd-kwargs {method}.temperature=4).')
+# Far above 1 distributions are equal up to rounding, which the squared temperature then magnifies; far below they are
+# one-hot whatever the logits.
+Temperature = Annotated[float, Range(0.01, 1000)]
+Weight = Annotated[float, Range(0, LARGEST_NUMBER)]  # 0 leaves a term out
+Count = Annotated[int, Range(1, LARGEST_NUMBER, whole=True)]
+CountOrNone = Annotated[int, Range(0, LARGEST_NUMBER, whole=True)]
+Width = Annotated[int, Range(1, 65536, whole=True)]  # channels of a layer
+WidthOrAuto = Annotated[int, Range(0, 65536, whole=True)]  # 0 for those of a model
 
 
-def register_method(name: str) -> Callable[[type], type]:
+def check_weights(method: str, **weights: float) -> None:
+    """Raise a UsageError where all inner weights of a method's terms are 0."""
+    if not any(weights.values()):
+        names = ' and '.join(f'{method}.{name}' for name in weights)
+        raise UsageError(f'{names} are both 0: {method} has no other term (--kd-kwargs).')
+
+
+def register_method(name: str) -> Callable[[Type['DistillMethod']], type]:
     """Return a class decorator that registers a method under `name`."""
-    return METHODS.register(name)
+    def _register(cls: Type['DistillMethod']) -> type:
+        cls.name = name
+        return METHODS.register(name)(cls)
+    return _register
 
 
 class DistillMethod(nn.Module):
     """Base of all methods. The constructor's keyword arguments are the user's options.
+
+    What an option can be stands in its annotation, `power: Annotated[float, Range(1, 16)] = 2.`, and is checked when a
+    method is created by name; the constructor checks only what concerns several options.
 
     A method that trains something creates it in `build`, when the widths of both models are known. What it keeps of a
     run beside that (a memory bank) is a buffer with `persistent=False`: saved for resume, but neither averaged nor
     copied for the EMA, and not broadcast by DDP. The method itself keeps such a buffer equal on all ranks.
 
     Attributes:
+        name: What it is registered as.
         paper: Authors, venue and link.
         published_weight: Weight of the terms in the published code; the default of `--kd-weight`.
         weight_source: Whose code or text that weight is of, for `--list-kd`.
@@ -54,6 +67,7 @@ class DistillMethod(nn.Module):
         needs_class_means: Reads the teacher's mean pre-logits of every class, given to `set_class_means`.
         mixed_images: Whether mixup and cutmix make sense.
     """
+    name: ClassVar[str] = ''
     paper: ClassVar[str] = ''
     published_weight: ClassVar[float] = 1.
     weight_source: ClassVar[str] = ''

@@ -1,11 +1,10 @@
 """What `--kd` and its companions mean: method names, presets, options, weights and schedules of a composition."""
-import math
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 from ..errors import UsageError
+from ..utils.ranges import NOT_NEGATIVE
 from ._base import METHODS, DistillMethod
-from ._presets import presets_by_name
 from ._schedules import ScheduleSpec, create_weight_schedule
 
 
@@ -53,10 +52,10 @@ def create_composition(
         _check_method(f'--kd-kwargs {method}.{option}', method, options, kd)
         options[method][option] = value
     methods = {name: METHODS.create(name, **options[name]) for name in options}
-    presets = [preset for name, preset in presets_by_name().items() if name in parse_kd(kd)]
+    presets = [METHODS.presets()[name] for name in parse_kd(kd) if name in METHODS.presets()]
     for flag, value in (('--task-loss-weight', task_loss_weight), ('--distill-loss-weight', distill_loss_weight)):
-        if value is not None and not 0 <= value < math.inf:
-            raise UsageError(f'{flag} {value} must be a finite number from 0.')
+        if value is not None and value not in NOT_NEGATIVE:
+            raise UsageError(f'{flag} {value} must be {NOT_NEGATIVE}.')
     weights = _resolve_weights(default_weights, kd_weight, distill_loss_weight)
     if task_loss_weight is None:
         task_loss_weight = next((p.task_loss_weight for p in presets if p.task_loss_weight is not None), 1.)
@@ -82,12 +81,14 @@ def parse_kd(kd: str) -> List[str]:
         return []
     names = [name.strip() for name in _split_known(text)]
     if '' in names or 'none' in names or len(set(names)) < len(names):
-        raise UsageError(f"--kd '{kd}' must be 'none' or different method names joined by '+', e.g. norm+kd.")
+        raise UsageError(
+            f"--kd '{kd}' must be 'none' or different names of methods and presets joined by '+', e.g. "
+            f'norm+kd{METHODS.suggest(text)}.')
     return names
 
 
 def _split_known(text: str) -> List[str]:
-    known = sorted([*presets_by_name(), *METHODS.names()], key=len, reverse=True)
+    known = sorted([*METHODS.presets(), *METHODS.names()], key=len, reverse=True)
     names: List[str] = []
     while True:
         rest = {name: text[len(name):].lstrip() for name in known if text.startswith(name)}
@@ -109,7 +110,7 @@ def expand_kd(kd: str) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
     """
     weights: Dict[str, float] = {}
     options: Dict[str, Dict[str, Any]] = {}
-    presets = presets_by_name()
+    presets = METHODS.presets()
     for name in parse_kd(kd):
         weights_of_name: Mapping[str, float] = (
             presets[name].weights if name in presets else {name: METHODS.get(name).cls.published_weight})
@@ -181,7 +182,7 @@ def _resolve_weights(
             f'--kd-weight names {", ".join(unknown)}, which is not in --kd; '
             f'it takes: {", ".join(default_weights) or "nothing, --kd is none"}.')
     for name, weight in (kd_weight or {}).items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise UsageError(f'--kd-weight {name}={weight} must be a number, 0 or more.')
+        if weight not in NOT_NEGATIVE:
+            raise UsageError(f'--kd-weight {name}={weight} must be {NOT_NEGATIVE}.')
     factor = 1. if distill_loss_weight is None else distill_loss_weight
     return {name: factor * float((kd_weight or {}).get(name, default)) for name, default in default_weights.items()}

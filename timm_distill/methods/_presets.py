@@ -3,9 +3,9 @@
 A preset's name is matched before '+' splits a `--kd` value; an alias needs no quoting in a shell.
 """
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Mapping, Optional, Tuple
 
-from ..errors import UsageError
+from ._base import METHODS
 from ._schedules import Steps, WeightSchedule
 
 
@@ -32,23 +32,23 @@ class Preset:
     schedules: Mapping[str, Steps] = field(default_factory=dict)
     task_loss_weight: Optional[float] = None
 
+    def __str__(self) -> str:
+        weights = dict(self.weights)
+        if self.task_loss_weight is not None:
+            weights['task loss'] = self.task_loss_weight
+        return ', '.join(f'{name} (weight {weight:g})' for name, weight in weights.items())
+
     def describe(self) -> str:
         """Return a text of what the preset stands for."""
-        methods = [f'{name} (weight {weight:g})' for name, weight in self.weights.items()]
         options = [f'{name}.{key}={value}' for name, given in self.options.items() for key, value in given.items()]
         schedules = [f'{name}={WeightSchedule(steps)}' for name, steps in self.schedules.items()]
-        if self.task_loss_weight is not None:
-            methods.append(f'task loss (weight {self.task_loss_weight:g})')
         return '\n'.join([
             f'{" or ".join((self.name, *self.aliases))}: {self.description}',
-            f'    methods   {", ".join(methods)}',
+            f'    methods   {self}',
             *([f'    options   {" ".join(options)}'] if options else []),
             *([f'    schedule  {" ".join(schedules)}'] if schedules else []),
             f'    paper     {self.paper}',
         ])
-
-
-_PRESETS: Dict[str, Preset] = {}
 
 
 def register_preset(preset: Preset) -> Preset:
@@ -57,32 +57,8 @@ def register_preset(preset: Preset) -> Preset:
     Raises:
         ValueError: If a name is taken.
     """
-    for name in (preset.name, *preset.aliases):
-        if name in _PRESETS:
-            raise ValueError(f"preset '{name}' is registered already.")
-        _PRESETS[name] = preset
+    METHODS.register_preset(preset, preset.name, *preset.aliases)
     return preset
-
-
-def presets_by_name() -> Dict[str, Preset]:
-    """Return all presets by name and alias."""
-    return dict(_PRESETS)
-
-
-def get_preset(name: str) -> Preset:
-    """Return the preset of a name or alias.
-
-    Raises:
-        UsageError: If the name is unknown; lists the known ones.
-    """
-    if name not in _PRESETS:
-        raise UsageError(f"Unknown preset '{name}'. --kd takes the presets: {', '.join(sorted(_PRESETS)) or 'none'}.")
-    return _PRESETS[name]
-
-
-def list_presets() -> List[Preset]:
-    """Return all presets, sorted by name."""
-    return sorted({preset.name: preset for preset in _PRESETS.values()}.values(), key=lambda preset: preset.name)
 
 
 def _warmup_from_zero(epochs: int) -> Steps:

@@ -1,14 +1,43 @@
-"""Which stage of a student is compared with which of a teacher."""
+"""Stages of a student and of a teacher that are compared, and the base of the methods that compare them."""
 import math
-from typing import List, Sequence, Tuple, Union
+import operator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Dict, List, Sequence, Tuple, Union
 
 import torch
 
 from ..errors import UsageError
 from ..features.spec import Features, FeatureSpec, PairSpec, Stage
+from ._base import DistillMethod
 
 StagePairs = Tuple[Tuple[int, int], ...]
-StageChoice = Union[str, int, Sequence[int]]
+_WORDS = ('all', 'last', 'middle')
+
+
+@dataclass(frozen=True)
+class StageWords:
+    """Choices of matched stages: a word, a position, several, or several as text ('0,2').
+
+    Attributes:
+        several: Allow more than one stage.
+    """
+    several: bool = True
+
+    def __contains__(self, choice: Any) -> bool:
+        try:
+            stages = parse_stages(choice)
+        except (TypeError, ValueError):
+            return False
+        return self.several or stages != 'all' and (isinstance(stages, str) or len(stages) == 1)
+
+    def __str__(self) -> str:
+        if not self.several:
+            return "one stage: 'last', 'middle' or a position, 0 the shallowest"
+        return "'all', 'last', 'middle' or different positions, 0 the shallowest"
+
+
+StageChoice = Annotated[Union[str, int, Sequence[int]], StageWords()]
+SingleStage = Annotated[Union[str, int, Sequence[int]], StageWords(several=False)]
 
 
 def match_stages(student: FeatureSpec, teacher: FeatureSpec) -> StagePairs:
@@ -43,27 +72,18 @@ def _match_reductions(student: Sequence[int], teacher: Sequence[int]) -> StagePa
     return tuple((own[r], deepest[r]) for r in sorted(own) if r in deepest)
 
 
-def check_stage_choice(choice: StageChoice, option: str) -> Union[str, Tuple[int, ...]]:
-    """Return a user's choice of stages as 'all', 'last', 'middle' or positions.
-
-    Args:
-        choice: One of these words, a position, several, or several as text ('0,2').
-        option: Name of the option, for messages.
+def parse_stages(choice: StageChoice) -> Union[str, Tuple[int, ...]]:
+    """Return a choice of stages as 'all', 'last', 'middle' or positions.
 
     Raises:
-        UsageError: If it is none of these.
+        TypeError, ValueError: If it is none of these.
     """
-    if choice in ('all', 'last', 'middle'):
+    if choice in _WORDS:
         return str(choice)
-    try:
-        items = choice.split(',') if isinstance(choice, str) else [choice] if isinstance(choice, int) else choice
-        positions = tuple(int(item) for item in items)
-    except (TypeError, ValueError):
-        positions = ()
-    if not positions or len(set(positions)) < len(positions):
-        raise UsageError(
-            f"{option}={choice!r} must be 'all', 'last', 'middle' or different positions among the "
-            f'matched stages, counted from 0 at the shallowest (--kd-kwargs {option}=1,2).')
+    items = choice.split(',') if isinstance(choice, str) else [choice] if isinstance(choice, int) else choice
+    positions = tuple(int(item) if isinstance(item, str) else operator.index(item) for item in items)
+    if not positions or len(set(positions)) < len(positions) or bool in map(type, items):
+        raise ValueError(f'{choice!r} is not {StageWords()}.')
     return positions
 
 
@@ -77,7 +97,7 @@ def select_stages(
 
     Args:
         pair: Student and teacher.
-        choice: What `check_stage_choice` returned.
+        choice: What `parse_stages` returned.
         option: Name of the option, 'METHOD.stages', for messages.
         spatial: Only stages with more than one position, for methods that compare positions.
 
@@ -110,3 +130,43 @@ def matched_stages(student: Features, teacher: Features, pairs: StagePairs) -> L
 
 def _common_positions(student: Stage, teacher: Stage) -> int:
     return min(student.shape[1], teacher.shape[1]) * min(student.shape[2], teacher.shape[2])
+
+
+class StageMethod(DistillMethod):
+    """Base of the methods that compare matched stages: they build what they train for these, and compare their maps.
+
+    Args:
+        stages: Which matched stages.
+
+    Attributes:
+        spatial: Compares positions, so that stages of one position are left out.
+        neighbours: What is compared of neighbouring stages, of which it needs two; '' for a method that takes one.
+    """
+    student_outputs = frozenset({'stages'})
+    teacher_outputs = frozenset({'stages'})
+    spatial: ClassVar[bool] = False
+    neighbours: ClassVar[str] = ''
+
+    def __init__(self, stages: StageChoice):
+        super().__init__()
+        self.stages = parse_stages(stages)
+        self.pairs: StagePairs = ()
+
+    def build(self, pair: PairSpec) -> None:
+        self.pairs = select_stages(pair, self.stages, f'{self.name}.stages', self.spatial)
+        if self.neighbours and len(self.pairs) < 2:
+            raise UsageError(
+                f'{self.name} compares {self.neighbours} neighbouring stages and needs two; {self.name}.stages='
+                f'{self.stages} of this pair gives one. Use --kd at, sp or fitnet, which take a single stage.')
+        self.build_stages(stages_of_pairs(pair.student, pair.teacher, self.pairs))
+
+    def build_stages(self, stages: List[Tuple[Stage, Stage]]) -> None:
+        """Create what the method trains for pairs of stages, shallow to deep."""
+
+    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        students, teachers = zip(*matched_stages(student, teacher, self.pairs))
+        return self.compare(students, teachers)
+
+    def compare(self, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """Return the terms of the matched maps, [B, Cs, Hs, Ws] and [B, Ct, Ht, Wt] each, shallow to deep."""
+        raise NotImplementedError

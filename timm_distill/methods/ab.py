@@ -11,26 +11,19 @@ Published is a first phase of this loss alone, then training on labels; here it 
 `--kd-schedule ab=initialize` keeps it to the first 30 epochs. The scale is that of the common implementation: summed
 over neurons, mean over samples, times 0.003, halved for each stage up from the deepest.
 """
-from typing import Dict, Sequence, Tuple
+from typing import Annotated, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..errors import UsageError
-from ..features.spec import Features, PairSpec
+from ..features.spec import Stage
 from ..losses import pool_to_grid
 from ..utils.precision import in_full_precision
-from ._base import DistillMethod, register_method
+from ..utils.ranges import Range
+from ._base import register_method
 from ._layers import conv_norm
-from ._stages import (
-    StageChoice,
-    StagePairs,
-    check_stage_choice,
-    matched_stages,
-    select_stages,
-    stages_of_pairs,
-)
+from ._stages import StageChoice, StageMethod
 
 _SCALE = 3e-3
 
@@ -67,37 +60,29 @@ def match_responses(student: torch.Tensor, teacher: torch.Tensor) -> Tuple[torch
 
 
 @register_method('ab')
-class AB(DistillMethod):
+class AB(StageMethod):
     """Which of the teacher's neurons fire in intermediate features.
 
     Args:
         margin: Distance from zero that is asked of the student's responses.
         stages: Which matched stages: 'all', 'last', 'middle' or positions, shallow to deep.
-
-    Raises:
-        UsageError: If a value is not allowed.
     """
     paper = 'Heo et al., AAAI 2019, https://arxiv.org/abs/1811.03233'
     weight_source = 'RepDistiller'
-    student_outputs = frozenset({'stages'})
-    teacher_outputs = frozenset({'stages'})
     schedules = {'initialize': ((0, 1.), (30, 0.))}
 
-    def __init__(self, margin: float = 1., stages: StageChoice = 'all'):
-        super().__init__()
-        if not 0 < margin <= 1000:
-            raise UsageError(f'ab.margin={margin!r} must be above 0 and at most 1000 (--kd-kwargs ab.margin=1).')
+    def __init__(
+            self,
+            margin: Annotated[float, Range(0, 1000, without_low=True)] = 1.,
+            stages: StageChoice = 'all',
+    ):
+        super().__init__(stages)
         self.margin = float(margin)
-        self.stages = check_stage_choice(stages, 'ab.stages')
-        self.pairs: StagePairs = ()
 
-    def build(self, pair: PairSpec) -> None:
-        self.pairs = select_stages(pair, self.stages, 'ab.stages')
-        self.connectors = nn.ModuleList([
-            conv_norm(s.shape[0], t.shape[0], 1)
-            for s, t in stages_of_pairs(pair.student, pair.teacher, self.pairs)])
+    def build_stages(self, stages: List[Tuple[Stage, Stage]]) -> None:
+        self.connectors = nn.ModuleList([conv_norm(s.shape[0], t.shape[0], 1) for s, t in stages])
 
-    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        matched = [match_responses(*stages) for stages in matched_stages(student, teacher, self.pairs)]
+    def compare(self, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]) -> Dict[str, torch.Tensor]:
+        matched = [match_responses(*pair) for pair in zip(students, teachers)]
         responses = [connector(s) for connector, (s, _) in zip(self.connectors, matched)]
         return {'ab_loss': activation_boundary_loss(responses, [t for _, t in matched], self.margin)}

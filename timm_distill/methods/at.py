@@ -6,16 +6,15 @@ Paying More Attention to Attention: Improving the Performance of Convolutional N
 The attention map of a feature is its energy at each position, scaled to unit length. `power=2` is the published
 variant. The scale is that of the common implementation, a mean over samples and positions; its weight is 1000.
 """
-from typing import Dict, Sequence
+from typing import Annotated, Dict, Sequence
 
 import torch
 
-from ..errors import UsageError
-from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, match_grids
 from ..utils.precision import in_full_precision
-from ._base import DistillMethod, register_method
-from ._stages import StageChoice, StagePairs, check_stage_choice, matched_stages, select_stages
+from ..utils.ranges import Range
+from ._base import register_method
+from ._stages import StageChoice, StageMethod
 
 
 def attention_map(feature: torch.Tensor, power: float = 2.) -> torch.Tensor:
@@ -48,33 +47,25 @@ def attention_transfer_loss(
 
 
 @register_method('at')
-class AT(DistillMethod):
+class AT(StageMethod):
     """Attention maps of intermediate features.
 
     Args:
-        power: Exponent of the activations, more than 1.
+        power: Exponent of the activations.
         stages: Which matched stages: 'all', 'last', 'middle' or positions, shallow to deep.
-
-    Raises:
-        UsageError: If a value is not allowed.
     """
     paper = 'Zagoruyko and Komodakis, ICLR 2017, https://arxiv.org/abs/1612.03928'
     published_weight = 1000.
     weight_source = 'RepDistiller'
-    student_outputs = frozenset({'stages'})
-    teacher_outputs = frozenset({'stages'})
+    spatial = True
 
-    def __init__(self, power: float = 2., stages: StageChoice = 'all'):
-        super().__init__()
-        if not 1 < power <= 16:
-            raise UsageError(f'at.power={power!r} must be more than 1 and at most 16 (--kd-kwargs at.power=2).')
+    def __init__(
+            self,
+            power: Annotated[float, Range(1, 16, without_low=True)] = 2.,
+            stages: StageChoice = 'all',
+    ):
+        super().__init__(stages)
         self.power = float(power)
-        self.stages = check_stage_choice(stages, 'at.stages')
-        self.pairs: StagePairs = ()
 
-    def build(self, pair: PairSpec) -> None:
-        self.pairs = select_stages(pair, self.stages, 'at.stages', spatial=True)
-
-    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        students, teachers = zip(*matched_stages(student, teacher, self.pairs))
+    def compare(self, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]) -> Dict[str, torch.Tensor]:
         return {'at_loss': attention_transfer_loss(students, teachers, self.power)}

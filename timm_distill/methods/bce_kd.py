@@ -9,18 +9,15 @@ the teacher each question too; it is for teachers whose own training was binary 
 logits of a softmax teacher have no scale of their own. Both are means over samples and classes, as timm's binary
 cross-entropy is; `reduction='sum'` sums over classes (`--bce-sum`).
 """
-from typing import Dict
+from typing import Annotated, Dict
 
 import torch
 import torch.nn.functional as F
 
-from ..errors import UsageError
 from ..features.spec import Features
 from ..losses import to_full_precision
-from ._base import DistillMethod, check_temperature, register_method
-
-TARGETS = ('softmax', 'sigmoid')
-REDUCTIONS = ('mean', 'sum')
+from ..utils.ranges import OneOf
+from ._base import DistillMethod, Temperature, register_method
 
 
 def binary_kd_loss(
@@ -58,21 +55,17 @@ class BinaryKD(DistillMethod):
             on binary cross-entropy themselves).
         temperature: Divides both logits; the loss is multiplied by its square.
         reduction: 'mean' over samples and classes, or 'sum' over classes and mean over samples.
-
-    Raises:
-        UsageError: If a value is not allowed.
     """
     paper = 'Hao et al., NeurIPS 2023, https://arxiv.org/abs/2305.15781'
     weight_source = "the authors' code"
 
-    def __init__(self, target: str = 'softmax', temperature: float = 1., reduction: str = 'mean'):
+    def __init__(
+            self,
+            target: Annotated[str, OneOf('softmax', 'sigmoid')] = 'softmax',
+            temperature: Temperature = 1.,
+            reduction: Annotated[str, OneOf('mean', 'sum')] = 'mean',
+    ):
         super().__init__()
-        for name, value, allowed in (('target', target, TARGETS), ('reduction', reduction, REDUCTIONS)):
-            if value not in allowed:
-                raise UsageError(
-                    f'bce_kd.{name}={value!r} must be one of {", ".join(allowed)} '
-                    f'(--kd-kwargs bce_kd.{name}={allowed[0]}).')
-        check_temperature('bce_kd', temperature)
         self.target, self.temperature, self.reduction = target, float(temperature), reduction
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:

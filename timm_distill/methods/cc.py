@@ -11,10 +11,9 @@ from typing import Dict
 import torch
 import torch.nn as nn
 
-from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..utils.precision import in_full_precision
-from ._base import DistillMethod, register_method
+from ._base import DistillMethod, Width, register_method
 
 
 @in_full_precision
@@ -38,9 +37,6 @@ class CC(DistillMethod):
 
     Args:
         width: Dimensions of the embedding.
-
-    Raises:
-        UsageError: If the width is not positive.
     """
     paper = 'Peng et al., ICCV 2019, https://arxiv.org/abs/1904.01802'
     published_weight = 0.02
@@ -48,10 +44,8 @@ class CC(DistillMethod):
     student_outputs = frozenset({'pre_logits'})
     teacher_outputs = frozenset({'pre_logits'})
 
-    def __init__(self, width: int = 128):
+    def __init__(self, width: Width = 128):
         super().__init__()
-        if not 1 <= width <= 65536:
-            raise UsageError(f'cc.width={width!r} must be from 1 to 65536 (--kd-kwargs cc.width=128).')
         self.width = width
 
     def build(self, pair: PairSpec) -> None:

@@ -13,7 +13,7 @@ The defaults are the official code's (128 dimensions, K = 16384, T = 0.07, momen
 the term is 0.8. Negatives are drawn with replacement, which the official code does only where a class has fewer.
 """
 import math
-from typing import Dict
+from typing import Annotated, Dict
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, to_full_precision
-from ._base import DistillMethod, check_temperature, register_method
+from ..utils.ranges import OneOf, Range
+from ._base import Count, DistillMethod, Temperature, register_method
 
-_MODES = ('exact', 'relax', 'instance')
 _MOST_NUMBERS = 2 ** 27  # half a gigabyte for each image of a batch
 _MANY = 2 ** 62  # a remainder of a number below this is as good as uniform
 
@@ -74,7 +74,7 @@ class CRD(DistillMethod):
         half_banks: Keep the banks in float16, half the memory.
 
     Raises:
-        UsageError: If a value is not allowed.
+        UsageError: If negatives times width is more than fits.
     """
     paper = 'Tian et al., ICLR 2020, https://arxiv.org/abs/1910.10699'
     published_weight = 0.8
@@ -94,27 +94,19 @@ class CRD(DistillMethod):
 
     def __init__(
             self,
-            embed_dim: int = 128,
-            negatives: int = 16384,
-            temperature: float = 0.07,
-            momentum: float = 0.5,
-            mode: str = 'exact',
+            embed_dim: Count = 128,
+            negatives: Count = 16384,
+            temperature: Temperature = 0.07,
+            momentum: Annotated[float, Range(0, 1, without_high=True)] = 0.5,
+            mode: Annotated[str, OneOf('exact', 'relax', 'instance')] = 'exact',
             half_banks: bool = False,
     ):
         super().__init__()
-        for name, value in (('embed_dim', embed_dim), ('negatives', negatives)):
-            if value < 1:
-                raise UsageError(f'crd.{name}={value!r} must be 1 or more.')
         if embed_dim * negatives > _MOST_NUMBERS:
             raise UsageError(
                 f'crd.negatives={negatives} of crd.embed_dim={embed_dim} are {embed_dim * negatives:.3g} '
                 f'numbers for every image of a batch, of which {_MOST_NUMBERS:.3g} are allowed '
                 '(--kd-kwargs crd.negatives=16384 crd.embed_dim=128).')
-        check_temperature('crd', temperature)
-        if not 0 <= momentum < 1:
-            raise UsageError(f'crd.momentum={momentum!r} must be from 0 to below 1 (--kd-kwargs crd.momentum=0.5).')
-        if mode not in _MODES:
-            raise UsageError(f"crd.mode={mode!r} must be one of {', '.join(_MODES)}.")
         self.embed_dim = embed_dim
         self.negatives = negatives
         self.temperature = float(temperature)

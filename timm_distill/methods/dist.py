@@ -11,16 +11,14 @@ official code. Probabilities that are all alike, as those of a classifier that s
 either: their term has the official value and the gradient towards the teacher's direction, not divided by a deviation
 that is rounding alone.
 """
-import math
 from typing import Dict, Tuple
 
 import torch
 import torch.nn.functional as F
 
-from ..errors import UsageError
 from ..features.spec import Features
 from ..losses import is_constant, to_full_precision
-from ._base import DistillMethod, check_temperature, register_method
+from ._base import DistillMethod, Temperature, Weight, check_weights, register_method
 
 EPS = 1e-8  # added to the product of the norms
 
@@ -71,19 +69,14 @@ class DIST(DistillMethod):
         temperature: Divides both logits; the terms are multiplied by its square.
 
     Raises:
-        UsageError: If a weight is negative, both are 0 or the temperature is not positive.
+        UsageError: If both weights are 0.
     """
     paper = 'Huang et al., NeurIPS 2022, https://arxiv.org/abs/2205.10536'
     weight_source = "the authors' code for ImageNet"
 
-    def __init__(self, beta: float = 1., gamma: float = 1., temperature: float = 1.):
+    def __init__(self, beta: Weight = 1., gamma: Weight = 1., temperature: Temperature = 1.):
         super().__init__()
-        for name, value in (('beta', beta), ('gamma', gamma)):
-            if not 0 <= value < math.inf:
-                raise UsageError(f'dist.{name}={value!r} must be 0 or more (--kd-kwargs dist.{name}=1).')
-        if not beta and not gamma:
-            raise UsageError('dist.beta and dist.gamma are both 0: dist has no other term.')
-        check_temperature('dist', temperature)
+        check_weights('dist', beta=beta, gamma=gamma)
         self.beta, self.gamma, self.temperature = float(beta), float(gamma), float(temperature)
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:

@@ -10,16 +10,14 @@ linear warm-up over 20 epochs: `--kd-schedule dkd=warmup:20`.
 All probabilities stay logarithms, so that a confident student has a finite loss and gradient. A soft label counts as
 the mixture of its two largest classes, which is exact for mixup and cutmix with or without label smoothing.
 """
-import math
 from typing import Dict, Tuple
 
 import torch
 import torch.nn.functional as F
 
-from ..errors import UsageError
 from ..features.spec import Features
 from ..losses import to_full_precision
-from ._base import DistillMethod, check_temperature, register_method
+from ._base import DistillMethod, Temperature, Weight, check_weights, register_method
 
 
 def decoupled_divergences(
@@ -108,19 +106,14 @@ class DKD(DistillMethod):
         temperature: Divides both logits; the loss is multiplied by its square.
 
     Raises:
-        UsageError: If a weight is negative, both are 0 or the temperature is not positive.
+        UsageError: If both weights are 0.
     """
     paper = 'Zhao et al., CVPR 2022, https://arxiv.org/abs/2203.08679'
     weight_source = "the authors' code"
 
-    def __init__(self, alpha: float = 1., beta: float = 8., temperature: float = 4.):
+    def __init__(self, alpha: Weight = 1., beta: Weight = 8., temperature: Temperature = 4.):
         super().__init__()
-        for name, value in (('alpha', alpha), ('beta', beta)):
-            if not 0 <= value < math.inf:
-                raise UsageError(f'dkd.{name}={value!r} must be 0 or more (--kd-kwargs dkd.{name}=1).')
-        if not alpha and not beta:
-            raise UsageError('dkd.alpha and dkd.beta are both 0: dkd has no other part.')
-        check_temperature('dkd', temperature)
+        check_weights('dkd', alpha=alpha, beta=beta)
         self.alpha, self.beta, self.temperature = float(alpha), float(beta), float(temperature)
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:

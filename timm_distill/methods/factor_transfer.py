@@ -10,27 +10,22 @@ Published is a first phase that trains the paraphraser alone. Here it trains bes
 error is a term of its own, the teacher's factor is a constant for the student's. Inner weights: 200 for the factors,
 as in the common implementation, 1 for the reconstruction. `difference_power=1` is the published L1 distance.
 """
-import math
-from typing import Dict, Tuple
+from typing import Annotated, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..errors import UsageError
-from ..features.spec import Features, PairSpec
+from ..features.spec import Stage
 from ..losses import l2_normalize, match_grids
 from ..utils.precision import in_full_precision
-from ._base import DistillMethod, register_method
+from ..utils.ranges import OneOf, Range
+from ..utils.registry import LARGEST_NUMBER
+from ._base import register_method
 from ._layers import BatchNorm2d
-from ._stages import (
-    StageChoice,
-    StagePairs,
-    check_stage_choice,
-    matched_stages,
-    select_stages,
-    stages_of_pairs,
-)
+from ._stages import SingleStage, StageMethod
+
+PositiveWeight = Annotated[float, Range(0, LARGEST_NUMBER, without_low=True)]
 
 
 @in_full_precision
@@ -103,7 +98,7 @@ class Translator(nn.Module):
 
 
 @register_method('ft')
-class FactorTransfer(DistillMethod):
+class FactorTransfer(StageMethod):
     """Factors of the last feature: the teacher's from an autoencoder that trains along.
 
     Args:
@@ -112,51 +107,33 @@ class FactorTransfer(DistillMethod):
         factor_weight: Weight of the factors' difference.
         reconstruction_weight: Weight of the paraphraser's reconstruction error, which the student does not see.
         stages: Which matched stage: 'last', 'middle' or one position, shallow to deep.
-
-    Raises:
-        UsageError: If a value is not allowed.
     """
     paper = 'Kim et al., NeurIPS 2018, https://arxiv.org/abs/1802.04977'
     weight_source = 'RepDistiller, whose 200 is ft.factor_weight'
-    student_outputs = frozenset({'stages'})
-    teacher_outputs = frozenset({'stages'})
+    spatial = True
 
     def __init__(
             self,
-            factor_rate: float = 0.5,
-            difference_power: int = 1,
-            factor_weight: float = 200.,
-            reconstruction_weight: float = 1.,
-            stages: StageChoice = 'last',
+            factor_rate: Annotated[float, Range(0, 16, without_low=True)] = 0.5,
+            difference_power: Annotated[int, OneOf(1, 2)] = 1,
+            factor_weight: PositiveWeight = 200.,
+            reconstruction_weight: PositiveWeight = 1.,
+            stages: SingleStage = 'last',
     ):
-        super().__init__()
-        if difference_power not in (1, 2):
-            raise UsageError(f'ft.difference_power={difference_power!r} must be 1 or 2.')
-        if not 0 < factor_rate <= 16:
-            raise UsageError(
-                f'ft.factor_rate={factor_rate!r} must be above 0 and at most 16 (--kd-kwargs '
-                'ft.factor_rate=0.5).')
-        for name, value in (('factor_weight', factor_weight), ('reconstruction_weight', reconstruction_weight)):
-            if not 0 < value < math.inf:
-                raise UsageError(f'ft.{name}={value!r} must be positive.')
+        super().__init__(stages)
         self.factor_rate = float(factor_rate)
         self.difference_power = difference_power
         self.factor_weight = float(factor_weight)
         self.reconstruction_weight = float(reconstruction_weight)
-        self.stages = check_stage_choice(stages, 'ft.stages')
-        if self.stages == 'all' or not isinstance(self.stages, str) and len(self.stages) > 1:
-            raise UsageError(f"ft.stages={stages!r} must be one stage: 'last', 'middle' or a position.")
-        self.pairs: StagePairs = ()
 
-    def build(self, pair: PairSpec) -> None:
-        self.pairs = select_stages(pair, self.stages, 'ft.stages', spatial=True)
-        (student, teacher), = stages_of_pairs(pair.student, pair.teacher, self.pairs)
+    def build_stages(self, stages: List[Tuple[Stage, Stage]]) -> None:
+        (student, teacher), = stages
         width = max(1, int(self.factor_rate * teacher.shape[0]))
         self.paraphraser = Paraphraser(teacher.shape[0], width)
         self.translator = Translator(student.shape[0], width)
 
-    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        (of_student, of_teacher), = matched_stages(student, teacher, self.pairs)
+    def compare(self, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]) -> Dict[str, torch.Tensor]:
+        (of_student,), (of_teacher,) = students, teachers
         factor, reconstruction = self.paraphraser(of_teacher.detach())
         difference = factor_loss(self.translator(of_student), factor, self.difference_power)
         return {

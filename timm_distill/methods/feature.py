@@ -4,15 +4,15 @@ The student's pre-logits, projected by a linear layer where the widths differ, a
 `loss='mse'` is `timm.task.FeatureDistillationTask` (timm 1.0.31), with the same numbers; `loss='cosine'` compares
 directions alone.
 """
-from typing import Dict, Optional
+from typing import Annotated, Dict, Optional
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, to_full_precision
+from ..utils.ranges import OneOf
 from ._base import DistillMethod, register_method
 
 
@@ -31,19 +31,14 @@ class PooledFeature(DistillMethod):
 
     Args:
         loss: 'mse' (timm's) or 'cosine'.
-
-    Raises:
-        UsageError: If the loss is neither.
     """
     paper = 'timm 1.0.31, https://github.com/huggingface/pytorch-image-models (FeatureDistillationTask)'
     weight_source = "timm's FeatureDistillationTask"
     student_outputs = frozenset({'pre_logits'})
     teacher_outputs = frozenset({'pre_logits'})
 
-    def __init__(self, loss: str = 'mse'):
+    def __init__(self, loss: Annotated[str, OneOf(*LOSSES)] = 'mse'):
         super().__init__()
-        if loss not in LOSSES:
-            raise UsageError(f"feature.loss={loss!r} must be one of {', '.join(LOSSES)}.")
         self.loss = loss
         self.projection: Optional[nn.Module] = None
 

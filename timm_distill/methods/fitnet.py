@@ -6,26 +6,19 @@ A convolutional regressor maps the student's middle stage to the teacher's; thei
 through the whole training as in the common implementation (weight 100), where the paper has a first phase for it
 (`--kd-schedule fitnet=stop:30`). The regressor ends in batch norm and ReLU where the teacher's stage does, measured.
 """
-from typing import Dict, Optional, Sequence, Tuple
+from typing import Annotated, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..errors import UsageError
-from ..features.spec import Features, PairSpec
+from ..features.spec import Stage
 from ..losses import match_grids
 from ..utils.precision import in_full_precision
-from ._base import DistillMethod, register_method
+from ..utils.ranges import OneOf
+from ._base import register_method
 from ._layers import BatchNorm2d
-from ._stages import (
-    StageChoice,
-    StagePairs,
-    check_stage_choice,
-    matched_stages,
-    select_stages,
-    stages_of_pairs,
-)
+from ._stages import StageChoice, StageMethod
 
 Shape = Tuple[int, int, int]  # (C, H, W)
 
@@ -78,37 +71,29 @@ def _create_convolution(student: Shape, teacher: Shape) -> nn.Module:
 
 
 @register_method('fitnet')
-class FitNet(DistillMethod):
+class FitNet(StageMethod):
     """Intermediate features through a convolutional regressor.
 
     Args:
         stages: Which matched stages: 'middle', 'all', 'last' or positions, shallow to deep.
         relu: End the regressor with a ReLU, as published; None does where the teacher's stage has no negative number.
-
-    Raises:
-        UsageError: If a value is not allowed.
     """
     paper = 'Romero et al., ICLR 2015, https://arxiv.org/abs/1412.6550'
     published_weight = 100.
     weight_source = 'RepDistiller'
-    student_outputs = frozenset({'stages'})
-    teacher_outputs = frozenset({'stages'})
 
-    def __init__(self, stages: StageChoice = 'middle', relu: Optional[bool] = None):
-        super().__init__()
-        if relu not in (None, True, False):
-            raise UsageError(f'fitnet.relu={relu!r} must be True, False or None (measured).')
-        self.stages = check_stage_choice(stages, 'fitnet.stages')
+    def __init__(
+            self,
+            stages: StageChoice = 'middle',
+            relu: Annotated[Optional[bool], OneOf(None, True, False)] = None,
+    ):
+        super().__init__(stages)
         self.relu = relu
-        self.pairs: StagePairs = ()
 
-    def build(self, pair: PairSpec) -> None:
-        self.pairs = select_stages(pair, self.stages, 'fitnet.stages')
+    def build_stages(self, stages: List[Tuple[Stage, Stage]]) -> None:
         self.regressors = nn.ModuleList([
-            HintRegressor(s.shape, t.shape, t.nonnegative if self.relu is None else self.relu)
-            for s, t in stages_of_pairs(pair.student, pair.teacher, self.pairs)])
+            HintRegressor(s.shape, t.shape, t.nonnegative if self.relu is None else self.relu) for s, t in stages])
 
-    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        students, teachers = zip(*matched_stages(student, teacher, self.pairs))
+    def compare(self, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]) -> Dict[str, torch.Tensor]:
         regressed = [regressor(s) for regressor, s in zip(self.regressors, students)]
         return {'fitnet_loss': hint_loss(regressed, teachers)}

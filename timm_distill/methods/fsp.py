@@ -11,25 +11,17 @@ first 30 epochs); the common weight is 50.
 Flow matrices of wide stages are large (2048 x 1024 numbers for each image in the last of a ResNet-50) but of low rank:
 their distance is computed from Gram matrices of positions where that is cheaper, which is exact.
 """
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 
-from ..errors import UsageError
-from ..features.spec import Features, PairSpec
+from ..features.spec import Stage
 from ..losses import match_grids, squared_norm_of_product
 from ..utils.precision import in_full_precision
-from ._base import DistillMethod, register_method
+from ._base import register_method
 from ._layers import equal_channels
-from ._stages import (
-    StageChoice,
-    StagePairs,
-    check_stage_choice,
-    matched_stages,
-    select_stages,
-    stages_of_pairs,
-)
+from ._stages import StageChoice, StageMethod
 
 
 @in_full_precision
@@ -58,38 +50,24 @@ def _neighbours(stages: Sequence[torch.Tensor]) -> List[List[torch.Tensor]]:
 
 
 @register_method('fsp')
-class FSP(DistillMethod):
+class FSP(StageMethod):
     """Flows between neighbouring stages: inner products of their channels.
 
     Args:
         stages: Which matched stages, two or more: 'all' or positions, shallow to deep.
-
-    Raises:
-        UsageError: If a value is not allowed.
     """
     paper = 'Yim et al., CVPR 2017'
     published_weight = 50.
     weight_source = 'RepDistiller'
-    student_outputs = frozenset({'stages'})
-    teacher_outputs = frozenset({'stages'})
+    neighbours = 'flows between'
     schedules = {'initialize': ((0, 1.), (30, 0.))}
 
     def __init__(self, stages: StageChoice = 'all'):
-        super().__init__()
-        self.stages = check_stage_choice(stages, 'fsp.stages')
-        self.pairs: StagePairs = ()
+        super().__init__(stages)
 
-    def build(self, pair: PairSpec) -> None:
-        self.pairs = select_stages(pair, self.stages, 'fsp.stages')
-        if len(self.pairs) < 2:
-            raise UsageError(
-                f'fsp compares flows between neighbouring stages and needs two; fsp.stages={self.stages} '
-                'of this pair gives one. Use --kd at, sp or fitnet, which take a single stage.')
-        self.connectors = nn.ModuleList([
-            equal_channels(s.shape[0], t.shape[0])
-            for s, t in stages_of_pairs(pair.student, pair.teacher, self.pairs)])
+    def build_stages(self, stages: List[Tuple[Stage, Stage]]) -> None:
+        self.connectors = nn.ModuleList([equal_channels(s.shape[0], t.shape[0]) for s, t in stages])
 
-    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        students, teachers = zip(*matched_stages(student, teacher, self.pairs))
+    def compare(self, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]) -> Dict[str, torch.Tensor]:
         connected = [connector(s) for connector, s in zip(self.connectors, students)]
         return {'fsp_loss': flow_loss(connected, teachers)}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..features.spec import Features
 from ..losses import kl_divergence, to_full_precision
-from ._base import DistillMethod, check_temperature, register_method
+from ._base import DistillMethod, Temperature, register_method
 
 
 def hard_label_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
@@ -28,16 +28,12 @@ class KD(DistillMethod):
     Args:
         temperature: Divides both logits; the loss is multiplied by its square.
         hard: Match the teacher's decision instead of its distribution; the temperature is not used.
-
-    Raises:
-        UsageError: If the temperature is not positive.
     """
     paper = 'Hinton et al., 2015, https://arxiv.org/abs/1503.02531'
     weight_source = "timm's LogitDistillationTask"
 
-    def __init__(self, temperature: float = 4., hard: bool = False):
+    def __init__(self, temperature: Temperature = 4., hard: bool = False):
         super().__init__()
-        check_temperature('kd', temperature)
         self.temperature = float(temperature)
         self.hard = hard
 

@@ -19,19 +19,12 @@ import torch
 import torch.nn as nn
 
 from ..errors import UsageError
-from ..features.spec import Features, PairSpec
+from ..features.spec import Stage
 from ..losses import l2_normalize, pool_to_grid, squared_norm_of_product
 from ..utils.precision import in_full_precision
-from ._base import DistillMethod, register_method
+from ._base import Count, CountOrNone, register_method
 from ._layers import equal_channels
-from ._stages import (
-    StageChoice,
-    StagePairs,
-    check_stage_choice,
-    matched_stages,
-    select_stages,
-    stages_of_pairs,
-)
+from ._stages import StageChoice, StageMethod
 
 _EXTRA_VECTORS = 3  # of the student's, among which the best aligned are chosen
 _KERNEL_TERMS = 12  # of the Gaussian kernel's series; arguments are at most 1/4, the rest is below 1e-15
@@ -135,40 +128,24 @@ def compare_stages(students: Sequence[torch.Tensor], teachers: Sequence[torch.Te
 
 
 @register_method('kdsvd')
-class KDSVD(DistillMethod):
+class KDSVD(StageMethod):
     """Kernels between the singular vectors of neighbouring stages.
 
     Args:
         k: Singular vectors of each stage.
         grid: Pool larger maps to at most this many positions a side, for speed; 0 for no pooling, as published.
         stages: Which matched stages, two or more: 'all' or positions, shallow to deep.
-
-    Raises:
-        UsageError: If a value is not allowed.
     """
     paper = 'Lee et al., ECCV 2018, https://arxiv.org/abs/1807.06819'
     weight_source = 'none: no weight is published'
-    student_outputs = frozenset({'stages'})
-    teacher_outputs = frozenset({'stages'})
+    neighbours = 'kernels between'
 
-    def __init__(self, k: int = 1, grid: int = 0, stages: StageChoice = 'all'):
-        super().__init__()
-        if k < 1:
-            raise UsageError(f'kdsvd.k={k!r} must be 1 or more (--kd-kwargs kdsvd.k=1).')
-        if grid < 0:
-            raise UsageError(f'kdsvd.grid={grid!r} must be 0 (no pooling) or more.')
+    def __init__(self, k: Count = 1, grid: CountOrNone = 0, stages: StageChoice = 'all'):
+        super().__init__(stages)
         self.k = k
         self.grid = grid
-        self.stages = check_stage_choice(stages, 'kdsvd.stages')
-        self.pairs: StagePairs = ()
 
-    def build(self, pair: PairSpec) -> None:
-        self.pairs = select_stages(pair, self.stages, 'kdsvd.stages')
-        stages = stages_of_pairs(pair.student, pair.teacher, self.pairs)
-        if len(stages) < 2:
-            raise UsageError(
-                f'kdsvd compares neighbouring stages and needs two; kdsvd.stages={self.stages} of this '
-                'pair gives one. Use --kd at, sp or fitnet, which take a single stage.')
+    def build_stages(self, stages: List[Tuple[Stage, Stage]]) -> None:
         possible = min(
             min(shape[0], self._side(shape[1]) * self._side(shape[2]))
             for s, t in stages for shape in (s.shape, t.shape))
@@ -178,8 +155,7 @@ class KDSVD(DistillMethod):
                 'stage: lower it, or leave that stage out (kdsvd.stages).')
         self.connectors = nn.ModuleList([equal_channels(s.shape[0], t.shape[0]) for s, t in stages])
 
-    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        students, teachers = zip(*matched_stages(student, teacher, self.pairs))
+    def compare(self, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]) -> Dict[str, torch.Tensor]:
         connected = [connector(self._pool(s)) for connector, s in zip(self.connectors, students)]
         return {'kdsvd_loss': compare_stages(connected, [self._pool(t) for t in teachers], self.k)}
 

@@ -7,14 +7,14 @@ divergence, so that the student need not copy the teacher's logit range. The pap
 temperature 2, weight 9 and 0.1 times the cross-entropy of the raw logits:
 `--kd logitstd --task-loss-weight 0.1`.
 """
-from typing import Dict
+from typing import Annotated, Dict
 
 import torch
 
-from ..errors import UsageError
 from ..features.spec import Features
 from ..losses import is_constant, kl_divergence, to_full_precision
-from ._base import DistillMethod, check_temperature, register_method
+from ..utils.ranges import Range
+from ._base import DistillMethod, Temperature, register_method
 
 EPS = 1e-7  # added to the standard deviation
 
@@ -38,19 +38,17 @@ class LogitStandardization(DistillMethod):
     Args:
         temperature: Divides both standardised logits; the loss is multiplied by its square.
         eps: Added to the standard deviation.
-
-    Raises:
-        UsageError: If one of them is not positive.
     """
     paper = 'Sun et al., CVPR 2024, https://arxiv.org/abs/2403.01427'
     published_weight = 9.
     weight_source = "the authors' code for CIFAR-100, beside 0.1 times the label loss"
 
-    def __init__(self, temperature: float = 2., eps: float = EPS):
+    def __init__(
+            self,
+            temperature: Temperature = 2.,
+            eps: Annotated[float, Range(0, 1, without_low=True)] = EPS,
+    ):
         super().__init__()
-        check_temperature('logitstd', temperature)
-        if not 0 < eps <= 1:
-            raise UsageError(f'logitstd.eps={eps!r} must be above 0 and at most 1 (--kd-kwargs logitstd.eps=1e-7).')
         self.temperature, self.eps = float(temperature), float(eps)
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ spreads label smoothing over the other samples of the batch; here it mixes in th
 
 The loss complements others: `kd++`, `dkd++`, `dist++`, `reviewkd++` and `deit++` are the paper's combinations.
 """
-from typing import Dict
+from typing import Annotated, Dict
 
 import torch
 import torch.nn as nn
@@ -21,6 +21,7 @@ import torch.nn as nn
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, to_full_precision
+from ..utils.ranges import Range
 from ._base import DistillMethod, register_method
 from ._layers import BatchNorm2d
 
@@ -83,9 +84,6 @@ class ND(DistillMethod):
 
     Args:
         dropout: Of the embedding head, which there is where the widths of the pre-logits differ.
-
-    Raises:
-        UsageError: If the dropout is no probability.
     """
     paper = 'Wang et al., 2023, https://arxiv.org/abs/2305.17007'
     weight_source = "the authors' code"
@@ -94,10 +92,8 @@ class ND(DistillMethod):
     needs_class_means = True
     class_means: torch.Tensor
 
-    def __init__(self, dropout: float = 0.5):
+    def __init__(self, dropout: Annotated[float, Range(0, 1, without_high=True)] = 0.5):
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise UsageError(f'nd.dropout={dropout!r} must be 0 or more and below 1 (--kd-kwargs nd.dropout=0.5).')
         self.dropout = float(dropout)
         self._is_ready = False
 

@@ -12,13 +12,13 @@ feature, times N, so that this term with weight w is the paper's with alpha = N 
 well as in KD). It is off by default because it trains logits whose scale the model's softmax never sees: the released
 student's accuracy is kept but its confidence is not calibrated.
 """
-from typing import Any, Dict
+from typing import Annotated, Any, Dict
 
 import torch
 
-from ..errors import UsageError
 from ..features.spec import Features
 from ..losses import standardize_logits
+from ..utils.ranges import OneOf, Range
 from ._base import DistillMethod, register_method
 from ._schedules import ScheduleSpec, create_weight_schedule
 
@@ -46,7 +46,7 @@ class NORM(DistillMethod):
             confidence.
 
     Raises:
-        UsageError: If a value is not allowed.
+        UsageError: If the schedule is none.
     """
     paper = 'Liu et al., ICLR 2023, https://openreview.net/forum?id=CRNwGauQpb6'
     weight_source = "the authors' code, where the term is a mean times N"
@@ -57,18 +57,16 @@ class NORM(DistillMethod):
 
     def __init__(
             self,
-            segments: int = 8,
+            segments: Annotated[int, Range(1, 1024, whole=True)] = 8,
             batch_norm: bool = True,
             residual: bool = True,
-            pool: str = 'avg',
+            pool: Annotated[str, OneOf('avg', 'max')] = 'avg',
             schedule: ScheduleSpec = 'const',
-            form: str = 'auto',
-            logit_scale: float = 0.,
-            init: str = 'auto',
+            form: Annotated[str, OneOf('auto', 'direct', 'moments')] = 'auto',
+            logit_scale: Annotated[float, Range(0, 1000)] = 0.,
+            init: Annotated[str, OneOf('auto', 'identity', 'official')] = 'auto',
     ):
         super().__init__()
-        if not 0 <= logit_scale <= 1000:
-            raise UsageError(f'norm.logit_scale={logit_scale!r} must be 0 (off) or up to 1000, e.g. 2.5.')
         self.schedule = create_weight_schedule(schedule, SCHEDULES, option='norm.schedule')
         self.logit_scale = float(logit_scale)
         self._adapter_options = dict(

@@ -14,11 +14,10 @@ from typing import Dict, Sequence
 
 import torch
 
-from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize, match_grids, squared_norm_of_product
 from ..utils.precision import in_full_precision
-from ._base import DistillMethod, register_method
-from ._stages import StageChoice, StagePairs, check_stage_choice, matched_stages, select_stages
+from ._base import register_method
+from ._stages import StageChoice, StageMethod
 
 
 @in_full_precision
@@ -43,29 +42,19 @@ def _stage_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 @register_method('nst')
-class NST(DistillMethod):
+class NST(StageMethod):
     """Distributions of the channels' activation maps.
 
     Args:
         stages: Which matched stages: 'all', 'last', 'middle' or positions, shallow to deep.
-
-    Raises:
-        UsageError: If a value is not allowed.
     """
     paper = 'Huang and Wang, 2017, https://arxiv.org/abs/1707.01219'
     published_weight = 50.
     weight_source = 'RepDistiller'
-    student_outputs = frozenset({'stages'})
-    teacher_outputs = frozenset({'stages'})
+    spatial = True
 
     def __init__(self, stages: StageChoice = 'all'):
-        super().__init__()
-        self.stages = check_stage_choice(stages, 'nst.stages')
-        self.pairs: StagePairs = ()
+        super().__init__(stages)
 
-    def build(self, pair: PairSpec) -> None:
-        self.pairs = select_stages(pair, self.stages, 'nst.stages', spatial=True)
-
-    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        students, teachers = zip(*matched_stages(student, teacher, self.pairs))
+    def compare(self, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]) -> Dict[str, torch.Tensor]:
         return {'nst_loss': selectivity_loss(students, teachers)}

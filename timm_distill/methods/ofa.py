@@ -8,7 +8,7 @@ the teacher's final logits by a loss that enhances the target class. The officia
 separable convolutions for convolutional students and transformer blocks for others; here every stage is a map, so that
 the former serve all. All three official weights (label, final logits, stages) are 1, and the stage losses are summed.
 """
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Annotated, Any, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -17,8 +17,21 @@ import torch.nn.functional as F
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec, Stage
 from ..losses import to_full_precision
-from ._base import DistillMethod, check_temperature, register_method
+from ..utils.ranges import Range
+from ._base import Count, DistillMethod, Temperature, register_method
 from ._layers import BatchNorm2d
+
+EXPONENTS = Range(0, 100, without_low=True)
+
+
+class StageExponents:
+    """None, a number, or a list of one for each stage."""
+
+    def __contains__(self, value: Any) -> bool:
+        return value is None or all(v in EXPONENTS for v in (value if isinstance(value, (tuple, list)) else [value]))
+
+    def __str__(self) -> str:
+        return f'None or {EXPONENTS}, for all stages or a list of one for each'
 
 
 def ofa_loss(
@@ -85,21 +98,21 @@ class OFA(DistillMethod):
         stage_eps: That of the stages: a number or a list of one for each, shallow to deep; as `eps` by default.
         temperature: Divides all logits.
         stages: How many of the student's stages get a projector, the deepest.
-
-    Raises:
-        UsageError: If a value is not allowed.
     """
     paper = 'Hao et al., NeurIPS 2023, https://arxiv.org/abs/2310.19444'
     weight_source = "the authors' code"
     student_outputs = frozenset({'logits', 'stages'})
     teacher_outputs = frozenset({'logits'})
 
-    def __init__(self, eps: float = 1., stage_eps: Any = None, temperature: float = 1., stages: int = 4):
+    def __init__(
+            self,
+            eps: Annotated[float, EXPONENTS] = 1.,
+            stage_eps: Annotated[Any, StageExponents()] = None,
+            temperature: Temperature = 1.,
+            stages: Count = 4,
+    ):
         super().__init__()
-        if stages < 1:
-            raise UsageError(f'ofa.stages={stages} must be 1 or more (--kd-kwargs ofa.stages=4).')
-        check_temperature('ofa', temperature)
-        self.eps = _check_eps('ofa.eps', eps)
+        self.eps = float(eps)
         self.stage_eps = stage_eps
         self.temperature = float(temperature)
         self.stages = stages
@@ -118,7 +131,7 @@ class OFA(DistillMethod):
             raise UsageError(
                 f'ofa.stage_eps={self.stage_eps!r} has {len(values)} values for {count} stages: give one '
                 'number, or one for each.')
-        return tuple(_check_eps('ofa.stage_eps', value) for value in values)
+        return tuple(map(float, values))
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         assert student.logits is not None and teacher.logits is not None
@@ -129,9 +142,3 @@ class OFA(DistillMethod):
             losses.append(ofa_loss(logits, teacher.logits, target, eps, self.temperature))
         final = ofa_loss(student.logits, teacher.logits, target, self.eps, self.temperature)
         return {'ofa_logits_loss': final, 'ofa_stages_loss': torch.stack(losses).sum()}
-
-
-def _check_eps(option: str, eps: Optional[float]) -> float:
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps <= 100:
-        raise UsageError(f'{option}={eps!r} must be above 0 and at most 100 (--kd-kwargs {option}=1.5).')
-    return float(eps)

@@ -14,10 +14,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import pool_to_grid, to_full_precision
-from ._base import DistillMethod, register_method
+from ._base import Count, DistillMethod, WidthOrAuto, register_method
 from ._layers import conv_norm
 from ._stages import StagePairs, match_stages, stages_of_pairs
 
@@ -85,21 +84,14 @@ class ReviewKD(DistillMethod):
     Args:
         stages: How many of the matched stages to use, the deepest; the pre-logits come on top.
         mid_channels: Channels of the fused maps; 0 for those of the student's pre-logits, at most 512.
-
-    Raises:
-        UsageError: If a value is not allowed.
     """
     paper = 'Chen et al., CVPR 2021, https://arxiv.org/abs/2104.09044'
     weight_source = "the authors' code for ImageNet"
     student_outputs = frozenset({'stages', 'pre_logits'})
     teacher_outputs = frozenset({'stages', 'pre_logits'})
 
-    def __init__(self, stages: int = 4, mid_channels: int = 0):
+    def __init__(self, stages: Count = 4, mid_channels: WidthOrAuto = 0):
         super().__init__()
-        if stages < 1:
-            raise UsageError(f'reviewkd.stages={stages} must be 1 or more (--kd-kwargs reviewkd.stages=4).')
-        if not 0 <= mid_channels <= 65536:
-            raise UsageError(f'reviewkd.mid_channels={mid_channels} must be 0 (chosen by the student) or up to 65536.')
         self.stages = stages
         self.mid_channels = mid_channels
         self.pairs: StagePairs = ()

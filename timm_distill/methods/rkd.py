@@ -8,16 +8,14 @@ loss on pre-logits. The inner weights 25 and 50 are the published ones; the meth
 The angles come from inner products: <x_j - x_i, x_k - x_i> is a sum of four entries of the Gram matrix of centred
 features, so that B x B difference vectors are never kept.
 """
-import math
 from typing import Dict
 
 import torch
 import torch.nn.functional as F
 
-from ..errors import UsageError
 from ..features.spec import Features
 from ..utils.precision import in_full_precision
-from ._base import DistillMethod, register_method
+from ._base import DistillMethod, Weight, check_weights, register_method
 
 _EPS = 1e-12  # smallest squared distance
 
@@ -73,20 +71,16 @@ class RKD(DistillMethod):
         angle_weight: Weight of the angles; 0 leaves them out, whose cost grows with the cube of the batch.
 
     Raises:
-        UsageError: If a weight is negative or both are 0.
+        UsageError: If both weights are 0.
     """
     paper = 'Park et al., CVPR 2019, https://arxiv.org/abs/1904.05068'
     weight_source = "RepDistiller; the paper's 25 and 50 are options"
     student_outputs = frozenset({'pre_logits'})
     teacher_outputs = frozenset({'pre_logits'})
 
-    def __init__(self, distance_weight: float = 25., angle_weight: float = 50.):
+    def __init__(self, distance_weight: Weight = 25., angle_weight: Weight = 50.):
         super().__init__()
-        for name, weight in (('distance', distance_weight), ('angle', angle_weight)):
-            if not 0 <= weight < math.inf:
-                raise UsageError(f'rkd.{name}_weight={weight!r} must be 0 (off) or positive.')
-        if not distance_weight and not angle_weight:
-            raise UsageError('rkd.distance_weight and rkd.angle_weight are both 0: rkd has no other term.')
+        check_weights('rkd', distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight = float(distance_weight)
         self.angle_weight = float(angle_weight)
 

@@ -9,11 +9,10 @@ from typing import Dict, Sequence
 
 import torch
 
-from ..features.spec import Features, PairSpec
 from ..losses import l2_normalize
 from ..utils.precision import in_full_precision
-from ._base import DistillMethod, register_method
-from ._stages import StageChoice, StagePairs, check_stage_choice, matched_stages, select_stages
+from ._base import register_method
+from ._stages import StageChoice, StageMethod
 
 
 def similarity_matrix(feature: torch.Tensor) -> torch.Tensor:
@@ -41,29 +40,18 @@ def similarity_preserving_loss(students: Sequence[torch.Tensor], teachers: Seque
 
 
 @register_method('sp')
-class SP(DistillMethod):
+class SP(StageMethod):
     """Similarities between the samples of a batch.
 
     Args:
         stages: Which matched stages: 'all', 'last', 'middle' or positions, shallow to deep.
-
-    Raises:
-        UsageError: If a value is not allowed.
     """
     paper = 'Tung and Mori, ICCV 2019, https://arxiv.org/abs/1907.09682'
     published_weight = 3000.
     weight_source = 'the paper'
-    student_outputs = frozenset({'stages'})
-    teacher_outputs = frozenset({'stages'})
 
     def __init__(self, stages: StageChoice = 'last'):
-        super().__init__()
-        self.stages = check_stage_choice(stages, 'sp.stages')
-        self.pairs: StagePairs = ()
+        super().__init__(stages)
 
-    def build(self, pair: PairSpec) -> None:
-        self.pairs = select_stages(pair, self.stages, 'sp.stages')
-
-    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        students, teachers = zip(*matched_stages(student, teacher, self.pairs))
+    def compare(self, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]) -> Dict[str, torch.Tensor]:
         return {'sp_loss': similarity_preserving_loss(students, teachers)}

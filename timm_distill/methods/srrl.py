@@ -12,7 +12,6 @@ The paper's teachers end in a ReLU, which the connector copies. Where the teache
 values (ViT, ConvNeXt), the connector ends in its batch norm. Where the teacher's head takes no map (a class token), its
 pre-logits and the student's take the place of the features.
 """
-import math
 from typing import Dict, Optional
 
 import torch
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec
 from ..losses import to_full_precision
-from ._base import DistillMethod, register_method
+from ._base import DistillMethod, Weight, register_method
 from ._layers import BatchNorm2d
 
 
@@ -85,16 +84,11 @@ class SRRL(_Matching):
 
     Args:
         logit_weight: Weight of the term on the logits beside the one on the feature; 0 leaves it out.
-
-    Raises:
-        UsageError: If the weight is negative.
     """
     teacher_outputs = frozenset({'logits', 'feature', 'pre_logits', 'head'})
 
-    def __init__(self, logit_weight: float = 1.):
+    def __init__(self, logit_weight: Weight = 1.):
         super().__init__()
-        if not 0 <= logit_weight < math.inf:
-            raise UsageError(f'srrl.logit_weight={logit_weight!r} must be 0 or more (--kd-kwargs srrl.logit_weight=1).')
         self.logit_weight = float(logit_weight)
 
     def build(self, pair: PairSpec) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..features.spec import Features
 from ..losses import kl_divergence, to_full_precision
-from ._base import DistillMethod, check_temperature, register_method
+from ._base import DistillMethod, Temperature, register_method
 
 
 @register_method('token')
@@ -25,17 +25,13 @@ class TokenDistillation(DistillMethod):
     Args:
         hard: Match the teacher's decision instead of its distribution; the temperature is not used.
         temperature: Divides both logits; the loss is multiplied by its square.
-
-    Raises:
-        UsageError: If the temperature is not positive.
     """
     paper = 'Touvron et al., ICML 2021, https://arxiv.org/abs/2012.12877'
     weight_source = 'the paper, where label loss and term weigh 1/2 each'
     student_outputs = frozenset({'token_logits'})
 
-    def __init__(self, hard: bool = True, temperature: float = 1.):
+    def __init__(self, hard: bool = True, temperature: Temperature = 1.):
         super().__init__()
-        check_temperature('token', temperature)
         self.hard = hard
         self.temperature = float(temperature)
 

@@ -7,26 +7,19 @@ each teacher channel has a trained variance. The published initial variance is 5
 a negative log-likelihood without its constant and can be negative.
 """
 import math
-from typing import Dict, List, Sequence
+from typing import Annotated, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..errors import UsageError
-from ..features.spec import Features, PairSpec
+from ..features.spec import Stage
 from ..losses import match_grids
 from ..utils.precision import in_full_precision
-from ._base import DistillMethod, register_method
+from ..utils.ranges import Range
+from ._base import WidthOrAuto, register_method
 from ._layers import conv1x1
-from ._stages import (
-    StageChoice,
-    StagePairs,
-    check_stage_choice,
-    matched_stages,
-    select_stages,
-    stages_of_pairs,
-)
+from ._stages import StageChoice, StageMethod
 
 
 @in_full_precision
@@ -84,43 +77,34 @@ class VariationalRegressor(nn.Module):
 
 
 @register_method('vid')
-class VID(DistillMethod):
+class VID(StageMethod):
     """Mutual information of intermediate features, by a Gaussian with trained variances.
 
     Args:
         width: Channels inside the regressors; 0 for the teacher's.
         initial_variance: Variance of every channel before training.
         stages: Which matched stages: 'all', 'last', 'middle' or positions, shallow to deep.
-
-    Raises:
-        UsageError: If a value is not allowed.
     """
     paper = 'Ahn et al., CVPR 2019, https://arxiv.org/abs/1904.05835'
     weight_source = 'RepDistiller'
-    student_outputs = frozenset({'stages'})
-    teacher_outputs = frozenset({'stages'})
 
-    def __init__(self, width: int = 0, initial_variance: float = 5., stages: StageChoice = 'all'):
-        super().__init__()
-        if not 0 <= width <= 65536:
-            raise UsageError(f"vid.width={width!r} must be 0 (the teacher's channels) or up to 65536.")
-        if not 1e-3 <= initial_variance <= 100:
-            raise UsageError(
-                f'vid.initial_variance={initial_variance!r} must be from 0.001 to 100 '
-                '(--kd-kwargs vid.initial_variance=5).')
+    def __init__(
+            self,
+            width: WidthOrAuto = 0,
+            initial_variance: Annotated[float, Range(1e-3, 100)] = 5.,
+            stages: StageChoice = 'all',
+    ):
+        super().__init__(stages)
         self.width = width
         self.initial_variance = float(initial_variance)
-        self.stages = check_stage_choice(stages, 'vid.stages')
-        self.pairs: StagePairs = ()
 
-    def build(self, pair: PairSpec) -> None:
-        self.pairs = select_stages(pair, self.stages, 'vid.stages')
+    def build_stages(self, stages: List[Tuple[Stage, Stage]]) -> None:
         self.regressors = nn.ModuleList([
             VariationalRegressor(s.shape[0], t.shape[0], self.width or t.shape[0], self.initial_variance)
-            for s, t in stages_of_pairs(pair.student, pair.teacher, self.pairs)])
+            for s, t in stages])
 
-    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        students, teachers = zip(*[match_grids(s, t) for s, t in matched_stages(student, teacher, self.pairs)])
+    def compare(self, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]) -> Dict[str, torch.Tensor]:
+        students, teachers = zip(*map(match_grids, students, teachers))
         means = [regressor(s) for regressor, s in zip(self.regressors, students)]
         log_scales: List[torch.Tensor] = [regressor.log_scale for regressor in self.regressors]  # type: ignore[misc]
         return {'vid_loss': gaussian_nll(means, log_scales, teachers)}

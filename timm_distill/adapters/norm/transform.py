@@ -8,7 +8,7 @@ the second contracts it back. `batch_norm=True, residual=True` is the published 
 residual connection around both); `batch_norm=False` is the plain linear pair of the paper's text.
 """
 import logging
-from typing import NamedTuple, Optional, Tuple
+from typing import Annotated, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -17,6 +17,7 @@ from ...errors import UsageError
 from ...losses import match_grids, n_to_one_loss, to_full_precision
 from ...utils.affine import AffineMap, add_identity, batch_norm_affine, compose, scale_shift, to_float64
 from ...utils.batch_norm import is_batch_norm
+from ...utils.ranges import OneOf, Range
 from ..base import Adapter, AdapterOutput, Match, register_adapter
 from .expansion import Expansion, expand_moments
 from .matmul import from_rows
@@ -34,10 +35,6 @@ from .statistics import (
 
 _logger = logging.getLogger(__name__)
 
-
-_FORMS = ('auto', 'direct', 'moments')
-_POOLS = ('avg', 'max')
-_INITS = ('auto', 'identity', 'official')
 _DIRECT_BYTES = 2 ** 30  # activations of the direct form above which 'auto' leaves it
 
 
@@ -71,30 +68,23 @@ class NToOneTransform(Adapter):
             student that comes with weights and the latter for others.
 
     Raises:
-        UsageError: If a value is not allowed, or the transform cannot be the identity and has to.
+        UsageError: If the transform cannot be the identity and has to.
     """
 
     def __init__(
             self,
             student_channels: int,
             teacher_channels: int,
-            segments: int = 8,
+            segments: Annotated[int, Range(1, 1024, whole=True)] = 8,
             batch_norm: bool = True,
             residual: bool = True,
-            pool: str = 'avg',
-            form: str = 'auto',
+            pool: Annotated[str, OneOf('avg', 'max')] = 'avg',
+            form: Annotated[str, OneOf('auto', 'direct', 'moments')] = 'auto',
             offset: bool = True,
             side: bool = False,
-            init: str = 'auto',
+            init: Annotated[str, OneOf('auto', 'identity', 'official')] = 'auto',
     ):
         super().__init__(student_channels, teacher_channels)
-        if not 1 <= segments <= 1024:
-            raise UsageError(f'norm.segments={segments} must be from 1 to 1024 (--kd-kwargs norm.segments=8).')
-        for option, value, known in (('pool', pool, _POOLS), ('form', form, _FORMS), ('init', init, _INITS)):
-            if value not in known:
-                raise UsageError(
-                    f"norm.{option}={value!r} must be one of {', '.join(known)} "
-                    f'(--kd-kwargs norm.{option}={known[0]}).')
         self.segments = segments
         self.batch_norm = batch_norm
         self.residual = residual
