@@ -20,11 +20,12 @@ from timm_distill.args import (
     parse_args,
 )
 from timm_distill.args.checks import SCHEDULES
-from timm_distill.args.ranges import RANGES, Range, range_of
+from timm_distill.args.ranges import RANGES, range_of
 from timm_distill.data import create_train_loss
 from timm_distill.errors import UsageError
 from timm_distill.run.build import check_rates
 from timm_distill.run.evaluate import read_valid_labels
+from timm_distill.utils.ranges import Range
 
 PARSERS = {'train': create_train_parser, 'validate': create_validate_parser, 'export': create_export_parser}
 CHECKS = {'train': check_train_args, 'validate': check_validate_args}
@@ -235,6 +236,7 @@ def test_timms_mixup_needs_two_different_ends_of_cutmix_minmax() -> None:
     (Range(0, 1, without_high=True), '0 or more and below 1'),
     (Range(0, 1, without_low=True), 'above 0 and at most 1'),
     (Range(1, 2 ** 31 - 1), '1 or more, at most 2147483647'),
+    (Range(1, 10 ** 8, whole=True), 'an integer between 1 and 100000000'),
 ])
 def test_a_range_is_told_in_words(span: Range, text: str) -> None:
     assert str(span) == text
