@@ -1,4 +1,5 @@
 """NORM against the official code's numbers, and its options."""
+from functools import partial
 from typing import Any, Dict, List
 
 import pytest
@@ -203,10 +204,11 @@ def test_wrong_option_names_value_and_what_is_allowed(options: Dict[str, Any], n
     ('pool', ['avg', 'max']), ('form', ['auto', 'direct', 'moments']),
     ('init', ['auto', 'identity', 'official'])])
 def test_wrong_option_of_the_adapter_names_value_and_what_is_allowed(option: str, known: List[str]) -> None:
-    method = create_method('norm', **{option: 'median'})
-    with pytest.raises(UsageError) as error:
-        create_adapter(method.adapter, 4, 3, **method.adapter_options)
-    assert all(name in str(error.value) for name in (f"norm.{option}='median'", '--kd-kwargs', *known))
+    method, adapter = partial(create_method, 'norm'), partial(create_adapter, create_method('norm').adapter, 4, 3)
+    for create in (method, adapter):
+        with pytest.raises(UsageError) as error:
+            create(**{option: 'median'})
+        assert all(name in str(error.value) for name in (f"norm.{option}='median'", '--kd-kwargs', *known))
 
 
 def _golden_task(case: GoldenCase, form: str) -> DistillTask:
