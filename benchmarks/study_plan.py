@@ -10,7 +10,7 @@ import yaml
 
 from timm_distill import UsageError
 from timm_distill.args import check_train_args, create_train_parser, parse_args
-from timm_distill.methods._composition import create_composition
+from timm_distill.methods._composition import Recipe, create_composition
 
 REPO_DIR = str(Path(__file__).resolve().parent.parent)
 _SCRIPT = 'train_distill.py'
@@ -298,7 +298,7 @@ def _check_command(command: Sequence[str], what: str) -> None:
     try:
         args = parse_args(parser, [part for part in command[1:]])
         check_train_args(args)
-        create_composition(args.kd, args.kd_weight, args.kd_kwargs, args.kd_schedule, num_epochs=args.epochs)
+        create_composition(Recipe(args.kd, args.kd_weight, args.kd_kwargs, args.kd_schedule, num_epochs=args.epochs))
     except UsageError as e:
         raise e if str(e).startswith(what) else UsageError(f'{what}: {e}') from e
 

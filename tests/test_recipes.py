@@ -9,7 +9,7 @@ import yaml
 
 import train_distill
 from timm_distill.args import create_train_parser, parse_args
-from timm_distill.methods._composition import create_composition, expand_kd
+from timm_distill.methods._composition import Recipe, create_composition, expand_kd
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / 'recipes').glob('*.yaml'))
 each_recipe = pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
@@ -38,9 +38,9 @@ def test_a_recipe_says_the_papers_number_and_what_differs(path: Path) -> None:
 def test_a_recipe_names_flags_models_methods_and_options_that_exist(path: Path) -> None:
     args = parse_args(create_train_parser(), ['--config', str(path), '--data-dir', 'DIR'])
     assert timm.is_model(args.teacher) and timm.is_model(args.model)
-    composition = create_composition(
+    composition = create_composition(Recipe(
         args.kd, args.kd_weight, args.kd_kwargs, num_epochs=args.epochs, task_loss_weight=args.task_loss_weight,
-        distill_loss_weight=args.distill_loss_weight)
+        distill_loss_weight=args.distill_loss_weight))
     assert set(composition.weights) == set(methods_of(path))
     assert composition.weights == {name: float(weight) for name, weight in args.kd_weight.items()}
 

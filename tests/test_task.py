@@ -19,7 +19,16 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from tiny_models import Plain, TwoScales
 
-from timm_distill import DistillTask, MergeError, Teacher, UsageError, create_distill_task, merge_student
+from timm_distill import (
+    DataSpec,
+    DistillTask,
+    MergeError,
+    Recipe,
+    Teacher,
+    UsageError,
+    create_distill_task,
+    merge_student,
+)
 from timm_distill.features.spec import Features
 from timm_distill.losses import match_grids, n_to_one_loss
 from timm_distill.methods import create_method
@@ -192,6 +201,34 @@ def test_names_and_modules_build_the_same_task(tmp_path: Path) -> None:
     built = create_task(teacher=teacher)
     built.module.load_state_dict(named.module.state_dict())
     assert built(*create_batch())['loss'] == named(*create_batch())['loss']
+
+
+def test_recipe_and_data_spec_build_the_task_of_their_fields_as_keywords() -> None:
+    fields = dict(kd_weight={'kd': 0.5}, kd_kwargs={'norm.segments': 2}, task_loss_weight=0.25)
+    models = create_model(), create_model('test_convnext', seed=7)
+    torch.manual_seed(1)
+    flat = create_distill_task(*models, 'norm+kd', input_size=SIZE, verbose=False, **fields)
+    torch.manual_seed(1)
+    grouped = create_distill_task(*models, Recipe('norm+kd', **fields), DataSpec(input_size=SIZE), verbose=False)
+    assert grouped.weights == flat.weights and grouped.weights['kd'] == 0.5
+    batch = create_batch()
+    assert grouped.eval()(*batch)['loss'] == flat.eval()(*batch)['loss']
+    overridden = create_distill_task(*models, Recipe('kd', {'kd': 2.}), verbose=False, kd_weight={'kd': 3.})
+    assert overridden.weights == {'kd': 3}
+
+
+@pytest.mark.parametrize('kd', ['kd', 'none'])
+@pytest.mark.parametrize('option', ['teacher_wieghts', 'kd_wieght', 'norm'])
+def test_unknown_keyword_is_a_type_error_with_every_kd(kd: str, option: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+        create_task(kd, **{option: 1})
+
+
+def test_options_that_a_built_teacher_cannot_take_are_refused() -> None:
+    with pytest.raises(UsageError, match='teacher_mean: the teacher is given as a ResNet'):
+        create_task('kd', teacher=create_model(seed=7), teacher_mean=(0.5, 0.5, 0.5))
+    with pytest.raises(UsageError, match='teacher_dtype: the teacher is given as a Teacher'):
+        create_task('kd', teacher=Teacher(create_model(seed=7), SIZE), teacher_dtype=torch.bfloat16)
 
 
 def test_ready_made_teacher_is_used_as_it_is() -> None:
@@ -520,15 +557,15 @@ def test_merge_is_verified_before_any_batch_was_seen() -> None:
 ])
 def test_a_method_has_its_published_weight_unless_another_is_given(
         kd: str, given: Optional[Dict[str, float]], expected: Dict[str, float]) -> None:
-    assert create_composition(kd, given).weights == expected
-    twice = create_composition(kd, given, distill_loss_weight=2., task_loss_weight=0.5)
+    assert create_composition(Recipe(kd, given)).weights == expected
+    twice = create_composition(Recipe(kd, given, distill_loss_weight=2., task_loss_weight=0.5))
     assert twice.weights == {name: 2 * weight for name, weight in expected.items()}
 
 
 @pytest.mark.parametrize('options', [{'distill_loss_weight': 0.}, {'kd_weight': {'norm': 0., 'kd': 0.}}])
 def test_weights_with_which_nothing_would_train_are_an_error(options: Dict[str, Any]) -> None:
     with pytest.raises(UsageError, match='nothing would train'):
-        create_composition('norm+kd', task_loss_weight=0., **options)
+        create_composition(Recipe('norm+kd', task_loss_weight=0., **options))
 
 
 def test_verified_merge_is_logged_with_its_difference(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,8 +1,8 @@
 """timm_distill: distil any timm model into any other and get a plain timm checkpoint."""
 from .adapters import create_adapter, list_adapters
 from .errors import MergeError, UsageError
-from .factory import create_distill_task
-from .methods import create_method, list_methods
+from .factory import DataSpec, create_distill_task
+from .methods import Recipe, create_method, list_methods
 from .models import CifarNet
 from .pair import PairReport, check_pair
 from .task import DistillTask, merge_student
@@ -12,9 +12,11 @@ from .utils.version import __version__
 
 __all__ = [
     'CifarNet',
+    'DataSpec',
     'DistillTask',
     'MergeError',
     'PairReport',
+    'Recipe',
     'Teacher',
     'UsageError',
     '__version__',

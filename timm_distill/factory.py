@@ -1,6 +1,7 @@
 """Builds a distillation task from two names: student, tap and adapter, teacher, methods."""
 import logging
 import math
+from dataclasses import dataclass, fields, replace
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import timm
@@ -15,8 +16,7 @@ from .features.reader import FeatureReader
 from .features.spec import FeatureSpec, PairSpec, Stage
 from .features.stages import count_classes
 from .methods import DistillMethod
-from .methods._composition import Composition, create_composition
-from .methods._schedules import ScheduleSpec
+from .methods._composition import Composition, Recipe, create_composition
 from .student.adapted import AdaptedStudent
 from .student.tap import StudentTap
 from .student.tap_search import resolve_student_tap
@@ -28,110 +28,105 @@ _logger = logging.getLogger(__name__)
 _UNEXPECTED = 1.5  # how far apart two sizes are, as the ratio of their sides, before somebody should be told
 
 
+# Options of `create_distill_task` that are arguments of `create_teacher`.
+_TEACHER_OPTIONS = {
+    'teacher_kwargs': 'model_kwargs',
+    **{f'teacher_{name}': name for name in (
+        'checkpoint', 'pretrained', 'weights', 'mean', 'std', 'img_size', 'dtype', 'device')},
+}
+_OF_ANY_TEACHER = ('teacher_dtype', 'teacher_device')
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a task knows of the data that it is trained on; of the input the student's own defaults otherwise.
+
+    Attributes:
+        input_size: (channels, height, width) that the student is fed.
+        mean: Normalisation of the input, per channel.
+        std: Likewise.
+        num_classes: Class count of a student that is built by name.
+        num_samples: Images of the training set, for methods that keep something of each; as many as `sample_labels`
+            by default.
+        sample_labels: Label of every image of the training set by index, [N], for methods that choose among them.
+    """
+    input_size: Optional[Sequence[int]] = None
+    mean: Optional[Sequence[float]] = None
+    std: Optional[Sequence[float]] = None
+    num_classes: Optional[int] = None
+    num_samples: Optional[int] = None
+    sample_labels: Optional[torch.Tensor] = None
+
+
 def create_distill_task(
         student: Union[str, nn.Module],
         teacher: Union[str, nn.Module, Teacher, None] = None,
-        kd: str = 'norm',
-        kd_weight: Optional[Mapping[str, float]] = None,
-        kd_kwargs: Optional[Mapping[str, Any]] = None,
-        kd_schedule: Optional[Mapping[str, ScheduleSpec]] = None,
-        kd_tap: str = 'auto',
+        kd: Union[str, Recipe] = 'norm',
+        data: DataSpec = DataSpec(),
         criterion: Optional[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = None,
-        task_loss_weight: Optional[float] = None,
-        distill_loss_weight: Optional[float] = None,
-        num_classes: Optional[int] = None,
-        num_epochs: Optional[int] = None,
-        num_samples: Optional[int] = None,
-        sample_labels: Optional[torch.Tensor] = None,
-        input_size: Optional[Sequence[int]] = None,
         class_means: Optional[torch.Tensor] = None,
-        mean: Optional[Sequence[float]] = None,
-        std: Optional[Sequence[float]] = None,
         student_kwargs: Optional[Dict[str, Any]] = None,
         student_pretrained: Optional[bool] = None,
-        teacher_checkpoint: Optional[str] = None,
-        teacher_pretrained: bool = True,
-        teacher_kwargs: Optional[Dict[str, Any]] = None,
-        teacher_weights: Optional[str] = None,
-        teacher_mean: Optional[Sequence[float]] = None,
-        teacher_std: Optional[Sequence[float]] = None,
-        teacher_img_size: Optional[int] = None,
-        teacher_dtype: Optional[torch.dtype] = None,
-        teacher_device: Optional[torch.device] = None,
         device: Union[str, torch.device, None] = None,
         dtype: Optional[torch.dtype] = None,
         verbose: bool = True,
+        **options: Any,
 ) -> DistillTask:
     """Build a distillation task from two timm names or modules.
 
     Args:
         student: timm architecture or module to train.
         teacher: timm architecture, `hf-hub:REPO`, `local-dir:FOLDER` or module; None with `kd='none'`.
-        kd: 'none' or names of methods and presets joined by '+', e.g. 'norm+kd'.
-        kd_weight: Weight of each method's terms; a preset's by default, else the method's published one.
-        kd_kwargs: Options of the methods, `{'norm.segments': 8}` or `{'norm': {'segments': 8}}`.
-        kd_schedule: Schedule of each method's weight over epochs, e.g. `{'norm': 'imagenet', 'nd': 'warmup:5'}`.
-        kd_tap: Where an adapter sits: 'auto', 'features', 'pre_logits', or 'side' (read the last stage for the loss
-            alone).
+        kd: Methods and presets joined by '+', e.g. 'norm+kd', 'none', or a recipe.
+        data: What it is trained on.
         criterion: Task loss of (logits, target); cross-entropy by default.
-        task_loss_weight: Weight of the task loss; a preset's by default, else 1.
-        distill_loss_weight: Factor on all methods' weights, 1 by default.
-        num_classes: Class count of a student that is built by name.
-        num_epochs: Length of the run, for schedules that span it.
-        num_samples: Images of the training set, for methods that keep something of each; as many as `sample_labels`
-            by default.
-        sample_labels: Label of every image of the training set by index, [N], for methods that choose among them.
-        input_size: (channels, height, width) that the student is fed; its own default otherwise.
         class_means: The teacher's mean pre-logits of every class, [K, D], for methods that need them; may be given to
             `task.set_class_means` later.
-        mean: Normalisation of the input, per channel; the student's default otherwise.
-        std: Likewise.
         student_kwargs: More arguments of `timm.create_model` for the student.
         student_pretrained: Build a student that is named with timm's pretrained weights. Of a module it says that it
             comes with weights, which nothing else tells: an adapter then starts without changing its logits.
-        teacher_checkpoint: Weights of a teacher that is built by name.
-        teacher_pretrained: Load timm's pretrained weights for it otherwise.
-        teacher_kwargs: More arguments of `timm.create_model` for the teacher.
-        teacher_weights: 'raw' or 'ema' of a training checkpoint; None takes the averaged ones where there are any.
-        teacher_mean: The teacher's own normalisation, where it is not the one that its weights say; so for a teacher
-            that is built by name, as the next two.
-        teacher_std: Likewise.
-        teacher_img_size: Height and width that the teacher is fed, likewise.
-        teacher_dtype: Precision that the teacher computes in; that of the run, autocast included, by default.
-        teacher_device: Where the teacher is built, `device` by default; the CPU for one that `Teacher.shard` moves.
         device: Device of everything.
         dtype: Dtype of everything.
         verbose: Log what was built.
+        options: Fields of `Recipe` (kd_weight, kd_kwargs, kd_schedule, kd_tap, task_loss_weight, ...), fields of
+            `DataSpec` (input_size, num_classes, sample_labels, ...), and arguments of `create_teacher`:
+            teacher_checkpoint, teacher_pretrained, teacher_kwargs (of `timm.create_model`), teacher_weights,
+            teacher_mean, teacher_std, teacher_img_size, and for modules as well teacher_dtype (the run's, autocast
+            included, by default) and teacher_device.
 
     Raises:
+        TypeError: If an option is unknown.
         UsageError: If a name, an option or a combination is not possible; says what is.
     """
+    recipe_options, data_options, teacher_options = _split_options(options)
+    recipe = replace(kd if isinstance(kd, Recipe) else Recipe(kd), **recipe_options)
     device = torch.device(device or 'cpu')
     if isinstance(student, str) and student_pretrained is not None:
         student_kwargs = {'pretrained': student_pretrained, **(student_kwargs or {})}
-    model = _create_student(student, num_classes, student_kwargs).to(device=device, dtype=dtype)
+    data = replace(data, **data_options)
+    model = _create_student(student, data.num_classes, student_kwargs).to(device=device, dtype=dtype)
     config = getattr(model, 'pretrained_cfg', None) or {}
-    input_size = tuple(input_size or config.get('input_size', (3, 224, 224)))
-    composition = create_composition(
-        kd, kd_weight, kd_kwargs, kd_schedule, task_loss_weight, distill_loss_weight, num_epochs)
+    input_size = tuple(data.input_size or config.get('input_size', (3, 224, 224)))
+    composition = create_composition(recipe)
     methods = composition.methods
     teacher_model = None
     if methods:
         teacher_model = _resolve_teacher(
-            teacher, input_size, int(getattr(model, 'num_classes', 0)),
-            mean or config.get('mean', IMAGENET_DEFAULT_MEAN), std or config.get('std', IMAGENET_DEFAULT_STD),
-            checkpoint=teacher_checkpoint, pretrained=teacher_pretrained, model_kwargs=teacher_kwargs, verbose=verbose,
-            source=dict(weights=teacher_weights, mean=teacher_mean, std=teacher_std, img_size=teacher_img_size),
-            device=teacher_device or device, dtype=teacher_dtype or dtype, autocast=teacher_dtype is None)
+            teacher, {'teacher_device': device, 'teacher_dtype': dtype}, teacher_options,
+            input_size=input_size,
+            student_mean=data.mean or config.get('mean', IMAGENET_DEFAULT_MEAN),
+            student_std=data.std or config.get('std', IMAGENET_DEFAULT_STD),
+            autocast='teacher_dtype' not in teacher_options,
+            by_name=dict(num_classes=int(getattr(model, 'num_classes', 0)), verbose=verbose))
         _check_class_counts(model, teacher_model, methods, input_size)
-    module = _adapt_student(model, teacher_model, methods, input_size, kd_tap, verbose)
+    module = _adapt_student(model, teacher_model, methods, input_size, recipe.kd_tap, verbose)
     _start_adapters(module, student, student_kwargs, student_pretrained, verbose)
     if teacher_model is not None:
         if verbose:
             _report_teacher_input(teacher_model, module, input_size)
-        _build_methods(module, teacher_model, num_samples, sample_labels)
+        _build_methods(module, teacher_model, data)
     if verbose and methods:
-        _log_composition(kd, composition)
+        _log_composition(recipe.kd, composition)
     criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
     task = DistillTask(
         module.to(device=device, dtype=dtype), teacher_model, criterion, composition.weights,
@@ -139,6 +134,16 @@ def create_distill_task(
     if class_means is not None:
         task.set_class_means(class_means)
     return task
+
+
+def _split_options(options: Mapping[str, Any]) -> Tuple[Dict[str, Any], ...]:
+    """Return which options are of the recipe, of the data and of the teacher, the last without what is None."""
+    groups = [{field.name for field in fields(cls)} for cls in (Recipe, DataSpec)] + [{*_TEACHER_OPTIONS}]
+    unknown = options.keys() - set.union(*groups)
+    if unknown:
+        raise TypeError(f"create_distill_task() got an unexpected keyword argument '{sorted(unknown)[0]}'")
+    recipe, data, teacher = ({name: options[name] for name in options if name in group} for group in groups)
+    return recipe, data, {name: value for name, value in teacher.items() if value is not None}
 
 
 def _create_student(student: Union[str, nn.Module], num_classes: Optional[int], kwargs: Optional[Dict]) -> nn.Module:
@@ -151,26 +156,23 @@ def _create_student(student: Union[str, nn.Module], num_classes: Optional[int], 
 
 def _resolve_teacher(
         teacher: Union[str, nn.Module, Teacher, None],
-        input_size: Sequence[int],
-        num_classes: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        checkpoint: Optional[str],
-        pretrained: bool,
-        model_kwargs: Optional[Dict[str, Any]],
-        verbose: bool,
-        source: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        options: Mapping[str, Any],
+        by_name: Mapping[str, Any],
         **kwargs: Any,
 ) -> Teacher:
     if teacher is None:
         raise UsageError('Distillation needs a teacher: give --teacher NAME, or --kd none.')
+    if not isinstance(teacher, str):
+        unused = [name for name in options if isinstance(teacher, Teacher) or name not in _OF_ANY_TEACHER]
+        if unused:
+            raise UsageError(
+                f'{", ".join(unused)}: the teacher is given as a {type(teacher).__name__}, whose weights and input are '
+                'its own. Name an architecture instead, or build it with create_teacher.')
     if isinstance(teacher, Teacher):
         return teacher
-    if isinstance(teacher, nn.Module):
-        return Teacher(teacher, input_size, mean, std, **kwargs)
-    return create_teacher(
-        teacher, input_size, num_classes, checkpoint, pretrained, model_kwargs, mean, std,
-        verbose=verbose, **source, **kwargs)
+    kwargs.update({_TEACHER_OPTIONS[name]: value for name, value in {**defaults, **options}.items()})
+    return create_teacher(teacher, **by_name, **kwargs) if isinstance(teacher, str) else Teacher(teacher, **kwargs)
 
 
 def _check_class_counts(
@@ -305,19 +307,15 @@ def _teacher_share(teacher: Teacher, module: AdaptedStudent, input_size: Sequenc
     return teacher_flops / max(teacher_flops + 3 * student_flops, 1)
 
 
-def _build_methods(
-        module: AdaptedStudent,
-        teacher: Teacher,
-        num_samples: Optional[int],
-        sample_labels: Optional[torch.Tensor],
-) -> None:
+def _build_methods(module: AdaptedStudent, teacher: Teacher, data: DataSpec) -> None:
     """Let the methods create what they train, where they read more than logits."""
     student = module.reader.spec
     if student is None:
         return
-    if num_samples is None and sample_labels is not None:
-        num_samples = len(sample_labels)
-    pair = PairSpec(student, _teacher_spec(teacher), num_samples, sample_labels)
+    num_samples = data.num_samples
+    if num_samples is None and data.sample_labels is not None:
+        num_samples = len(data.sample_labels)
+    pair = PairSpec(student, _teacher_spec(teacher), num_samples, data.sample_labels)
     for method in module.methods.values():
         method.build(pair)
 

@@ -11,9 +11,10 @@ import torch
 import torch.nn as nn
 
 from .errors import UsageError
-from .factory import create_distill_task
+from .factory import DataSpec, create_distill_task
 from .features.inputs import evaluation_mode, random_images
 from .features.stages import classes_of
+from .methods import Recipe
 from .student.merge import MERGE_TOLERANCE
 from .task import DistillTask
 from .teacher.teacher import Teacher
@@ -96,7 +97,7 @@ class PairReport:
 def check_pair(
         teacher: Union[str, nn.Module, Teacher],
         student: Union[str, nn.Module],
-        kd: str = 'norm',
+        kd: Union[str, Recipe] = 'norm',
         batch_size: int = 8,
         teacher_kwargs: Optional[Dict[str, Any]] = None,
         teacher_pretrained: bool = True,
@@ -108,7 +109,7 @@ def check_pair(
     Args:
         teacher: timm architecture or module.
         student: timm architecture or module.
-        kd: Methods, joined by '+'.
+        kd: Methods, joined by '+', or a recipe.
         batch_size: Images of the measured step.
         teacher_kwargs: More arguments of `timm.create_model` for the teacher.
         teacher_pretrained: Give the teacher the class count of its pretrained weights, which are not loaded.
@@ -119,20 +120,22 @@ def check_pair(
     Returns:
         A report; `ok` is False, with the reason, where the pair cannot be trained or does not merge.
     """
-    names = [model if isinstance(model, str) else type(model).__name__ for model in (teacher, student)]
+    teacher_name, student_name = (m if isinstance(m, str) else type(m).__name__ for m in (teacher, student))
+    names = teacher_name, student_name, kd.kd if isinstance(kd, Recipe) else kd
     try:
-        kwargs = dict(teacher_kwargs or {})
-        if isinstance(teacher, str) and not task_kwargs.get('teacher_checkpoint'):
-            kwargs.setdefault('num_classes', _teacher_classes(teacher, teacher_pretrained))
-            if kwargs['num_classes'] is None:
-                del kwargs['num_classes']
-        task_kwargs.setdefault('sample_labels', torch.arange(task_kwargs.pop('num_samples', None) or _SAMPLES) % 2)
-        task = create_distill_task(
-            student, teacher, kd, teacher_kwargs=kwargs, teacher_pretrained=False, device=device, verbose=False,
-            **task_kwargs)
-        return _measure(task, names[0], names[1], kd, batch_size)
+        if isinstance(teacher, str):
+            task_kwargs.update(teacher_pretrained=False, teacher_kwargs=dict(teacher_kwargs or {}))
+            num_classes = _teacher_classes(teacher, teacher_pretrained)
+            if num_classes is not None and not task_kwargs.get('teacher_checkpoint'):
+                task_kwargs['teacher_kwargs'].setdefault('num_classes', num_classes)
+        data = task_kwargs.get('data', DataSpec())
+        if data.sample_labels is None:
+            num_samples = task_kwargs.pop('num_samples', data.num_samples) or _SAMPLES
+            task_kwargs.setdefault('sample_labels', torch.arange(num_samples) % 2)
+        task = create_distill_task(student, teacher, kd, device=device, verbose=False, **task_kwargs)
+        return _measure(task, *names, batch_size)
     except UsageError as e:
-        return PairReport(names[0], names[1], kd, ok=False, reason=str(e))
+        return PairReport(*names, ok=False, reason=str(e))
 
 
 def _teacher_classes(name: str, pretrained: bool) -> Optional[int]:

@@ -5,7 +5,7 @@ import pytest
 
 from timm_distill.errors import UsageError
 from timm_distill.methods import METHODS, Preset, create_method, list_methods, register_method, register_preset
-from timm_distill.methods._composition import create_composition, expand_kd, parse_kd
+from timm_distill.methods._composition import Recipe, create_composition, expand_kd, parse_kd
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_a_preset_expands_to_its_methods_weights_and_options(name: str) -> None:
 
 
 def test_flags_override_a_preset() -> None:
-    composition = create_composition('kd++', {'norm': 3.}, {'kd.temperature': 2.})
+    composition = create_composition(Recipe('kd++', {'norm': 3.}, {'kd.temperature': 2.}))
     assert composition.weights == {'kd': 1., 'norm': 3.}
     assert composition.methods['kd'].temperature == 2.
 
@@ -60,7 +60,7 @@ def test_a_method_that_a_preset_brings_is_not_named_twice() -> None:
     ({'norm': {0: 0.25, 2: 1.}}, [0.25, 0.25, 1.]),
 ])
 def test_a_schedule_gives_the_factor_of_every_epoch(schedule: Dict[str, str], weights: List[float]) -> None:
-    composition = create_composition('norm', kd_schedule=schedule, num_epochs=3)
+    composition = create_composition(Recipe('norm', kd_schedule=schedule, num_epochs=3))
     assert [composition.schedules['norm'](epoch) for epoch in range(len(weights))] == pytest.approx(weights)
 
 
@@ -68,19 +68,19 @@ def test_a_schedule_gives_the_factor_of_every_epoch(schedule: Dict[str, str], we
     'schedule', ['linear', 'warmup', 'warmup:x', 'warmup:0', 'cosine:1', 'stop', '5:0.5', 'warmup:2*x'])
 def test_a_malformed_schedule_names_the_flag_and_the_forms(schedule: str) -> None:
     with pytest.raises(UsageError, match='warmup|weight schedule'):
-        create_composition('norm', kd_schedule={'norm': schedule}, num_epochs=3)
+        create_composition(Recipe('norm', kd_schedule={'norm': schedule}, num_epochs=3))
 
 
 def test_a_cosine_without_the_length_of_the_run_says_so() -> None:
     with pytest.raises(UsageError, match='num_epochs'):
-        create_composition('norm', kd_schedule={'norm': 'cosine:1:0'})
+        create_composition(Recipe('norm', kd_schedule={'norm': 'cosine:1:0'}))
 
 
 @pytest.mark.parametrize('companion', [
     dict(kd_weight={'kd': 1.}), dict(kd_kwargs={'kd.hard': True}), dict(kd_schedule={'kd': 'const'})])
 def test_a_companion_flag_of_a_method_that_is_not_used_is_an_error(companion: Dict) -> None:
     with pytest.raises(UsageError, match='norm'):
-        create_composition('norm', **companion)
+        create_composition(Recipe('norm', **companion))
 
 
 @pytest.mark.parametrize('misspelt, known', [('kpdp', 'kdpp'), ('kd-+', 'kd++'), ('nrom', 'norm'), ('kdd++', 'kd++')])

@@ -11,6 +11,7 @@ from typing import Any, List
 from ..errors import UsageError
 from ..utils.ranges import OneOf, Range
 from ._base import METHODS, DistillMethod, register_method
+from ._composition import Recipe
 from ._presets import Preset, register_preset
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     'OneOf',
     'Preset',
     'Range',
+    'Recipe',
     'create_method',
     'describe_methods',
     'list_methods',

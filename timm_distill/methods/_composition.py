@@ -9,6 +9,31 @@ from ._schedules import ScheduleSpec, create_weight_schedule
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """What is distilled and how much it counts, spelt as the flags of the same names.
+
+    Attributes:
+        kd: 'none', or names of methods and presets joined by '+', e.g. 'norm+kd'.
+        kd_weight: Weight of each method's terms; a preset's by default, else the method's published one.
+        kd_kwargs: Options of the methods, `{'norm.segments': 8}` or `{'norm': {'segments': 8}}`.
+        kd_schedule: Schedule of each method's weight over epochs in place of its own, e.g. `{'norm': 'imagenet'}`.
+        kd_tap: Where an adapter sits: 'auto', 'features', 'pre_logits', or 'side' (read the last stage for the loss
+            alone).
+        task_loss_weight: Weight of the task loss; a preset's by default, else 1.
+        distill_loss_weight: Factor on all methods' weights, 1 by default.
+        num_epochs: Length of the run, for schedules that span it.
+    """
+    kd: str = 'norm'
+    kd_weight: Optional[Mapping[str, float]] = None
+    kd_kwargs: Optional[Mapping[str, Any]] = None
+    kd_schedule: Optional[Mapping[str, ScheduleSpec]] = None
+    kd_tap: str = 'auto'
+    task_loss_weight: Optional[float] = None
+    distill_loss_weight: Optional[float] = None
+    num_epochs: Optional[int] = None
+
+
+@dataclass(frozen=True)
 class Composition:
     """The methods of a run.
 
@@ -24,31 +49,15 @@ class Composition:
     task_loss_weight: float = 1.
 
 
-def create_composition(
-        kd: str,
-        kd_weight: Optional[Mapping[str, float]] = None,
-        kd_kwargs: Optional[Mapping[str, Any]] = None,
-        kd_schedule: Optional[Mapping[str, ScheduleSpec]] = None,
-        task_loss_weight: Optional[float] = None,
-        distill_loss_weight: Optional[float] = None,
-        num_epochs: Optional[int] = None,
-) -> Composition:
-    """Create the methods of a `--kd` value with their weights and schedules.
-
-    Args:
-        kd: 'none', or names of methods and presets joined by '+'.
-        kd_weight: Weight of each method's terms; a preset's by default, else the method's published one.
-        kd_kwargs: Options of the methods, `{'norm.segments': 8}` or `{'norm': {'segments': 8}}`.
-        kd_schedule: Schedule of each method's weight, in place of its own.
-        task_loss_weight: Weight of the task loss; a preset's by default, else 1.
-        distill_loss_weight: Factor on all methods' weights, 1 by default.
-        num_epochs: Length of the run, for schedules that span it.
+def create_composition(recipe: Recipe) -> Composition:
+    """Create the methods of a recipe with their weights and schedules.
 
     Raises:
         UsageError: If a name, an option or a value is not possible; says what is.
     """
+    kd, task_loss_weight, distill_loss_weight = recipe.kd, recipe.task_loss_weight, recipe.distill_loss_weight
     default_weights, options = expand_kd(kd)
-    for method, option, value in _flatten_options(kd_kwargs or {}):
+    for method, option, value in _flatten_options(recipe.kd_kwargs or {}):
         _check_method(f'--kd-kwargs {method}.{option}', method, options, kd)
         options[method][option] = value
     methods = {name: METHODS.create(name, **options[name]) for name in options}
@@ -56,7 +65,7 @@ def create_composition(
     for flag, value in (('--task-loss-weight', task_loss_weight), ('--distill-loss-weight', distill_loss_weight)):
         if value is not None and value not in NOT_NEGATIVE:
             raise UsageError(f'{flag} {value} must be {NOT_NEGATIVE}.')
-    weights = _resolve_weights(default_weights, kd_weight, distill_loss_weight)
+    weights = _resolve_weights(default_weights, recipe.kd_weight, distill_loss_weight)
     if task_loss_weight is None:
         task_loss_weight = next((p.task_loss_weight for p in presets if p.task_loss_weight is not None), 1.)
     if weights and not task_loss_weight and not any(weights.values()):
@@ -65,9 +74,10 @@ def create_composition(
             '--task-loss-weight, --distill-loss-weight or --kd-weight.')
     schedules: Dict[str, Callable[[int], float]] = {name: method.weight for name, method in methods.items()}
     specs = {name: spec for preset in presets for name, spec in preset.schedules.items()}
-    for name, spec in {**specs, **(kd_schedule or {})}.items():
+    for name, spec in {**specs, **(recipe.kd_schedule or {})}.items():
         _check_method(f'--kd-schedule {name}', name, options, kd)
-        schedules[name] = create_weight_schedule(spec, methods[name].schedules, f'--kd-schedule {name}', num_epochs)
+        schedules[name] = create_weight_schedule(
+            spec, methods[name].schedules, f'--kd-schedule {name}', recipe.num_epochs)
     return Composition(methods, weights, schedules, task_loss_weight)
 
 

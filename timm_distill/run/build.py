@@ -2,6 +2,7 @@
 import argparse
 import logging
 import math
+from dataclasses import fields
 from typing import Any, Dict, Tuple
 
 import torch
@@ -15,8 +16,9 @@ from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kw
 
 from ..data import DataLoaders, IndexedDataset, create_loaders, create_train_loss, read_labels
 from ..errors import UsageError
-from ..factory import create_distill_task
+from ..factory import DataSpec, create_distill_task
 from ..features.inputs import CANNOT_RUN, find_patch_size, random_images
+from ..methods import Recipe
 from ..methods._composition import methods_of
 from ..task import DistillTask
 from ..utils._compat import get_learning_rates
@@ -92,27 +94,11 @@ def build_task(
         _logger.info(f'Student {safe_model_name(args.model)}: {parameters:,} parameters.')
     task = create_distill_task(
         student,
-        args.teacher,
-        kd=args.kd,
-        kd_weight=args.kd_weight,
-        kd_kwargs=args.kd_kwargs,
-        kd_schedule=args.kd_schedule,
-        kd_tap=args.kd_tap,
+        **distill_kwargs(args, data_config),
         criterion=create_train_loss(args, device, args.num_classes),
-        task_loss_weight=args.task_loss_weight,
-        distill_loss_weight=args.distill_loss_weight,
-        num_epochs=count_epochs(args),
         num_samples=len(dataset) if indexed else None,
         sample_labels=read_labels(dataset) if indexed else None,
-        input_size=data_config['input_size'],
-        mean=data_config['mean'],
-        std=data_config['std'],
         student_pretrained=comes_with_weights(args),
-        teacher_checkpoint=args.teacher_checkpoint,
-        teacher_pretrained=args.teacher_pretrained,
-        teacher_kwargs=args.teacher_kwargs,
-        **teacher_input_kwargs(args),
-        teacher_dtype=resolve_dtype(args.teacher_dtype),
         teacher_device=torch.device('cpu') if args.teacher_fsdp else None,
         device=device,
         dtype=precision.model_dtype,
@@ -131,10 +117,18 @@ def build_task(
     return task
 
 
-def teacher_input_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
-    """Map the flags that say which weights of the teacher are used and what it is fed to arguments of the task."""
-    names = ('teacher_weights', 'teacher_mean', 'teacher_std', 'teacher_img_size')
-    return {name: getattr(args, name) for name in names}
+def distill_kwargs(args: argparse.Namespace, data_config: Dict[str, Any]) -> Dict[str, Any]:
+    """Map the distillation flags to arguments of `create_distill_task`, as timm's `optimizer_kwargs` does."""
+    recipe = {field.name: getattr(args, field.name) for field in fields(Recipe) if field.name != 'num_epochs'}
+    names = (
+        'teacher', 'teacher_checkpoint', 'teacher_pretrained', 'teacher_kwargs', 'teacher_weights', 'teacher_mean',
+        'teacher_std', 'teacher_img_size')
+    return dict(
+        kd=Recipe(**recipe, num_epochs=count_epochs(args)),
+        data=DataSpec(data_config['input_size'], data_config['mean'], data_config['std']),
+        teacher_dtype=resolve_dtype(args.teacher_dtype),
+        **{name: getattr(args, name) for name in names},
+    )
 
 
 def check_task(args: argparse.Namespace, task: DistillTask) -> None:

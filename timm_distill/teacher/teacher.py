@@ -411,10 +411,6 @@ def create_teacher(
         checkpoint: Optional[str] = None,
         pretrained: bool = True,
         model_kwargs: Optional[Dict[str, Any]] = None,
-        student_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-        student_std: Sequence[float] = IMAGENET_DEFAULT_STD,
-        device: Union[str, torch.device, None] = None,
-        dtype: Optional[torch.dtype] = None,
         verbose: bool = True,
         weights: Optional[str] = None,
         mean: Optional[Sequence[float]] = None,
@@ -435,25 +431,19 @@ def create_teacher(
             for the architecture where they are not in its own form. The class count is the file's own.
         pretrained: Load timm's pretrained weights when there is no `checkpoint`.
         model_kwargs: More arguments of `timm.create_model`.
-        student_mean: Normalisation of the student's input.
-        student_std: Likewise.
-        device: Where the teacher lives.
-        dtype: Its precision, float32 by default.
         verbose: Log what was loaded, warn of a teacher without weights.
         weights: 'raw' or 'ema' of a training checkpoint; None takes the averaged ones where there are any.
         mean: The teacher's own normalisation.
         std: Likewise.
         img_size: Height and width that it is fed.
-        teacher_kwargs: More arguments of `Teacher`.
+        teacher_kwargs: More arguments of `Teacher`: student_mean, student_std, device, dtype, ...
 
     Raises:
         UsageError: If the name is unknown, or the weights are missing, unreadable or of another architecture.
     """
     source = TeacherSource(name, checkpoint or '', pretrained, model_kwargs, weights, mean, std, img_size)
     model, records = load_teacher_model(source, input_size[0], num_classes, verbose)
-    return Teacher(
-        model, input_size, student_mean, student_std, device, dtype, copy_model=False, records=records,
-        **teacher_kwargs)
+    return Teacher(model, input_size, copy_model=False, records=records, **teacher_kwargs)
 
 
 def model_record(model: nn.Module) -> InputRecord:
