@@ -10,10 +10,10 @@ import torch.distributed as dist
 from kill_runs import Launch, start_method
 from timm.optim import create_optimizer_v2
 from timm.utils import unwrap_model
+from training import train_epoch
 
 from timm_distill import Teacher, UsageError, create_distill_task
-from timm_distill.engine.evaluate import evaluate
-from timm_distill.engine.train import train_one_epoch
+from timm_distill.engine.evaluate import ComputeSpec, evaluate
 from timm_distill.teacher.sharding import count_local_parameters, count_parameters, find_parts
 from timm_distill.utils.distributed import share_weights
 
@@ -45,14 +45,14 @@ def train(rank: int, world_size: int) -> Dict[str, Any]:
     batches = [(images[share], target[share]) for images, target in create_batches()]
     gradients = first_gradients(task, batches[0], world_size)
     optimizer = create_optimizer_v2(task.trainable_module, 'sgd', lr=0.1, weight_decay=0.)
-    metrics = train_one_epoch(
+    metrics = train_epoch(
         task, batches, optimizer, epoch=0, device=CPU, grad_accum_steps=2, clip_grad=1., distributed=world_size > 1)
     return {
         'gradients': gradients,
         'student': task.get_checkpoint_state()['state_dict'],
         'ema': task.get_checkpoint_state(ema=True)['state_dict_ema'],
         'metrics': dict(metrics),
-        'top1': evaluate(task.get_eval_model(), batches, device=CPU, distributed=world_size > 1)['top1'],
+        'top1': evaluate(task.get_eval_model(), batches, ComputeSpec(CPU, distributed=world_size > 1))['top1'],
     }
 
 

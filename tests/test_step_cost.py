@@ -10,9 +10,9 @@ import torch
 import torch.nn as nn
 from timm.optim import create_optimizer_v2
 from torch.profiler import ProfilerActivity, profile
+from training import train_epoch
 
 from timm_distill import DistillTask, create_distill_task, list_methods
-from timm_distill.engine.train import train_one_epoch
 from timm_distill.methods import METHODS
 
 SIZE = (3, 32, 32)
@@ -60,7 +60,7 @@ def train(task: DistillTask, batches: List[Any], epoch: int = 0) -> None:
         batches = [(images, torch.stack([target, target], 1)) for images, target in batches]
     optimizer = create_optimizer_v2(task.trainable_module, 'sgd', lr=1e-3)
     device = torch.device(batches[0][0].device)
-    train_one_epoch(task, batches, optimizer, epoch=epoch, device=device, clip_grad=1., log_interval=100)
+    train_epoch(task, batches, optimizer, epoch=epoch, device=device, clip_grad=1., log_interval=100)
 
 
 def count_operators(task: DistillTask) -> Counter:

@@ -1,4 +1,5 @@
 """Rules of the house style that ruff has none for."""
+import ast
 import io
 import tokenize
 from pathlib import Path
@@ -43,6 +44,23 @@ def test_brackets_have_hanging_indents(folder: str) -> None:
     found = [
         f'{path.relative_to(REPO_DIR)}:{line}' for path in wanted for line in find_aligned_brackets(path.read_text())]
     assert wanted and not found, 'Break the line behind the bracket and indent what follows:\n' + '\n'.join(found)
+
+
+def parameters_of(function: ast.FunctionDef) -> List[str]:
+    """Return the parameters of a function, those of a method without the object; `ctx` is autograd's."""
+    arguments = function.args
+    names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+    names += [a.arg for a in (arguments.vararg, arguments.kwarg) if a is not None]
+    return names[1:] if names[:1] in (['self'], ['cls'], ['ctx']) else names
+
+
+def test_no_function_takes_more_than_twelve_parameters() -> None:
+    found = [
+        f'{path.relative_to(REPO_DIR)}:{node.lineno}: {node.name} takes {len(parameters_of(node))}'
+        for path in source_files() if path.relative_to(REPO_DIR).parts[0] != 'tests'
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and len(parameters_of(node)) > 12]
+    assert not found, 'Give it a frozen dataclass, as UpdateSpec in engine/train.py:\n' + '\n'.join(found)
 
 
 @pytest.mark.parametrize('source, lines', [

@@ -13,9 +13,9 @@ import torch._functorch.config
 import torch.nn.functional as F
 from timm.task import TrainingTask
 from timm.utils import NativeScaler
+from training import train_epoch
 
 from timm_distill import DistillTask, create_distill_task
-from timm_distill.engine.train import train_one_epoch
 
 CPU = torch.device('cpu')
 SIZE = (3, 32, 32)
@@ -40,7 +40,7 @@ def create_batches(count: int = 4, dtype: torch.dtype = torch.float64) -> List[T
 def train(task: Any, batches: List[Any], lr: float = 0.05, **kwargs: Any) -> Dict[str, float]:
     torch.manual_seed(2)
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=lr, momentum=0.9)
-    return train_one_epoch(task, batches, optimizer, epoch=0, device=CPU, **kwargs)
+    return train_epoch(task, batches, optimizer, epoch=0, device=CPU, **kwargs)
 
 
 def expected_norms(task: DistillTask, batches: List[Any]) -> Dict[str, float]:

@@ -12,9 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.task import TrainingTask
 from timm.utils import NativeScaler
+from training import train_epoch
 
-from timm_distill.engine.evaluate import evaluate
-from timm_distill.engine.train import NonFiniteLossError, train_one_epoch
+from timm_distill.engine.evaluate import ComputeSpec, evaluate
+from timm_distill.engine.train import NonFiniteLossError
 from timm_distill.errors import UsageError
 from timm_distill.utils.random import get_rng_state, set_rng_state
 
@@ -62,7 +63,7 @@ def create_task(seed: int = 0) -> Tuple[StubTask, torch.optim.Optimizer]:
 
 
 def train(task: TrainingTask, batches: List[Any], optimizer: torch.optim.Optimizer, **kwargs: Any) -> OrderedDict:
-    return train_one_epoch(task, batches, optimizer, **{'epoch': 0, 'device': CPU, **kwargs})
+    return train_epoch(task, batches, optimizer, **kwargs)
 
 
 def test_averages_equal_reading_every_step():
@@ -286,8 +287,8 @@ def test_progress_bar_is_shown_on_request_only(capsys):
     task, optimizer = create_task()
     train(task, create_batches(), optimizer)
     assert capsys.readouterr().err == ''
-    train(task, create_batches(), optimizer, epoch=2, num_epochs=10, desc='student', progress=True)
-    assert 'student epoch 3/10 train' in capsys.readouterr().err
+    train(task, create_batches(), optimizer, epoch=2, num_epochs=10, progress=True)
+    assert 'epoch 2 of 0-9 train' in capsys.readouterr().err
 
 
 def test_mixup_and_transfer_are_left_to_a_prefetching_loader():
@@ -332,7 +333,7 @@ class StubLoader(list):
 def test_evaluation_weighs_a_partial_last_batch_by_its_size():
     batches = create_batches((4, 4, 3))
     model = create_task()[0].trainable_module
-    metrics = evaluate(model, batches, device=CPU)
+    metrics = evaluate(model, batches, ComputeSpec(CPU))
     input, target = (torch.cat(parts) for parts in zip(*batches))
     output = model(input)
     assert list(metrics) == ['loss', 'top1', 'top5']
@@ -344,8 +345,8 @@ def test_evaluation_weighs_a_partial_last_batch_by_its_size():
 def test_evaluation_does_not_count_sampler_padding():
     batches = create_batches((4, 4))
     model = create_task()[0].trainable_module
-    padded = evaluate(model, StubLoader(batches, num_valid_samples=6), device=CPU)
-    exact = evaluate(model, [batches[0], tuple(part[:2] for part in batches[1])], device=CPU)
+    padded = evaluate(model, StubLoader(batches, num_valid_samples=6), ComputeSpec(CPU))
+    exact = evaluate(model, [batches[0], tuple(part[:2] for part in batches[1])], ComputeSpec(CPU))
     assert padded == pytest.approx(exact)
 
 
@@ -360,13 +361,13 @@ def test_evaluation_takes_the_first_of_several_outputs_in_eval_mode_without_grad
             return self.fc(x), torch.zeros(1)
 
     model = TwoHeads()
-    assert evaluate(model, create_batches(), device=CPU) == evaluate(model.fc, create_batches(), device=CPU)
+    assert evaluate(model, create_batches(), ComputeSpec(CPU)) == evaluate(model.fc, create_batches(), ComputeSpec(CPU))
 
 
 def test_evaluation_averages_the_views_of_an_image():
     batches = create_batches((6,))
     model = create_task()[0].trainable_module
-    metrics = evaluate(model, batches, device=CPU, tta=3)
+    metrics = evaluate(model, batches, ComputeSpec(CPU), tta=3)
     logits, target = model(batches[0][0]).view(2, 3, -1).mean(1), batches[0][1][::3]
     assert metrics['loss'] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-6)
 
@@ -375,7 +376,7 @@ def test_evaluation_reads_values_at_log_lines_only(monkeypatch):
     reads = []
     item = torch.Tensor.item
     monkeypatch.setattr(torch.Tensor, 'item', lambda self: (reads.append(1), item(self))[1])
-    evaluate(create_task()[0].trainable_module, create_batches((4,) * 20), device=CPU, log_interval=10)
+    evaluate(create_task()[0].trainable_module, create_batches((4,) * 20), ComputeSpec(CPU), log_interval=10)
     assert len(reads) == 4  # batches 0, 10, 19 and the result
 
 
@@ -385,7 +386,7 @@ def _run_rank(rank: int, init_file: str, queue: Any) -> None:
     batches = create_batches((4, 4), seed=rank) if rank else create_batches((4, 2), seed=rank)
     metrics = train(task, batches, optimizer, distributed=True)
     own = [{k: v.item() for k, v in result.items()} for result in task.results]
-    evaluated = evaluate(create_task()[0].trainable_module, batches, device=CPU, distributed=True)
+    evaluated = evaluate(create_task()[0].trainable_module, batches, ComputeSpec(CPU, distributed=True))
     batches[0][0].fill_(float('nan') if rank else 1.)
     try:
         train(task, batches, optimizer, distributed=True, max_streak=1)
@@ -410,6 +411,6 @@ def test_averages_and_divergence_are_shared_by_all_ranks(tmp_path):
     assert results[0][0]['loss'] == results[1][0]['loss'] == pytest.approx(expected)
 
     together = create_batches((4, 2), seed=0) + create_batches((4, 4), seed=1)
-    reference = evaluate(create_task()[0].trainable_module, together, device=CPU)
+    reference = evaluate(create_task()[0].trainable_module, together, ComputeSpec(CPU))
     assert results[0][2] == results[1][2] == pytest.approx(dict(reference))
     assert 'on another rank' in results[0][3] and 'at batch 0' in results[1][3]

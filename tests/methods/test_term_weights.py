@@ -11,10 +11,10 @@ import timm
 import torch
 import torch.nn as nn
 from timm.utils import NativeScaler
+from training import train_epoch
 
 import train_distill
 from timm_distill import DistillTask, UsageError, create_distill_task, create_method
-from timm_distill.engine.train import train_one_epoch
 from timm_distill.features.spec import Features
 from timm_distill.losses import standardize_logits
 from timm_distill.methods import METHODS, DistillMethod
@@ -87,7 +87,7 @@ def test_an_infinite_term_without_a_weight_stops_no_training_and_spoils_no_avera
     task = with_infinite(0.)
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
     before = copy.deepcopy(task.student.state_dict())
-    metrics = train_one_epoch(
+    metrics = train_epoch(
         task, [create_batch(seed=i) for i in range(4)], optimizer, epoch=0, device=CPU, max_streak=2, log_grad_norm=1)
     assert all(torch.isfinite(torch.tensor(metrics[name])) for name in ('loss', 'kd_loss', 'task_loss'))
     assert metrics['grad_norm_infinite'] == 0
@@ -231,7 +231,7 @@ def test_logits_that_a_method_projects_itself_are_standardised_with_all_others()
 def run_epoch(task: DistillTask, batches: int = 5, **kwargs: Any) -> Dict[str, float]:
     torch.manual_seed(2)
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.05, momentum=0.9)
-    return train_one_epoch(task, [create_batch(seed=i) for i in range(batches)], optimizer, device=CPU, **kwargs)
+    return train_epoch(task, [create_batch(seed=i) for i in range(batches)], optimizer, device=CPU, **kwargs)
 
 
 def shares_of(caplog: pytest.LogCaptureFixture) -> List[str]:

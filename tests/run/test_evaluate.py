@@ -15,7 +15,7 @@ from timm.utils import CheckpointSaver
 
 from timm_distill.args import create_validate_parser, parse_args
 from timm_distill.data import create_eval_dataset, create_eval_loader
-from timm_distill.engine.evaluate import evaluate
+from timm_distill.engine.evaluate import ComputeSpec, evaluate
 from timm_distill.run import validate_script
 
 _spec = importlib.util.spec_from_file_location('validate', Path(__file__).parent.parent.parent / 'validate.py')
@@ -73,7 +73,7 @@ def test_numbers_equal_those_of_the_training_loop(run, capsys, use_ema, more):
     data_config = timm.data.resolve_data_config(vars(args), model=model, use_test_size=True)
     dataset = create_eval_dataset(args, data_config, 6)
     loader = create_eval_loader(args, data_config, dataset, torch.device('cpu'))
-    metrics = evaluate(model, loader, device=torch.device('cpu'))
+    metrics = evaluate(model, loader, ComputeSpec(torch.device('cpu')))
     assert results['top1'] == round(metrics['top1'], 4)
     assert results['top5'] == round(metrics['top5'], 4)
     assert results['img_size'] == 32

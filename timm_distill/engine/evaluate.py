@@ -3,6 +3,7 @@ import logging
 import time
 from collections import OrderedDict
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable, Optional, Tuple
 
@@ -21,23 +22,39 @@ from .train_log import progress_bar
 _logger = logging.getLogger(__name__)
 
 
-def _prepare_batch(
-        input: torch.Tensor,
-        target: torch.Tensor,
-        device: torch.device,
-        model_dtype: Optional[torch.dtype] = None,
-        prefetcher: bool = True,
-        channels_last: bool = False,
-        mixup_fn: Optional[Callable] = None,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Do what a prefetching loader has done already (transfer, dtype, mixup), and set the memory format."""
-    if not prefetcher:
-        input, target = input.to(device=device, dtype=model_dtype), target.to(device=device)
-        if mixup_fn is not None:
-            input, target = mixup_fn(input, target)
-    if channels_last:
-        input = input.contiguous(memory_format=torch.channels_last)
-    return input, target
+@dataclass(frozen=True)
+class ComputeSpec:
+    """Where and how a loop computes.
+
+    Attributes:
+        device: Where the model lives.
+        model_dtype: Input dtype, where the loader does not set it.
+        amp_autocast: Makes the context of each forward pass.
+        channels_last: Compute in channels-last memory format.
+        prefetcher: The loader already transfers, converts and mixes.
+        distributed: Count, or average, over all ranks.
+    """
+    device: torch.device
+    model_dtype: Optional[torch.dtype] = None
+    amp_autocast: Callable = nullcontext
+    channels_last: bool = False
+    prefetcher: bool = True
+    distributed: bool = False
+
+    def prepare_batch(
+            self,
+            input: torch.Tensor,
+            target: torch.Tensor,
+            mixup_fn: Optional[Callable] = None,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Do what a prefetching loader has done already (transfer, dtype, mixup), and set the memory format."""
+        if not self.prefetcher:
+            input, target = input.to(device=self.device, dtype=self.model_dtype), target.to(device=self.device)
+            if mixup_fn is not None:
+                input, target = mixup_fn(input, target)
+        if self.channels_last:
+            input = input.contiguous(memory_format=torch.channels_last)
+        return input, target
 
 
 def _log_evaluation(
@@ -79,13 +96,8 @@ def evaluator_class(task: str, threshold: float = 0.5) -> Callable[..., Classifi
 def evaluate(
         model: nn.Module,
         loader: Any,
+        compute: ComputeSpec,
         *,
-        device: torch.device,
-        model_dtype: Optional[torch.dtype] = None,
-        amp_autocast: Callable = nullcontext,
-        channels_last: bool = False,
-        prefetcher: bool = True,
-        distributed: bool = False,
         tta: int = 0,
         create_evaluator: Callable[..., ClassificationEvaluator] = ClassificationEvaluator,
         on_output: Optional[Callable] = None,
@@ -98,12 +110,7 @@ def evaluate(
     Args:
         model: Gives logits, or a tuple that begins with them; is put in eval mode and left there.
         loader: Yields (input, class index).
-        device: Where the model lives.
-        model_dtype: Input dtype, where the loader does not set it.
-        amp_autocast: Makes the context of each forward pass.
-        channels_last: Evaluate in channels-last memory format.
-        prefetcher: The loader already transfers and converts.
-        distributed: Count over all ranks.
+        compute: Where and how.
         tta: Views of an image that follow one another in a batch and are averaged, 0 or 1 for none.
         create_evaluator: Class of the metrics, called with the device and `max_samples`.
         on_output: Called with the logits and targets of each batch.
@@ -116,13 +123,13 @@ def evaluate(
     """
     model.eval()
     max_samples, views = evaluation_sample_limit(loader), max(tta, 1)
-    evaluator = create_evaluator(device, max_samples=None if max_samples is None else max_samples // views)
-    primary = not distributed or dist.get_rank() == 0
+    evaluator = create_evaluator(compute.device, max_samples=None if max_samples is None else max_samples // views)
+    primary = not compute.distributed or dist.get_rank() == 0
     start = time.perf_counter()
     with progress_bar(loader, log_name, progress if primary else False) as bar:
         for batch_idx, (input, target) in enumerate(bar):
-            input, target = _prepare_batch(input, target, device, model_dtype, prefetcher, channels_last)
-            with amp_autocast():
+            input, target = compute.prepare_batch(input, target)
+            with compute.amp_autocast():
                 output = model(input)
             if isinstance(output, (tuple, list)):
                 output = output[0]
@@ -133,4 +140,4 @@ def evaluate(
                 on_output(output, target)
             if primary and (batch_idx % log_interval == 0 or batch_idx == len(loader) - 1):
                 _log_evaluation(log_name, batch_idx, len(loader), evaluator, time.perf_counter() - start, bar)
-    return evaluator.compute(distributed)
+    return evaluator.compute(compute.distributed)

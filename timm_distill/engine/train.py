@@ -3,20 +3,19 @@ import math
 import time
 from collections import OrderedDict
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.task import (
-    TrainingTask,
-)
+from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 from tqdm import tqdm
 
 from ..data.resumable import EpochData
 from ..errors import UsageError
-from .evaluate import _prepare_batch
+from .evaluate import ComputeSpec
 from .grad_norms import GradientNorms, GradientShares
 from .meters import LossMeter, NonFiniteLossError, Streak
 from .nonfinite import UpdateGuard
@@ -31,25 +30,80 @@ def accumulation_plan(num_batches: int, grad_accum_steps: int) -> Iterator[Tuple
             yield group_size, i == group_size - 1
 
 
+@dataclass(frozen=True)
+class UpdateSpec:
+    """How gradients become an optimizer update.
+
+    Attributes:
+        loss_scaler: Called like `timm.utils.NativeScaler`, replaces backward, clipping and the optimizer's step.
+        clip_grad: Gradient clipping value, None for none.
+        clip_mode: One of timm's clipping modes ('norm', 'value', 'agc').
+        grad_accum_steps: Batches per optimizer update; the last group of an epoch may be smaller.
+        batch_scale: Gives the factor on the gradients of a batch by its size; None where all batches count alike.
+        max_streak: Updates in a row that may be skipped for gradients that are not finite, None for any number.
+    """
+    loss_scaler: Optional[Callable] = None
+    clip_grad: Optional[float] = None
+    clip_mode: str = 'norm'
+    grad_accum_steps: int = 1
+    batch_scale: Optional[Callable] = None
+    max_streak: Optional[int] = 10
+
+
+@dataclass(frozen=True)
+class EpochHooks:
+    """What is called while an epoch goes on.
+
+    Attributes:
+        on_diverged: With the error when `max_streak` updates were skipped; training goes on when it returns. None
+            raises it.
+        on_update: After each update with the index of the newest batch, its images, and whether a line was logged.
+        after_update: When an update is complete, with its index and a function that gives this rank's position for
+            `position`; may save, or end the epoch by raising.
+    """
+    on_diverged: Optional[Callable[[NonFiniteLossError], None]] = None
+    on_update: Optional[Callable] = None
+    after_update: Optional[Callable[[int, Callable[[], Dict[str, Any]]], None]] = None
+
+
+@dataclass(frozen=True)
+class LogSpec:
+    """What of an epoch is said and measured; training is the same.
+
+    Attributes:
+        num_epochs: Length of the run, shown in the progress bar.
+        log_interval: Updates between log lines. Only there do the loops wait for the device.
+        log_grad_norm: Updates between measurements of each term's gradient norm, 0 for none.
+        log_shares: Log each term's weight and share in the gradient at the first two log lines.
+        progress: Show a progress bar; None shows one where stderr is a terminal.
+        timing: Where to add the time of the epoch.
+    """
+    num_epochs: Optional[int] = None
+    log_interval: int = 50
+    log_grad_norm: int = 0
+    log_shares: bool = False
+    progress: Optional[bool] = None
+    timing: Optional[StepTiming] = None
+
+
 def _backward_and_step(
         loss: torch.Tensor,
         task: TrainingTask,
         guard: UpdateGuard,
         need_update: bool,
-        loss_scaler: Optional[Callable] = None,
-        clip_grad: Optional[float] = None,
-        clip_mode: str = 'norm',
+        update: UpdateSpec,
 ) -> None:
     """Backward pass and, at the end of an accumulation group, clipping and the optimizer's step."""
     create_graph = getattr(guard.optimizer, 'is_second_order', False)
-    parameters = None if clip_grad is None else task.get_clip_parameters(exclude_head='agc' in clip_mode)
-    if loss_scaler is not None:
+    clips = update.clip_grad is not None
+    parameters = task.get_clip_parameters(exclude_head='agc' in update.clip_mode) if clips else None
+    if update.loss_scaler is not None:
         guard.check([loss])  # gradients that only the scale lets overflow are the scaler's business
-        loss_scaler(
+        update.loss_scaler(
             loss,
             guard.optimizer,
-            clip_grad=clip_grad,
-            clip_mode=clip_mode,
+            clip_grad=update.clip_grad,
+            clip_mode=update.clip_mode,
             parameters=parameters,
             create_graph=create_graph,
             need_update=need_update,
@@ -60,8 +114,8 @@ def _backward_and_step(
     loss.backward(create_graph=create_graph)
     if need_update:
         guard.check(guard.gradients())
-        if clip_grad is not None:
-            dispatch_clip_grad(parameters, value=clip_grad, mode=clip_mode)
+        if clips:
+            dispatch_clip_grad(parameters, value=update.clip_grad, mode=update.clip_mode)
         guard.step()
 
 
@@ -157,34 +211,16 @@ def train_one_epoch(
         task: TrainingTask,
         loader: Any,
         optimizer: torch.optim.Optimizer,
+        compute: ComputeSpec,
         *,
         epoch: int,
-        device: torch.device,
-        num_epochs: Optional[int] = None,
-        model_dtype: Optional[torch.dtype] = None,
-        amp_autocast: Callable = nullcontext,
-        loss_scaler: Optional[Callable] = None,
-        clip_grad: Optional[float] = None,
-        clip_mode: str = 'norm',
-        grad_accum_steps: int = 1,
+        update: UpdateSpec = UpdateSpec(),
         mixup_fn: Optional[Callable] = None,
-        prefetcher: bool = True,
-        channels_last: bool = False,
         lr_scheduler: Optional[Any] = None,
-        max_streak: Optional[int] = 10,
         streak: Optional[Streak] = None,
-        on_diverged: Optional[Callable[[NonFiniteLossError], None]] = None,
-        after_update: Optional[Callable[[int, Callable[[], Dict[str, Any]]], None]] = None,
+        hooks: EpochHooks = EpochHooks(),
         position: Optional[Dict[str, Any]] = None,
-        log_interval: int = 50,
-        log_grad_norm: int = 0,
-        log_shares: bool = False,
-        distributed: bool = False,
-        batch_scale: Optional[Callable] = None,
-        on_update: Optional[Callable] = None,
-        desc: str = '',
-        progress: Optional[bool] = None,
-        timing: Optional[StepTiming] = None,
+        log: LogSpec = LogSpec(),
 ) -> OrderedDict[str, float]:
     """Train the task for one epoch.
 
@@ -192,87 +228,69 @@ def train_one_epoch(
         task: Gives the loss of a batch and its terms; owns the trainable module and its EMA.
         loader: Yields (input, target); its length is the number of batches.
         optimizer: Holds the task's trainable parameters.
+        compute: Where and how.
         epoch: Index of the epoch, from 0. Update counts (EMA warmup, schedules) follow from it.
-        device: Where the trainable module lives.
-        num_epochs: Length of the run, shown in the progress bar.
-        model_dtype: Input dtype, where the loader does not set it.
-        amp_autocast: Makes the context of each forward pass.
-        loss_scaler: Called like `timm.utils.NativeScaler`, replaces backward, clipping and the optimizer's step.
-        clip_grad: Gradient clipping value, None for none.
-        clip_mode: One of timm's clipping modes ('norm', 'value', 'agc').
-        grad_accum_steps: Batches per optimizer update; the last group of an epoch may be smaller.
+        update: How gradients become an update.
         mixup_fn: Applied to each batch, where the loader does not prefetch.
-        prefetcher: The loader already transfers, converts and mixes.
-        channels_last: Train in channels-last memory format.
         lr_scheduler: A timm scheduler, told about each update.
-        max_streak: Updates in a row that may be skipped for gradients that are not finite, None for any number.
         streak: Skipped updates in a row before this epoch; brought up to date at its end.
-        on_diverged: Called with the error when there are as many; training goes on when it returns. None raises it.
-        after_update: Called when an update is complete, with its index and a function that gives this rank's position
-            for `position`; may save, or end the epoch by raising.
+        hooks: What is called meanwhile.
         position: Where an earlier process stopped inside this epoch; the generators must be restored already.
-        log_interval: Updates between log lines. Only there do the loops wait for the device.
-        log_grad_norm: Updates between measurements of each term's gradient norm, 0 for none. Training is the same.
-        log_shares: Log each term's weight and share in the gradient at the first two log lines. Training is the same.
-        distributed: Average what is logged and returned over all ranks.
-        batch_scale: Gives the factor on the gradients of a batch by its size; None where all batches count alike.
-        on_update: Called after each update with the index of the newest batch, its images, and whether a line was
-            logged.
-        desc: Text in front of the progress bar, for example which run of several this is.
-        progress: Show a progress bar; None shows one where stderr is a terminal.
-        timing: Where to add the time of the epoch.
+        log: What is said and measured.
 
     Returns:
         'loss' and each '*_loss' term of the task, averaged over the epoch's samples, and with `log_grad_norm`
         'grad_norm_*' of each term, averaged over its measurements.
     """
     _start_epoch(task, loader, optimizer, epoch)
-    norms = GradientNorms(task, log_grad_norm, loss_scaler, distributed)
-    losses = LossMeter(device, distributed, streak)
-    state = _EpochState(task, loader, optimizer, epoch, losses, norms, grad_accum_steps)
-    state.log = TrainLog(state.losses, epoch, state.num_updates, log_interval, max_streak, norms, num_epochs)
-    shares = GradientShares(task, {0, log_interval} if log_shares and state.log.primary else set(), loss_scaler)
+    norms = GradientNorms(task, log.log_grad_norm, update.loss_scaler, compute.distributed)
+    losses = LossMeter(compute.device, compute.distributed, streak)
+    state = _EpochState(task, loader, optimizer, epoch, losses, norms, update.grad_accum_steps)
+    state.log = TrainLog(
+        state.losses, epoch, state.num_updates, log.log_interval, update.max_streak, norms, log.num_epochs)
+    shared = {0, log.log_interval} if log.log_shares and state.log.primary else set()
+    shares = GradientShares(task, shared, update.loss_scaler)
     if position is not None:
         state.load_position(position)
-    plan = islice(accumulation_plan(len(loader), grad_accum_steps), state.data.num_batches, None)
-    desc = f"{desc} epoch {epoch}{f' of 0-{num_epochs - 1}' if num_epochs else ''} train".lstrip()
+    plan = islice(accumulation_plan(len(loader), update.grad_accum_steps), state.data.num_batches, None)
+    desc = f"epoch {epoch}{f' of 0-{log.num_epochs - 1}' if log.num_epochs else ''} train"
     begins_update = True
     num_done, epoch_start = state.data.num_batches, time.perf_counter()
-    with progress_bar(state.data, desc, progress if state.log.primary else False, state.data.num_batches) as bar:
+    with progress_bar(state.data, desc, log.progress if state.log.primary else False, state.data.num_batches) as bar:
         data_start = time.perf_counter()
         for batch_idx, ((input, target), (group_size, need_update)) in enumerate(zip(bar, plan), num_done):
-            input, target = _prepare_batch(input, target, device, model_dtype, prefetcher, channels_last, mixup_fn)
+            input, target = compute.prepare_batch(input, target, mixup_fn)
             data_time = time.perf_counter() - data_start
-            if timing is not None:
-                timing.data_seconds += data_time
+            if log.timing is not None:
+                log.timing.data_seconds += data_time
             if begins_update:
                 state.guard.note()
             with nullcontext() if need_update else task.no_sync():
-                with amp_autocast():
+                with compute.amp_autocast():
                     result = task(input, target)
                 state.log.add(result, target.shape[0], data_time)
                 norms.add(result, group_size, state.update_idx)
                 shares.add(result, state.update_idx)
                 loss = result['loss'] / group_size if group_size > 1 else result['loss']
-                if batch_scale is not None:
-                    loss = batch_scale(target.shape[0]) * loss
-                _backward_and_step(loss, task, state.guard, need_update, loss_scaler, clip_grad, clip_mode)
+                if update.batch_scale is not None:
+                    loss = update.batch_scale(target.shape[0]) * loss
+                _backward_and_step(loss, task, state.guard, need_update, update)
             begins_update = need_update
             if need_update:
-                logged = state.end_update((input, target), bar, lr_scheduler, on_diverged)
+                logged = state.end_update((input, target), bar, lr_scheduler, hooks.on_diverged)
                 if logged:
                     shares.log()
-                if on_update is not None:
-                    on_update(batch_idx, input, logged)
-                if after_update is not None:
-                    after_update(state.update_idx - 1, state.position)
+                if hooks.on_update is not None:
+                    hooks.on_update(batch_idx, input, logged)
+                if hooks.after_update is not None:
+                    hooks.after_update(state.update_idx - 1, state.position)
             data_start = time.perf_counter()
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
     average = state.losses.read()[0]  # waits for the device: what was timed is over
     if streak is not None:
         streak.length, streak.reason = losses.streak, losses.reason
-    if timing is not None:
-        timing.batches += state.data.num_batches - num_done
-        timing.seconds += time.perf_counter() - epoch_start
+    if log.timing is not None:
+        log.timing.batches += state.data.num_batches - num_done
+        log.timing.seconds += time.perf_counter() - epoch_start
     return OrderedDict(**average, **norms.average())

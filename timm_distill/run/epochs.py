@@ -11,7 +11,7 @@ import torchvision
 from ..checkpoint.file import why_unwritten
 from ..data import DataLoaders, set_loader_epoch
 from ..engine.meters import NonFiniteLossError
-from ..engine.train import train_one_epoch
+from ..engine.train import EpochHooks, LogSpec, UpdateSpec, train_one_epoch
 from ..errors import UsageError
 from .recorder import MAX_BAD_UPDATES, Recorder
 from .state import Run
@@ -57,32 +57,22 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder, position: Optional[Dict[
         run.task,
         StoppableLoader(run.loaders.train, recorder.signals),
         run.optimizer,
+        run.compute,
         epoch=epoch,
-        num_epochs=run.num_epochs,
-        device=run.device,
-        model_dtype=run.precision.model_dtype,
-        amp_autocast=run.precision.autocast,
-        loss_scaler=run.precision.loss_scaler,
-        clip_grad=args.clip_grad,
-        clip_mode=args.clip_mode,
-        grad_accum_steps=args.grad_accum_steps,
+        update=UpdateSpec(
+            run.precision.loss_scaler, args.clip_grad, args.clip_mode, args.grad_accum_steps, run.loaders.batch_scale,
+            max_streak=None if args.on_nan == 'skip' else MAX_BAD_UPDATES),
         mixup_fn=run.loaders.mixup_fn,
-        prefetcher=not args.no_prefetcher,
-        channels_last=args.channels_last,
         lr_scheduler=run.scheduler,
-        max_streak=None if args.on_nan == 'skip' else MAX_BAD_UPDATES,
         streak=run.streak,
-        on_diverged=recorder.roll_back if args.on_nan == 'rollback' else None,
-        after_update=lambda i, get_position: recorder.after_update(epoch, i == last_update, i, get_position),
+        hooks=EpochHooks(
+            recorder.roll_back if args.on_nan == 'rollback' else None,
+            create_update_hook(args, run.device, recorder.result.output_dir),
+            lambda i, get_position: recorder.after_update(epoch, i == last_update, i, get_position)),
         position=position,
-        log_interval=args.log_interval,
-        progress=run.progress,
-        log_grad_norm=args.log_grad_norm,
-        log_shares=run.task.changes_terms(epoch),
-        distributed=args.distributed,
-        timing=run.timing,
-        batch_scale=run.loaders.batch_scale,
-        on_update=create_update_hook(args, run.device, recorder.result.output_dir),
+        log=LogSpec(
+            run.num_epochs, args.log_interval, args.log_grad_norm, run.task.changes_terms(epoch), run.progress,
+            run.timing),
     )
     share_batch_norm(args, run.task.get_trainable_module())
     metric = None

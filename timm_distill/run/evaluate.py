@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from ..checkpoint.file import read_metadata
 from ..checkpoint.run_files import is_unmerged
 from ..data import create_eval_dataset, create_eval_loader
-from ..engine.evaluate import evaluate, evaluator_class
+from ..engine.evaluate import ComputeSpec, evaluate, evaluator_class
 from ..errors import UsageError
 from ..features.inputs import find_patch_size
 from .device import enable_fast_math, resolve_device_name, resolve_precision
@@ -55,11 +55,7 @@ def evaluate_model(args: Namespace) -> Dict[str, Any]:
         create_eval_loader(
             args, data_config, dataset, device, model_dtype=precision.model_dtype,
             patch_size=patch_size),
-        device=device,
-        model_dtype=precision.model_dtype,
-        amp_autocast=precision.autocast,
-        channels_last=args.channels_last,
-        prefetcher=not args.no_prefetcher,
+        ComputeSpec(device, precision.model_dtype, precision.autocast, args.channels_last, not args.no_prefetcher),
         create_evaluator=evaluator_class(args.task, args.multilabel_threshold),
         on_output=extras.add,
         log_interval=args.log_freq,

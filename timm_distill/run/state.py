@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 
 from ..data import DataLoaders, label_names
+from ..engine.evaluate import ComputeSpec
 from ..engine.meters import Streak
 from ..engine.train_log import StepTiming
 from ..export.provenance import collect_provenance
@@ -73,6 +74,13 @@ class Run:
     def last_epoch(self) -> int:
         """How many epochs are trained: all of them, unless `--stop-epoch` stops before."""
         return min(self.args.stop_epoch or self.num_epochs, self.num_epochs)
+
+    @property
+    def compute(self) -> ComputeSpec:
+        """Where and how the loops compute."""
+        return ComputeSpec(
+            self.device, self.precision.model_dtype, self.precision.autocast, self.args.channels_last,
+            not self.args.no_prefetcher, self.args.distributed)
 
     @property
     def progress(self) -> Optional[bool]:

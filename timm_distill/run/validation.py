@@ -62,12 +62,7 @@ def validate(run: Run, model: nn.Module, log_name: str = 'Test') -> 'OrderedDict
     return evaluate(
         model,
         run.loaders.eval,
-        device=run.device,
-        model_dtype=run.precision.model_dtype,
-        amp_autocast=run.precision.autocast,
-        channels_last=run.args.channels_last,
-        prefetcher=not run.args.no_prefetcher,
-        distributed=run.args.distributed,
+        run.compute,
         tta=run.args.tta,
         create_evaluator=evaluator_class(run.args.task, run.args.multilabel_threshold),
         log_interval=run.args.log_interval,
