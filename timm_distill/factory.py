@@ -27,7 +27,6 @@ _logger = logging.getLogger(__name__)
 
 _UNEXPECTED = 1.5  # how far apart two sizes are, as the ratio of their sides, before somebody should be told
 
-
 # Options of `create_distill_task` that are arguments of `create_teacher`.
 _TEACHER_OPTIONS = {
     'teacher_kwargs': 'model_kwargs',

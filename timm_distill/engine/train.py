@@ -95,15 +95,15 @@ def _backward_and_step(
 ) -> None:
     """Backward pass and, at the end of an accumulation group, clipping and the optimizer's step."""
     create_graph = getattr(guard.optimizer, 'is_second_order', False)
-    clips = update.clip_grad is not None
-    parameters = task.get_clip_parameters(exclude_head='agc' in update.clip_mode) if clips else None
+    clip_grad, clip_mode = update.clip_grad, update.clip_mode
+    parameters = None if clip_grad is None else task.get_clip_parameters(exclude_head='agc' in clip_mode)
     if update.loss_scaler is not None:
         guard.check([loss])  # gradients that only the scale lets overflow are the scaler's business
         update.loss_scaler(
             loss,
             guard.optimizer,
-            clip_grad=update.clip_grad,
-            clip_mode=update.clip_mode,
+            clip_grad=clip_grad,
+            clip_mode=clip_mode,
             parameters=parameters,
             create_graph=create_graph,
             need_update=need_update,
@@ -114,8 +114,8 @@ def _backward_and_step(
     loss.backward(create_graph=create_graph)
     if need_update:
         guard.check(guard.gradients())
-        if clips:
-            dispatch_clip_grad(parameters, value=update.clip_grad, mode=update.clip_mode)
+        if clip_grad is not None:
+            dispatch_clip_grad(parameters, value=clip_grad, mode=clip_mode)
         guard.step()
 
 
