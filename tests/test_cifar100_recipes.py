@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 from timm_distill.args import check_train_args, create_train_parser, parse_args
 from timm_distill.factory import create_distill_task
-from timm_distill.methods._composition import create_composition
+from timm_distill.methods._composition import Recipe, create_composition
 
 REPO_DIR = Path(__file__).resolve().parent.parent
 FOLDER = REPO_DIR / 'recipes' / 'cifar100'
@@ -58,9 +58,9 @@ def test_every_command_is_read_by_the_scripts_own_parser(
         assert (args.weight_decay, args.momentum, args.smoothing) == (5e-4, 0.9, 0)
         assert (args.sched, args.decay_milestones, args.decay_rate) == ('multistep', [150, 180, 210], 0.1)
         assert (args.teacher is None) == (args.kd == 'none')
-        composition = create_composition(
+        composition = create_composition(Recipe(
             args.kd, args.kd_weight, args.kd_kwargs, args.kd_schedule, num_epochs=args.epochs,
-            task_loss_weight=args.task_loss_weight, distill_loss_weight=args.distill_loss_weight)
+            task_loss_weight=args.task_loss_weight, distill_loss_weight=args.distill_loss_weight))
         assert composition.weights == {name: float(weight) for name, weight in args.kd_weight.items()}
     if method in DISTILLED:
         assert (args.teacher, args.model) == (teacher, student)
@@ -112,7 +112,8 @@ def test_learning_rate_follows_method_and_student(method: str, pair: str, lr: fl
 def test_kdpp_has_the_weights_of_its_pair_and_the_published_warmup(pair: str, weights: Dict[str, float]) -> None:
     args = last_args('kd++', pair)
     assert args.kd_weight == weights
-    composition = create_composition(args.kd, args.kd_weight, args.kd_kwargs, args.kd_schedule, num_epochs=args.epochs)
+    composition = create_composition(Recipe(
+        args.kd, args.kd_weight, args.kd_kwargs, args.kd_schedule, num_epochs=args.epochs))
     assert [composition.schedules['kd'](epoch) for epoch in (0, 7, 20, 200)] == pytest.approx([0, 0.35, 1, 1])
 
 
