@@ -11,7 +11,7 @@ import pytest
 from test_train_distill import TEACHER, run
 
 import train_distill
-from timm_distill.run import epochs, stopping, train_script
+from timm_distill.run import epochs, prepare, stopping, train_script
 from timm_distill.run import report as closing
 from timm_distill.run.stopping import LoaderStalled, StopRequested, StopSignals
 
@@ -131,10 +131,11 @@ def test_signal_while_torch_is_imported_has_its_word_and_code(number, code):
 
 
 @pytest.mark.parametrize('phase', [
-    'build_run', 'report_teacher', 'prepare_class_means', 'resume', 'prepare_for_device'])
+    'build_run', 'prepare_run', 'report_teacher', 'prepare_class_means', 'resume', 'prepare_for_device'])
 def test_signal_while_a_run_is_built_leaves_nothing(digits_dir, tmp_path, monkeypatch, phase):
-    original = getattr(train_script, phase)
-    monkeypatch.setattr(train_script, phase, lambda *args: (send(), original(*args))[1])
+    module = train_script if phase in ('build_run', 'prepare_run') else prepare
+    original = getattr(module, phase)
+    monkeypatch.setattr(module, phase, lambda *args: (send(), original(*args))[1])
     with pytest.raises(StopRequested):
         run(digits_dir, tmp_path / 'out', '--model', TEACHER, '--epochs', 1)
     assert not os.path.exists(tmp_path / 'out' / 'run')

@@ -2,13 +2,13 @@
 import logging
 import os
 from functools import partial
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from timm.scheduler import PlateauLRScheduler
 
-from ..checkpoint.resume import done_batches, resume_task
+from ..checkpoint.resume import done_batches, restore_rank, resume_task
 from ..data import create_pass_loader
 from ..report.predictions import PredictionRecorder
 from ..teacher.class_means import cached_class_means, class_means_key, compute_class_means, load_class_means
@@ -16,9 +16,31 @@ from ..teacher.teacher import Teacher
 from ..utils._compat import allow_retained_graphs
 from ..utils.text import model_file_name
 from .state import Run
+from .unchanged import check_unchanged, forget_data
 from .validation import count_samples, has_single_predictions, validate
 
 _logger = logging.getLogger(__name__)
+
+
+def prepare_run(run: Run, checkpoint: Optional[Dict[str, Any]]) -> Tuple[int, Optional[Dict[str, Any]]]:
+    """Bring a built run to its first update: the one door of a checkpoint that `--resume` read.
+
+    Returns:
+        The first epoch, and this rank's position inside it; None at the start of one.
+
+    Raises:
+        UsageError: If the checkpoint does not fit the run.
+    """
+    has_other_data = checkpoint is not None and check_unchanged(run, checkpoint)
+    report_teacher(run)
+    if checkpoint is None or has_other_data:
+        prepare_class_means(run)  # else the checkpoint holds them
+    if checkpoint is not None and has_other_data:
+        forget_data(run, checkpoint)
+    start_epoch = resume(run, checkpoint)
+    prepare_for_device(run)
+    # last: all of the above draws random numbers
+    return start_epoch, restore_rank(run.task, run.loaders, checkpoint) if checkpoint is not None else None
 
 
 def report_teacher(run: Run) -> None:

@@ -20,7 +20,6 @@ from ..args import (
 )
 from ..checkpoint.file import check_folder
 from ..checkpoint.lock import FolderLock
-from ..checkpoint.resume import check_same_run, restore_rank
 from ..data import user_message
 from ..engine.meters import NonFiniteLossError
 from ..engine.train_log import collect_warnings
@@ -28,13 +27,14 @@ from ..errors import LostStateError, MergeError, UsageError
 from ..methods import describe_methods, list_methods, load_method_file
 from ..methods._composition import check_mixing
 from ..utils.console import program_name
+from ..utils.random import unchanged_randomness
 from ..utils.version import __version__
 from .build import build_run
 from .demo import run_demo
 from .dry_run import dry_run
 from .epochs import fit
 from .folder import create_lock, open_run
-from .prepare import prepare_class_means, prepare_for_device, report_teacher, resume
+from .prepare import prepare_run
 from .recorder import Recorder
 from .report import close
 from .state import RunResult, describe_run
@@ -45,7 +45,6 @@ from .stopping import (
     end_child_processes,
     exit_code,
 )
-from .unchanged import check_same_data, check_same_teacher_input, forget_data
 
 SCRIPT = 'train_distill.py'
 
@@ -118,22 +117,11 @@ def train(
     if checkpoint is not None:
         signals.last_words = f'{args.resume} stays the newest state, start the same command again'
     run = build_run(args)
-    if checkpoint is not None:
-        # weights that are not loaded are drawn by every rank and then the first one's
-        check_same_run(args, checkpoint, getattr(run.task.teacher, 'digest', '') if args.rank == 0 else '')
-        check_same_teacher_input(run, checkpoint)
-    has_other_data = checkpoint is not None and check_same_data(run, checkpoint)
-    report_teacher(run)
-    if checkpoint is None or has_other_data:
-        prepare_class_means(run)  # else the checkpoint holds them
-    if checkpoint is not None and has_other_data:
-        forget_data(run, checkpoint)
-    start_epoch = resume(run, checkpoint)
-    prepare_for_device(run)
+    start_epoch, position = prepare_run(run, checkpoint)
     if args.distributed:
         signals.share()
-    recorder = Recorder(run, args_text, checkpoint, start_epoch, signals, describe_run(run, __version__), lock)
-    position = restore_rank(run.task, run.loaders, checkpoint) if checkpoint is not None else None
+    with unchanged_randomness():  # whatever a tracker draws
+        recorder = Recorder(run, args_text, checkpoint, start_epoch, signals, describe_run(run, __version__), lock)
     fit(run, recorder, start_epoch, position)
     recorder.check_saved()
     return close(run, recorder, start, command, warnings)

@@ -5,6 +5,7 @@ from typing import Any, Dict, List
 
 import torch.distributed as dist
 
+from ..checkpoint.resume import check_same_run
 from ..data import describe_changes, digest_fingerprint
 from ..errors import UsageError
 from .state import Run
@@ -31,6 +32,22 @@ def check_equal_data(args: argparse.Namespace, fingerprints: Dict[str, Any]) -> 
         raise UsageError(
             f'--data-dir {args.data_dir or args.data} holds other images or classes for the '
             f'processes {", ".join(other)} than for process 0: give all the same data')
+
+
+def check_unchanged(run: Run, checkpoint: Dict[str, Any]) -> bool:
+    """Compare a run with the checkpoint that it goes on from: flags, teacher and data.
+
+    Returns:
+        Whether the training data are others, which `--resume-data-changed` allows.
+
+    Raises:
+        UsageError: If something else differs that has to be the same; names the difference.
+    """
+    # weights that are not loaded are drawn by every rank and then the first one's
+    teacher_hash = getattr(run.task.teacher, 'digest', '') if run.args.rank == 0 else ''
+    check_same_run(run.args, checkpoint, teacher_hash)
+    check_same_teacher_input(run, checkpoint)
+    return check_same_data(run, checkpoint)
 
 
 def check_same_data(run: Run, checkpoint: Dict[str, Any]) -> bool:
