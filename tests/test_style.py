@@ -1,6 +1,7 @@
 """Rules of the house style that ruff has none for."""
 import ast
 import io
+import re
 import tokenize
 from pathlib import Path
 from typing import Iterator, List
@@ -71,3 +72,28 @@ def test_no_function_takes_more_than_twelve_parameters() -> None:
 ])
 def test_aligned_bracket_is_found(source: str, lines: List[int]) -> None:
     assert list(find_aligned_brackets(source)) == lines
+
+
+RIDDLE = re.compile(r'(What|Whatever|Where|Whether|How|Which|Who|Why|When|All that|Everything)\b')
+
+
+def opening_lines(source: str) -> Iterator[str]:
+    """Yield the first docstring line of a file and of each of its classes."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef)):
+            yield (ast.get_docstring(node) or '').split('\n')[0]
+
+
+def test_docstrings_of_modules_and_classes_open_with_a_noun_phrase() -> None:
+    riddles = {
+        path.name: [line for line in opening_lines(path.read_text(encoding='utf-8')) if RIDDLE.match(line)]
+        for path in source_files() if 'tests' not in path.parts}
+    riddles = {name: lines for name, lines in riddles.items() if lines}
+    assert not riddles, f'open these with the noun that a timm user would search for: {riddles}'
+    assert RIDDLE.match(next(opening_lines('\'\'\'What this does.\'\'\'')))
+
+
+def test_the_package_keeps_the_type_checker_on() -> None:
+    ignored = sum(
+        path.read_text(encoding='utf-8').count('# type: ignore') for path in (REPO_DIR / 'timm_distill').rglob('*.py'))
+    assert ignored < 20, 'mend the type, or cast it'

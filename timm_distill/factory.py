@@ -1,4 +1,4 @@
-"""Builds a distillation task from two names: student, tap and adapter, teacher, methods."""
+"""Factory of distillation tasks: student, tap and adapter, teacher and methods from two names."""
 import logging
 import math
 from dataclasses import dataclass, fields, replace

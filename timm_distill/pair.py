@@ -1,4 +1,4 @@
-"""Checking a pair before training: what fits where, what it costs, whether it merges. No data and no weights needed."""
+"""Check of a pair before training: insertion point, layouts, costs, merging. No data and no weights are needed."""
 import logging
 import os
 import time
@@ -29,7 +29,7 @@ _USABLE_MEMORY = 0.8  # leaves room for workspaces and the loader
 
 @dataclass(frozen=True)
 class PairReport:
-    """What a check of a teacher and a student found.
+    """Result of the check of a teacher and a student.
 
     Attributes:
         teacher: Name of the teacher.

@@ -1,7 +1,7 @@
 """The distillation task: a student with its adapters, a frozen teacher, methods, weights and schedules."""
 import logging
 import math
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -272,7 +272,7 @@ class DistillTask(TrainingTask):
     ) -> nn.Module:
         """Compile the trainable module, the teacher and the model that is evaluated, before DDP wrapping."""
         def _compile(module: nn.Module) -> nn.Module:
-            return torch.compile(module, backend=backend, mode=mode, **compile_kwargs)  # type: ignore[return-value]
+            return cast(nn.Module, torch.compile(module, backend=backend, mode=mode, **compile_kwargs))
 
         self.trainable_module = _compile(self.trainable_module)
         if self.teacher is not None:
@@ -421,7 +421,8 @@ def _split_indices(target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
 
 def _teacher_outputs(module: AdaptedStudent) -> FrozenSet[str]:
     """Return what the teacher must compute: the union of what the methods read."""
-    outputs = frozenset[str]().union(*(method.teacher_outputs for method in module.methods.values()))  # type: ignore[arg-type]
+    methods: Any = module.methods.values()
+    outputs = frozenset[str]().union(*(method.teacher_outputs for method in methods))
     if 'tap' in outputs:
         point = module.tap.point if module.tap is not None else 'features'
         outputs = outputs - {'tap'} | {'pre_logits' if point == 'pre_logits' else 'feature'}

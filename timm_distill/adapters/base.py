@@ -18,7 +18,7 @@ def register_adapter(name: str) -> Callable[[type], type]:
 
 @dataclass
 class Match:
-    """What an adapter matches its expansion with.
+    """Target of an adapter's loss.
 
     Attributes:
         teacher: Teacher's feature, [B, Ct, H, W].
@@ -30,7 +30,7 @@ class Match:
 
 @dataclass
 class AdapterOutput:
-    """What an adapter returns for one batch.
+    """Output of an adapter for one batch.
 
     Attributes:
         output: Feature that replaces the adapter's input on the student's path, [B, Cs, H, W].

@@ -1,4 +1,4 @@
-"""What the flags alone can show to be wrong, found before anything is built."""
+"""Checks of flags that need neither model nor data, before anything is built."""
 import argparse
 import difflib
 import inspect

@@ -1,4 +1,4 @@
-"""All that an optimizer or an average remembers: its `state_dict`, and what some of timm's keep beside it.
+"""Optimizer state in full: its `state_dict`, and what some of timm's optimizers and averages keep beside it.
 
 AdaHessian draws from a generator of its own and keeps a trace on each parameter, the average of bfloat16 weights rounds
 with a generator of its own: without these a resumed run is another one.

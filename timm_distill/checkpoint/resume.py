@@ -1,4 +1,4 @@
-"""Continuing a run: which checkpoint, whether it fits the flags, and putting everything back.
+"""Resume of a run: the choice of its checkpoint, the comparison with the flags, and the restored state.
 
 A run that stopped anywhere and is resumed with the flags it had ends with the bits of one that never stopped, on the
 CPU and with the same number of processes. Knows the task only through `load_checkpoint_state`.

@@ -1,4 +1,4 @@
-"""Writing training checkpoints.
+"""Saver of training checkpoints.
 
 The files are timm's: `state_dict` (and `state_dict_ema`) load into the plain timm student, everything else is for
 `--resume`. Knows the task only through `get_checkpoint_state`.

@@ -1,4 +1,4 @@
-"""How much a batch counts where batches differ in size."""
+"""Weight of a batch in a mean where batches differ in size."""
 from typing import Optional, Union
 
 import torch

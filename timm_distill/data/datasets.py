@@ -4,7 +4,7 @@ import os
 import tarfile
 from argparse import Namespace
 from functools import partial
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, cast
 
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
@@ -251,7 +251,7 @@ def _check_class_count(args: Namespace, dataset: Dataset, num_classes: int) -> N
     classes = _class_to_idx(dataset) if _is_folder_dataset(args.dataset) else None
     if classes is None:
         return
-    folder = dataset.reader.root  # type: ignore[attr-defined]
+    folder = cast(Any, dataset).reader.root
     if args.class_map:
         needed = max(classes.values()) + 1
         if needed > num_classes:

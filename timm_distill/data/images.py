@@ -1,4 +1,4 @@
-"""Reading images of class folders and tar files, so that a file that cannot be read is not replaced unnoticed."""
+"""Images of class folders and tar files, read so that an unreadable file is not replaced unnoticed."""
 import logging
 import multiprocessing
 from typing import Any, Iterator, Optional, Tuple

@@ -1,4 +1,4 @@
-"""Which sample of the training set an image is, for methods that keep something of each sample."""
+"""Sample indices of a training set, for methods that keep something of each sample."""
 from typing import Any, Iterable, Optional, Tuple
 
 import numpy as np
@@ -18,23 +18,23 @@ class IndexedDataset(Dataset):
     """
 
     def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+        self.dataset: Any = dataset
 
     @property
     def transform(self) -> Any:
         """Transform of the images, which timm's loaders set."""
-        return self.dataset.transform  # type: ignore[attr-defined]
+        return self.dataset.transform
 
     @transform.setter
     def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform  # type: ignore[attr-defined]
+        self.dataset.transform = transform
 
     def __getitem__(self, index: int) -> Tuple[Any, np.ndarray]:
         image, label = self.dataset[index][:2]
         return image, np.array([label, index], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def __getattr__(self, name: str) -> Any:  # reader, set_epoch
         if name == 'dataset':  # not yet set: copy and pickle ask before __init__
@@ -55,10 +55,10 @@ def index_samples(dataset: Dataset) -> IndexedDataset:
     return IndexedDataset(dataset)
 
 
-def read_labels(dataset: Dataset) -> Optional[torch.Tensor]:
+def read_labels(dataset: Any) -> Optional[torch.Tensor]:
     """Return the label of every sample without reading images, [N]; None where the dataset does not tell."""
     labels = list(_iter_labels(dataset))
-    if len(labels) != len(dataset):  # type: ignore[arg-type]
+    if len(labels) != len(dataset):
         return None
     transform = getattr(dataset, 'target_transform', None)
     return torch.tensor([transform(label) if transform else label for label in labels], dtype=torch.int64)

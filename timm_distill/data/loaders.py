@@ -3,7 +3,7 @@ import copy
 import logging
 from argparse import Namespace
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple, cast
 
 import torch
 from timm.data import AugMixDataset, create_loader
@@ -25,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class DataLoaders:
-    """What a training run reads.
+    """Loaders of a training run.
 
     Attributes:
         train: Training loader; with the prefetcher its batches lie on the device, normalised and mixed.
@@ -159,7 +159,7 @@ def create_eval_loader(
         return make_resumable(create_naflex_eval_loader(args, dataset, patch_size or (16, 16), **kwargs))
     tf_preprocessing = getattr(args, 'tf_preprocessing', False)
     return make_resumable(create_loader(
-        dataset,  # type: ignore[arg-type]  # torchvision's datasets work too
+        cast(Any, dataset),  # torchvision's datasets work too
         input_size=data_config['input_size'],
         tf_preprocessing=tf_preprocessing,
         **kwargs,
@@ -222,7 +222,7 @@ def create_pass_loader(
     copied = copy.copy(dataset)
     loader = create_eval_loader(args, data_config, copied, device, batch_size=args.validation_batch_size, **kwargs)
     if training_transform:
-        copied.transform = dataset.transform  # type: ignore[attr-defined]
+        cast(Any, copied).transform = cast(Any, dataset).transform
     return loader
 
 
@@ -249,7 +249,7 @@ def _create_train_loader(
     reads_ahead = args.use_multi_epochs_loader and args.workers > 0  # without workers there is nothing to keep alive
     try:
         loader = create_loader(
-            dataset,  # type: ignore[arg-type]
+            cast(Any, dataset),
             input_size=data_config['input_size'],
             collate_fn=collate_fn,
             use_multi_epochs_loader=reads_ahead,

@@ -1,4 +1,4 @@
-"""What becomes of the labels: their form, and the loss on them."""
+"""Targets of the label loss: their form, and the loss on them."""
 from argparse import Namespace
 from typing import Any, Dict, Optional
 

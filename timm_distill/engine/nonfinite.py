@@ -1,10 +1,10 @@
-"""Keeps a batch that is not finite from spoiling the weights, without waiting for the device.
+"""Guard against gradients that are not finite: such an update is skipped, without waiting for the device.
 
 Batches that overflow leave NaN in the gradients, and in running statistics already in the forward pass. The guard
 notes the statistics before an update, looks at the gradients on the device and takes both back there. What it saw is
 a tensor that the loop reads later together with the losses.
 """
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -95,8 +95,9 @@ class UpdateGuard:
         keep_where(self.gradients(), self.finite)
         self.restore_buffers()
         if self.masks_itself:
-            self.optimizer.found_inf = 1. - self.finite.float()  # type: ignore[attr-defined]
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            optimizer: Any = self.optimizer
+            optimizer.found_inf = 1. - self.finite.float()
+            optimizer.grad_scale = None
         self.optimizer.step()
 
     def was_applied(self, batch: Tuple[torch.Tensor, torch.Tensor]) -> bool:

@@ -136,7 +136,7 @@ def _trainable_module(task: TrainingTask) -> nn.Module:
 
 
 class _EpochState:
-    """What changes from update to update besides task and optimizer, and how it is saved."""
+    """State of an epoch that changes from update to update, task and optimizer aside, and how it is saved."""
     log: TrainLog
 
     def __init__(

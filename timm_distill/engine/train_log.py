@@ -1,4 +1,4 @@
-"""What a training loop tells while it runs: log lines with each loss term, a progress bar, where the time went."""
+"""Training log: lines with each loss term, a progress bar, the time that data and steps took."""
 import logging
 import sys
 import time
@@ -22,7 +22,7 @@ __all__ = ['StepTiming', 'TrainLog', 'collect_warnings', 'progress_bar']
 
 @dataclass
 class StepTiming:
-    """Where the time of training went, over all epochs.
+    """Times of the parts of training steps, over all epochs.
 
     Attributes:
         batches: Batches trained.

@@ -1,4 +1,4 @@
-"""Where a student comes from: teacher and its hash, methods, data, versions. Plain values, kept in every checkpoint."""
+"""Provenance of a student: teacher and its hash, methods, data, versions. Plain values, kept in every checkpoint."""
 import argparse
 import os
 import platform

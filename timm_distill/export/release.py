@@ -1,4 +1,4 @@
-"""A training checkpoint as what others load: plain timm weights, a folder in the hub's format, ONNX.
+"""Release of a training checkpoint: plain timm weights, a folder in the hub's format, ONNX.
 
     python -m timm_distill.export output/train/RUN/model_best.pth.tar --output released
 
@@ -154,9 +154,9 @@ def forget_source(model: nn.Module) -> None:
 
     Their tag, address, licence, papers and labels are not those of the weights that were trained here.
     """
-    config: Any = model.pretrained_cfg
-    model.pretrained_cfg = {  # type: ignore[assignment]
-        name: value for name, value in config.items() if name not in _OF_OTHER_WEIGHTS}
+    described: Any = model
+    described.pretrained_cfg = {
+        name: value for name, value in described.pretrained_cfg.items() if name not in _OF_OTHER_WEIGHTS}
 
 
 def export_weights(release: Release, path: str) -> str:

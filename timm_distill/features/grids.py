@@ -1,4 +1,4 @@
-"""Which grid of the input a model's tokens form: asked of the model, by its patch embedding or its intermediate maps.
+"""Grids of a model's tokens over its input, by its patch embedding or its intermediate maps.
 
 A token count alone tells no grid. Where the model tells one, the tokens have to agree with it; only a model that tells
 nothing is taken by the aspect of its input.

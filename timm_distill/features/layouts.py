@@ -1,4 +1,4 @@
-"""How a timm model lays out the positions of a feature: NCHW maps, NHWC maps, tokens, vectors.
+"""Layouts of a timm model's features: NCHW maps, NHWC maps, tokens, vectors.
 
 Knows shapes alone; which grid a model's tokens form is found in `grids.py`.
 """

@@ -1,8 +1,8 @@
-"""Reading a student's features in the one forward that trains it.
+"""Reader of a student's features in the one forward that trains it.
 
 A reader holds names and layouts, never modules, so that it serves every copy of its model (EMA, merged, compiled).
 """
-from typing import AbstractSet, Any, List, Optional, Sequence, Tuple
+from typing import AbstractSet, Any, List, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -89,13 +89,13 @@ class FeatureReader:
         self.run_head(model, raw, features)
         self.outputs = wanted
         assert features.logits is not None and features.feature is not None and features.pre_logits is not None
-        shape: Tuple[int, int, int] = tuple(features.feature.shape[1:])  # type: ignore[assignment]
+        shape = cast(Tuple[int, int, int], tuple(features.feature.shape[1:]))
         return FeatureSpec(
             num_classes=classes_of(features.logits, features.pre_logits),
             feature=shape,
             pre_logits=features.pre_logits.shape[1],
             stages=self.stages or (Stage(-1, shape),),
-            input_size=tuple(images.shape[1:]),  # type: ignore[arg-type]
+            input_size=cast(Tuple[int, int, int], tuple(images.shape[1:])),
         )
 
     def run_trunk(self, model: nn.Module, images: torch.Tensor) -> Tuple[Features, RawFeature]:

@@ -9,7 +9,7 @@ import torch
 
 @dataclass
 class Features:
-    """What one forward of a model gives to the methods.
+    """Features of one forward of a model, for the methods.
 
     Attributes:
         logits: [B, K].
@@ -65,7 +65,7 @@ STUDENT_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages', 'token
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What the features of a model look like for one image.
+    """Shapes of a model's features for one image.
 
     Attributes:
         num_classes: K, 0 without a classifier.
@@ -87,7 +87,7 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class PairSpec:
-    """What a method is built for.
+    """Pair of models that a method is built for.
 
     Attributes:
         student: Features of the student.

@@ -1,7 +1,7 @@
 """Stages of a timm model: its last feature and those before it, measured on a forward of random images."""
 import logging
 from dataclasses import replace
-from typing import Dict, List, MutableMapping, Optional, Sequence, Tuple
+from typing import Dict, List, MutableMapping, Optional, Sequence, Tuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -189,7 +189,7 @@ def resolve_stages(model: nn.Module, input_size: Sequence[int]) -> Tuple[Stage, 
             _logger.debug(f'{type(model).__name__} gives no intermediate features: {e}')
             return ()
     stages = [
-        Stage(index, tuple(feature.shape[1:]), _is_nonnegative(feature))  # type: ignore[arg-type]
+        Stage(index, cast(Tuple[int, int, int], tuple(feature.shape[1:])), _is_nonnegative(feature))
         for index, feature in enumerate(maps) if isinstance(feature, torch.Tensor) and feature.ndim == 4]
     deepest = {stage.shape[1:]: stage for stage in stages}
     if len(deepest) == 1:

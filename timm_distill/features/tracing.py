@@ -86,7 +86,8 @@ def random_like(feature: RawFeature) -> RawFeature:
     """Return random float64 values in the shape of a feature, on the CPU."""
     if isinstance(feature, torch.Tensor):
         return torch.randn(feature.shape, generator=private_generator(), dtype=torch.float64)
-    return type(feature)(random_like(part) for part in feature)  # type: ignore[misc]
+    container: Any = type(feature)
+    return container(random_like(part) for part in feature)
 
 
 def call_head(head: Head, tensors: Mapping[str, torch.Tensor], feature: RawFeature) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What `--kd` and its companions mean: method names, presets, options, weights and schedules of a composition."""
+"""Composition of methods as `--kd` and its companions spell it: names, presets, options, weights, schedules."""
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 

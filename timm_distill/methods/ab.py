@@ -61,7 +61,7 @@ def match_responses(student: torch.Tensor, teacher: torch.Tensor) -> Tuple[torch
 
 @register_method('ab')
 class AB(StageMethod):
-    """Which of the teacher's neurons fire in intermediate features.
+    """Activation boundaries: which of the teacher's neurons fire in intermediate features.
 
     Args:
         margin: Distance from zero that is asked of the student's responses.

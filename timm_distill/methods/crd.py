@@ -13,7 +13,7 @@ The defaults are the official code's (128 dimensions, K = 16384, T = 0.07, momen
 the term is 0.8. Negatives are drawn with replacement, which the official code does only where a class has fewer.
 """
 import math
-from typing import Annotated, Dict
+from typing import Annotated, Any, Dict
 
 import torch
 import torch.distributed as dist
@@ -192,7 +192,8 @@ class CRD(DistillMethod):
         log_scores = scores - self.log_partition[:, None, None].clone()  # may be changed before the backward pass
         if self.training:
             self._update_banks(student.detach(), teacher.detach(), indices)
-        return sum(contrastive_loss(x, self.num_samples) for x in log_scores)  # type: ignore[return-value]
+        loss: Any = sum(contrastive_loss(x, self.num_samples) for x in log_scores)
+        return loss
 
     def _set_partition(self, scores: torch.Tensor) -> None:
         """Set Z on the first batch, to n times the mean of exp(scores) over all ranks; it is never changed again."""

@@ -8,7 +8,7 @@ of equal reduction in both models, and the pre-logits as a map of one position. 
 20 epochs as a linear warmup (`--kd-schedule reviewkd=warmup:20`; 5 in ReviewKD++ on ImageNet) and compares features
 before the last activation of a stage; timm's stages end behind it.
 """
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -57,7 +57,7 @@ class AttentionFusion(nn.Module):
         self.conv2 = conv_norm(mid_channels, out_channels, 3)
         self.att_conv = nn.Sequential(nn.Conv2d(2 * mid_channels, 2, 1), nn.Sigmoid()) if fuse else None
         for conv in (self.conv1[0], self.conv2[0]):
-            nn.init.kaiming_uniform_(conv.weight, a=1)  # type: ignore[arg-type]  # as the official code
+            nn.init.kaiming_uniform_(cast(torch.Tensor, conv.weight), a=1)  # as the official code
 
     def forward(
             self,

@@ -58,7 +58,7 @@ class Connector(nn.Module):
 
 
 class _Matching(DistillMethod):
-    """What both methods share: a connector between the penultimate features."""
+    """Base of both methods: a connector between the penultimate features."""
     paper = 'Yang et al., ICLR 2021, https://openreview.net/forum?id=ZzwDy_wiWv'
     weight_source = "the authors' code"
     student_outputs = frozenset({'feature', 'pre_logits'})

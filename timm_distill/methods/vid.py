@@ -7,7 +7,7 @@ each teacher channel has a trained variance. The published initial variance is 5
 a negative log-likelihood without its constant and can be negative.
 """
 import math
-from typing import Annotated, Dict, List, Sequence, Tuple
+from typing import Annotated, Any, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -106,5 +106,6 @@ class VID(StageMethod):
     def compare(self, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]) -> Dict[str, torch.Tensor]:
         students, teachers = zip(*map(match_grids, students, teachers))
         means = [regressor(s) for regressor, s in zip(self.regressors, students)]
-        log_scales: List[torch.Tensor] = [regressor.log_scale for regressor in self.regressors]  # type: ignore[misc]
+        regressors: Any = self.regressors
+        log_scales = [regressor.log_scale for regressor in regressors]
         return {'vid_loss': gaussian_nll(means, log_scales, teachers)}

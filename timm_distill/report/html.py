@@ -20,7 +20,7 @@ _GROUPS = ('train_', 'eval_')  # prefixes of columns that a table puts under one
 
 @dataclass
 class ReportData:
-    """What a report shows.
+    """Content of a report.
 
     Attributes:
         title: Headline.

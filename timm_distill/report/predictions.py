@@ -1,4 +1,4 @@
-"""What a classifier says about a labelled set, and how two classifiers compare: tensors in, numbers out."""
+"""Predictions of a classifier on a labelled set, and of two compared: tensors in, numbers out."""
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Callable, List, Optional, Tuple

@@ -1,4 +1,4 @@
-"""Phases of a run: everything that can fail before anything is written."""
+"""Build phases of a run: all that can fail before anything is written."""
 import argparse
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Where a run computes and in which precision; both scripts resolve their flags here."""
+"""Device and precision of a run; both scripts resolve their flags here."""
 import importlib
 import logging
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Precision:
-    """How numbers are represented.
+    """Precision of a run: dtypes and autocast.
 
     Attributes:
         model_dtype: Dtype of weights and input, None for float32.

@@ -1,4 +1,4 @@
-"""What `--dry-run` does."""
+"""Dry run: what `--dry-run` prints in place of training."""
 import argparse
 from dataclasses import replace
 

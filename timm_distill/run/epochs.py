@@ -1,4 +1,4 @@
-"""Phases of a run: its epochs."""
+"""Epochs of a run."""
 import argparse
 import logging
 import os

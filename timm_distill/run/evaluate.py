@@ -1,4 +1,4 @@
-"""Evaluating one model as the flags of the validation script say: build it, load its data, measure, one row of results.
+"""Evaluation of one model as the flags of the validation script say: build, load data, measure, a row of results.
 
 The model is built by timm alone.
 """
@@ -7,7 +7,7 @@ import logging
 import os
 from argparse import Namespace
 from collections import OrderedDict
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -44,8 +44,9 @@ def evaluate_model(args: Namespace) -> Dict[str, Any]:
         set_fast_norm()
     model = build_model(args)
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size, verbose=True)
-    valid_labels = read_valid_labels(args.valid_labels, model.num_classes)  # type: ignore[arg-type]
-    dataset = create_eval_dataset(args, data_config, len(valid_labels) or model.num_classes)  # type: ignore[arg-type]
+    num_classes = cast(int, model.num_classes)
+    valid_labels = read_valid_labels(args.valid_labels, num_classes)
+    dataset = create_eval_dataset(args, data_config, len(valid_labels) or num_classes)
     patch_size = find_patch_size(model) if args.naflex_loader else None
     param_count = sum(p.numel() for p in model.parameters())
     model, data_config = prepare_model(model, data_config, args, device, precision.model_dtype)
@@ -183,7 +184,7 @@ def compile_model(model: nn.Module, args: Namespace) -> nn.Module:
         except Exception as e:  # whatever the compiler does not know
             raise UsageError(f"--torchscript: '{args.model}' cannot be scripted: {str(e).strip()[:200]!r}") from e
     if args.torchcompile:
-        return torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)  # type: ignore[return-value]
+        return cast(nn.Module, torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode))
     if args.aot_autograd:
         try:
             from functorch.compile import memory_efficient_fusion
@@ -208,7 +209,7 @@ class SelectedClasses(nn.Module):
 
 
 class ExtraMetrics:
-    """What `--real-labels` and `--metrics-avg` measure beside the evaluator.
+    """Metrics of `--real-labels` and `--metrics-avg` beside the evaluator's.
 
     Args:
         args: Arguments of the validation script.
@@ -222,7 +223,7 @@ class ExtraMetrics:
         self.targets: List[torch.Tensor] = []
         if args.real_labels:
             try:
-                names = dataset.filenames(basename=True)  # type: ignore[attr-defined]
+                names = cast(Any, dataset).filenames(basename=True)
                 self.real_labels = RealLabelsImagenet(names, real_json=args.real_labels)
             except (AssertionError, AttributeError, OSError, ValueError) as e:
                 raise UsageError(

@@ -1,4 +1,4 @@
-"""Phases of a run: the student as the flags describe it, and the input that it runs at."""
+"""Student of a run as the flags describe it, and the input that it runs at."""
 import argparse
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Phases of a run: what is measured, restored and wrapped between building it and its first epoch."""
+"""Preparation of a run: measuring, restoring and wrapping between its building and its first epoch."""
 import logging
 import os
 from functools import partial

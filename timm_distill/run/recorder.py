@@ -1,4 +1,4 @@
-"""Everything that a run writes and when: checkpoints, `args.yaml`, `summary.csv`; also on a signal or a divergence.
+"""Recorder of a run: checkpoints, `args.yaml`, `summary.csv`; also on a signal or a divergence.
 
 All ranks have a recorder, since a checkpoint holds the state of all of them; the first rank alone writes.
 """

@@ -1,4 +1,4 @@
-"""Phases of a run: what is drawn of it at its end."""
+"""End-of-run report: predictions, figures and the page."""
 import logging
 import os
 import time

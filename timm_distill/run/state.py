@@ -1,4 +1,4 @@
-"""What a training run consists of, and what it leaves behind."""
+"""State of a training run: its parts, and the results that it leaves."""
 import argparse
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
@@ -17,7 +17,7 @@ from .device import Precision
 
 @dataclass
 class RunResult:
-    """What a run leaves behind.
+    """Results of a run.
 
     Attributes:
         output_dir: Folder of the run.

@@ -1,4 +1,4 @@
-"""Phases of a run: whether data and teacher are what they were when a checkpoint was written, on all processes."""
+"""Comparison of data and teacher with those that a checkpoint was written with, on all processes."""
 import argparse
 import logging
 from typing import Any, Dict, List

@@ -96,9 +96,9 @@ class AdaptedStudent(nn.Module):
             Logits [B, K]; with a teacher (logits, logits for the task loss, each method's named unweighted terms).
         """
         features = self.forward_with_features(images, teacher)
+        logits: Any = features.logits
         if teacher is None or target is None:
-            return features.logits  # type: ignore[return-value]
-        logits = features.logits
+            return logits
         features.logits, teacher.logits = self.transform_logits(logits), self.transform_logits(teacher.logits)
         features.token_logits = self.transform_logits(features.token_logits)
         features.transform_logits = self.transform_logits  # type: ignore[assignment]

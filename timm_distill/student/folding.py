@@ -1,9 +1,9 @@
-"""Folding an affine map of a feature into the layers of a model that read it.
+"""Fold of an affine map of a feature into the layers of a model that read it.
 
 Knows names of layers and tensors; what folds where is found and measured in `taps.py`.
 """
 from dataclasses import dataclass
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -106,4 +106,4 @@ def _identity_norm(model: nn.Module, tensors: Mapping[str, torch.Tensor], name: 
 def _eps(model: nn.Module, name: str) -> float:
     norm = model.get_submodule(name)
     assert is_batch_norm(norm)
-    return norm.eps  # type: ignore[return-value]
+    return cast(float, norm.eps)

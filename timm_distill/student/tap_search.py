@@ -1,4 +1,4 @@
-"""Where things are in a timm model: the last-stage feature, the pre-logits, and where adapters fold away.
+"""Search for the tap of a student: where an adapter folds away, measured.
 
 Nothing is looked up by architecture name. A tap is found by structure (which layers the head runs, in which order) and
 then measured: a random affine map is put in front of the head and folded into the layer(s) found, with the head's
@@ -7,7 +7,7 @@ parameters randomised, and both logits are compared in float64. What does not ag
 import copy
 import logging
 from dataclasses import replace
-from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -370,5 +370,5 @@ def _whole_error(student: nn.Module, images: torch.Tensor, tap: StudentTap, site
     return _logit_error(_logits(model(images)), unmerged, unmapped)
 
 
-def _logits(output: object) -> torch.Tensor:
-    return output[0] if isinstance(output, (tuple, list)) else output  # type: ignore[return-value]
+def _logits(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, (tuple, list)) else output

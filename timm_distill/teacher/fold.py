@@ -193,7 +193,7 @@ _REPARAMETERIZERS = ('fuse', 'reparameterize', 'switch_to_deploy')  # what timm'
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What was folded.
+    """Report of what was folded.
 
     Attributes:
         norms: Batch norms of the model as it came.

@@ -18,7 +18,7 @@ _TOLERANCE = 1e-9  # in float64
 
 @dataclass(frozen=True)
 class HeadInput:
-    """What a head takes and how it is run on that.
+    """Input of a frozen head, and the head's run on it.
 
     Attributes:
         output: 'feature' (a map that takes the last-stage feature's place) or 'pre_logits' (the classifier's input).

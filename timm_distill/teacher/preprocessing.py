@@ -4,7 +4,7 @@ Knows neither models nor files: what they say comes as records, the one that cou
 """
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -16,7 +16,7 @@ RESIZE_MODES = ('bicubic', 'bilinear', 'nearest')  # of those that timm knows, w
 
 @dataclass(frozen=True)
 class InputRecord:
-    """What one source says of the images that a model was trained on; None where it says nothing.
+    """Record of one source on the images that a model was trained on; None where it says nothing.
 
     Attributes:
         source: Its name, for messages: 'the args in last.pth.tar'.
@@ -43,7 +43,7 @@ DEFAULT_RECORD = InputRecord(
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to the images that a teacher is fed. Equal where the numbers are, wherever these came from.
+    """Preprocessing of the images that a teacher is fed. Equal where the numbers are, wherever these came from.
 
     Attributes:
         mean: Normalisation, one value per channel.
@@ -100,7 +100,7 @@ def resolve_preprocessing(
     return Preprocessing(
         mean=_check_channels('mean', chosen['mean'], input_size[0]),
         std=_check_channels('std', chosen['std'], input_size[0]),
-        input_size=tuple(input_size),  # type: ignore[arg-type]
+        input_size=cast(Tuple[int, int, int], tuple(input_size)),
         interpolation=interpolation if interpolation in RESIZE_MODES else 'bicubic',
         sources={**sources, 'input_size': size_source},
         assumed=tuple(name for name, record in chosen.items() if record.assumed),

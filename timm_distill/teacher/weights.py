@@ -6,7 +6,7 @@ import difflib
 import logging
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, cast
 from unittest import mock
 
 import timm
@@ -29,7 +29,7 @@ _CLASS_COUNTS = (7, 8)  # any two: what differs between models of both is the cl
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """Which teacher is loaded, and what the user says of its input.
+    """Source of a teacher: the model that is loaded, and what the user says of its input.
 
     Attributes:
         name: timm architecture, `hf-hub:REPO` or `local-dir:FOLDER`.
@@ -147,7 +147,7 @@ def _with_size(source: TeacherSource, kwargs: Dict[str, Any], size: Optional[Tup
 
 def _pretrained_record(model: nn.Module, source: TeacherSource) -> InputRecord:
     """Return what pretrained weights say of themselves; a size of timm's own is known, but not kept to."""
-    config: Dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    config = cast(Dict[str, Any], model.pretrained_cfg)
     name = source.name if source.is_hub else f"timm's pretrained {config.get('architecture', source.name)}"
     tag = config.get('tag')
     if tag and not source.is_hub:

@@ -1,7 +1,7 @@
 """States of a process's random generators, in forms that load without running code."""
 import random
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ class RandomState(NamedTuple):
         """Return the state of now; `cuda=False` in a loader's worker process, whose parent holds the device."""
         return cls(
             random.getstate(),
-            np.random.get_state(legacy=True),  # type: ignore[arg-type]
+            cast(Tuple[Any, ...], np.random.get_state(legacy=True)),
             torch.get_rng_state(),
             torch.cuda.get_rng_state() if cuda and torch.cuda.is_available() else None,
         )

@@ -20,7 +20,7 @@ LARGEST_NUMBER = 10 ** 8  # no weight, width or count of a method is as large
 
 @dataclass(frozen=True)
 class Entry:
-    """What a registry knows of one name.
+    """Entry of a registry under one name.
 
     Attributes:
         name: Name that the user writes.

@@ -23,7 +23,7 @@ from .moments import Moments, residual_spread
 
 
 class Expansion(NamedTuple):
-    """What the expanding half of the transform is for one batch, e = diag(a) W1 x + k.
+    """Expanding half of the transform for one batch, e = diag(a) W1 x + k.
 
     Attributes:
         contracted: W2 diag(a) W1, [Cs, Cs]; empty without a contraction.

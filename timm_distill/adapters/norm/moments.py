@@ -27,7 +27,7 @@ class Moments(NamedTuple):
 
 
 class BatchStatistics(NamedTuple):
-    """What a batch norm behind a linear layer needs of the layer's input.
+    """Moments of a linear layer's input, as the batch norm behind it needs them.
 
     Attributes:
         mean: E[x], [C].
@@ -98,7 +98,7 @@ class _CovarianceFunction(Function):
 
 
 class ResidualSpread(NamedTuple):
-    """What a linear map leaves of the teacher's variance, with gradients.
+    """Variance of the teacher that a linear map leaves, with gradients.
 
     Attributes:
         spread: E||d||^2 with d = W x - (t - E[t]), scalar.

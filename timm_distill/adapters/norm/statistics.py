@@ -2,7 +2,7 @@
 
 The rules are those of torch's own forward, for norms whose input is known by its moments alone.
 """
-from typing import Optional, Tuple, Union
+from typing import Any, Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -45,21 +45,21 @@ def batch_statistics(norm: nn.Module, moments: Moments) -> Optional[BatchStatist
     return BatchStatistics(moments.mean, moments.cov, moments.centred.shape[0])
 
 
-def scale_and_bias(norm: nn.Module, like: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def scale_and_bias(norm: Any, like: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """Return a batch norm's weight and bias, [C] each, in float32 or better; one and zero for those that it lacks.
 
     Args:
         norm: Batch norm.
         like: Tensor on its device, [C], in the precision that the lacking ones get.
     """
-    weight = torch.ones_like(like) if norm.weight is None else to_full_precision(norm.weight)  # type: ignore[arg-type]
-    bias = torch.zeros_like(like) if norm.bias is None else to_full_precision(norm.bias)  # type: ignore[arg-type]
+    weight = torch.ones_like(like) if norm.weight is None else to_full_precision(norm.weight)
+    bias = torch.zeros_like(like) if norm.bias is None else to_full_precision(norm.bias)
     return weight, bias
 
 
-def running_scale_and_shift(norm: nn.Module) -> Tuple[torch.Tensor, torch.Tensor]:
+def running_scale_and_shift(norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
     """Return (scale, shift), [C] each, of a batch norm with running statistics: y = scale * x + shift."""
-    mean, variance = (to_full_precision(x) for x in (norm.running_mean, norm.running_var))  # type: ignore[arg-type]
+    mean, variance = (to_full_precision(x) for x in (norm.running_mean, norm.running_var))
     weight, bias = scale_and_bias(norm, variance)
     scale = weight * (variance + norm.eps).rsqrt()
     return scale, bias - scale * mean

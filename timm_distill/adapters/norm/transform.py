@@ -8,7 +8,7 @@ the second contracts it back. `batch_norm=True, residual=True` is the published 
 residual connection around both); `batch_norm=False` is the plain linear pair of the paper's text.
 """
 import logging
-from typing import Annotated, NamedTuple, Optional, Tuple
+from typing import Annotated, Any, NamedTuple, Optional, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -39,7 +39,7 @@ _DIRECT_BYTES = 2 ** 30  # activations of the direct form above which 'auto' lea
 
 
 class _Statistics(NamedTuple):
-    """What the two batch norms read of a batch; None for one that reads its running statistics, or is none."""
+    """Statistics of a batch for the two batch norms; None for one that reads its running statistics, or is none."""
     expand: Optional[BatchStatistics]
     contract: Optional[BatchStatistics]
 
@@ -153,7 +153,7 @@ class NToOneTransform(Adapter):
             inverse = torch.linalg.pinv(_conv_tensors(self.expand)[0])
             self.contract.weight.copy_(inverse[:, :, None, None])
         elif self.batch_norm:
-            nn.init.zeros_(self.contract_bn.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(cast(torch.Tensor, self.contract_bn.weight))
         else:
             nn.init.zeros_(self.contract.weight)
 
@@ -245,13 +245,14 @@ class NToOneTransform(Adapter):
         matched, teacher = self._matched_moments(x, match, moments)
         stats = self._batch_statistics(moments)
         scale, offset = self._expansion_scale(stats.expand is not None)
+        eps: Any = self.expand_bn.eps if self.batch_norm else 0.
         expansion = expand_moments(
             _matrix(self.expand),
             None if self.contract is None else to_full_precision(self.contract.weight),
             scale,
             offset,
             None if stats.expand is None else stats.expand.cov,
-            float(self.expand_bn.eps) if self.batch_norm else 0.,  # type: ignore[arg-type]
+            eps,
             matched,
             None if matched is None else _shift(matched.mean, stats.expand),
             teacher,
@@ -370,7 +371,7 @@ class NToOneTransform(Adapter):
         return f'segments={self.segments}, residual={self.residual}, form={self.form}'
 
 
-def _layer_affine(conv: nn.Conv2d, norm: nn.Module) -> AffineMap:
+def _layer_affine(conv: nn.Conv2d, norm: Any) -> AffineMap:
     affine = AffineMap(*_conv_tensors(conv))
     if isinstance(norm, nn.Identity):
         return affine
@@ -380,7 +381,7 @@ def _layer_affine(conv: nn.Conv2d, norm: nn.Module) -> AffineMap:
             'does depends on the batch at inference, too, and cannot be merged: leave '
             'track_running_stats of its batch norms on, or give --kd-kwargs norm.batch_norm=False.')
     return scale_shift(affine, *batch_norm_affine(
-        norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps))  # type: ignore[arg-type]
+        norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps))
 
 
 def _conv_tensors(conv: nn.Conv2d) -> Tuple[torch.Tensor, torch.Tensor]:
