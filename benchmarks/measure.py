@@ -1,4 +1,4 @@
-"""What the benchmarks share: variants timed in turns, peak memory, rows as CSV and as a table."""
+"""Measurements of the benchmarks: variants timed in turns, peak memory, rows as CSV and as a table."""
 import csv
 import multiprocessing
 import os

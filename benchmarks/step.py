@@ -45,7 +45,7 @@ COLUMNS = (
 
 
 class Setting(NamedTuple):
-    """What one table holds fixed."""
+    """Settings that one table holds fixed."""
     teacher: str
     student: str
     images: int
