@@ -38,7 +38,7 @@ _OF_ANY_TEACHER = ('teacher_dtype', 'teacher_device')
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a task knows of the data that it is trained on; of the input the student's own defaults otherwise.
+    """Data that a task is trained on; of the input the student's own defaults otherwise.
 
     Attributes:
         input_size: (channels, height, width) that the student is fed.

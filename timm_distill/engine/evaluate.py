@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ComputeSpec:
-    """Where and how a loop computes.
+    """Device and precision of a loop.
 
     Attributes:
         device: Where the model lives.

@@ -32,7 +32,7 @@ def accumulation_plan(num_batches: int, grad_accum_steps: int) -> Iterator[Tuple
 
 @dataclass(frozen=True)
 class UpdateSpec:
-    """How gradients become an optimizer update.
+    """Settings of an optimizer update.
 
     Attributes:
         loss_scaler: Called like `timm.utils.NativeScaler`, replaces backward, clipping and the optimizer's step.
@@ -52,7 +52,7 @@ class UpdateSpec:
 
 @dataclass(frozen=True)
 class EpochHooks:
-    """What is called while an epoch goes on.
+    """Functions called while an epoch goes on.
 
     Attributes:
         on_diverged: With the error when `max_streak` updates were skipped; training goes on when it returns. None
@@ -68,7 +68,7 @@ class EpochHooks:
 
 @dataclass(frozen=True)
 class LogSpec:
-    """What of an epoch is said and measured; training is the same.
+    """Logs and measurements of an epoch; training is the same.
 
     Attributes:
         num_epochs: Length of the run, shown in the progress bar.

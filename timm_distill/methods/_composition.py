@@ -10,7 +10,7 @@ from ._schedules import ScheduleSpec, create_weight_schedule
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is distilled and how much it counts, spelt as the flags of the same names.
+    """Methods and their weights, spelt as the flags of the same names.
 
     Attributes:
         kd: 'none', or names of methods and presets joined by '+', e.g. 'norm+kd'.
