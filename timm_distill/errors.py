@@ -2,7 +2,7 @@
 
 The scripts print a `UsageError` as one line and exit with code 2; anything else keeps its traceback.
 """
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
 
 class UsageError(ValueError):
@@ -19,8 +19,11 @@ class MergeError(RuntimeError):
     Attributes:
         raw_state: The unmerged tensors, `{'state_dict': student, 'task_state': adapter and methods}`, so that the
             caller can write them to disk before giving up.
+        spoiled_state: What would have been returned, where the student as trained is not finite itself, so that
+            nothing tells whether it was merged; None where it is finite.
     """
 
     def __init__(self, message: str, raw_state: Dict[str, Any]):
         super().__init__(message)
         self.raw_state = raw_state
+        self.spoiled_state: Optional[Dict[str, Any]] = None

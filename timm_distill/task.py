@@ -9,6 +9,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 
+from .checkpoint.run_files import nonfinite_tensors
 from .engine.grad_norms import reached_tensors
 from .errors import MergeError, UsageError
 from .features.classifier import classifier_parameters
@@ -339,9 +340,16 @@ class DistillTask(TrainingTask):
         if trained is None:
             return {}
         state = trained.merged_state_dict()
-        self._verify_merge(trained, ema, state)
         suffix = '_ema' if ema else ''
-        return {f'state_dict{suffix}': state, f'task_state{suffix}': self.get_task_state(ema=ema)}
+        entries = {f'state_dict{suffix}': state, f'task_state{suffix}': self.get_task_state(ema=ema)}
+        try:
+            self._verify_merge(trained, ema, state)
+        except MergeError as e:
+            raw = {'student': trained.student.state_dict(), 'adapters': trained.adapters.state_dict()}
+            if nonfinite_tensors(raw, constant=None):
+                e.spoiled_state = entries
+            raise
+        return entries
 
     def load_checkpoint_state(
             self,

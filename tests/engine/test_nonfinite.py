@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 
@@ -14,6 +15,7 @@ from timm_distill.engine.train import NonFiniteLossError
 from timm_distill.errors import UsageError
 from timm_distill.export.release import load_release
 from timm_distill.run import epochs, train_script
+from timm_distill.run.recorder import Recorder
 
 DIVERGES = ['--opt', 'sgd', '--lr', '1e30', '--sched', 'none', '--warmup-epochs', '0']
 
@@ -169,3 +171,84 @@ def test_planted_object_in_a_config_file_is_refused(digits_dir, tmp_path):
     with pytest.raises((UsageError, SystemExit, yaml.YAMLError)):
         run(digits_dir, tmp_path / 'out', '--config', path)
     assert not trace.exists()
+
+
+@pytest.fixture(scope='module')
+def norm_flags(tmp_path_factory):
+    """Flags of a distillation whose student is merged at every save."""
+    path = tmp_path_factory.mktemp('teacher') / 'teacher.pth'
+    torch.manual_seed(0)
+    torch.save(timm.create_model('test_convnext', num_classes=10).state_dict(), path)
+    return [
+        '--teacher', 'test_convnext', '--teacher-checkpoint', path, '--kd', 'norm', '--kd-kwargs', 'norm.segments=2',
+        '--no-teacher-eval', '--opt', 'sgd', '--lr', 0.01, '--log-interval', 1]
+
+
+def spoil_weights(monkeypatch, part, epoch=1):
+    """Let weights be nan at the end of an epoch, once."""
+    save = Recorder.save
+    left = [1]
+
+    def spoil_and_save(self, current, metric):
+        if current == epoch and left.pop():
+            with torch.no_grad():
+                next(getattr(self.run.task.module, part).parameters()).fill_(float('nan'))
+            left.append(0)
+        save(self, current, metric)
+    monkeypatch.setattr(Recorder, 'save', spoil_and_save)
+
+
+@pytest.mark.parametrize('part', ['student', 'adapters'])
+def test_weights_that_are_nan_at_a_save_of_a_norm_run_are_rolled_back_as_in_any_other(
+        digits_dir, tmp_path, caplog, monkeypatch, norm_flags, part):
+    spoil_weights(monkeypatch, part)
+    result = run(digits_dir, tmp_path, *norm_flags, '--epochs', 4, '--on-nan', 'rollback')
+    names = re.findall(r'Rolling back to \S+/(\S+) ', caplog.text)
+    assert names and set(names) <= {'checkpoint-0.pth.tar', 'last.pth.tar.previous'}
+    assert 'The state that is saved now is no good' in caplog.text
+    last = read_checkpoint(os.path.join(result.output_dir, 'last.pth.tar'))
+    assert not last['run']['diverged'] and all(tensor.isfinite().all() for tensor in last['state_dict'].values())
+
+
+@pytest.mark.parametrize('on_nan', ['stop', 'skip', 'rollback'])
+def test_norm_run_that_ends_with_weights_that_are_nan_ends_with_that_and_not_with_its_merge(
+        digits_dir, tmp_path, monkeypatch, norm_flags, on_nan):
+    spoil_weights(monkeypatch, 'student')
+    with pytest.raises(NonFiniteLossError, match='weights are not finite'):
+        run(digits_dir, tmp_path, *norm_flags, '--epochs', 2, '--on-nan', on_nan)
+    newest = find_newest(str(tmp_path / 'run'))
+    assert newest is not None and newest[1]['epoch'] == 0
+    assert 'hub' not in os.listdir(tmp_path / 'run')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('on_nan', ['stop', 'skip', 'rollback'])
+def test_first_images_that_give_nan_cost_their_update_and_not_the_run(
+        digits_dir, tmp_path, monkeypatch, caplog, norm_flags, on_nan):
+    """The very batch that the merge is measured on holds them; a whole run is to end well under every --on-nan."""
+    train = epochs.train_one_epoch
+    seen = []
+
+    class Poisoned:
+        def __init__(self, loader):
+            self.loader = loader
+
+        def __len__(self):
+            return len(self.loader)
+
+        def __iter__(self):
+            for images, target in self.loader:
+                seen.append(0)
+                if len(seen) == 1:
+                    images = images.clone()
+                    images[:4] = float('nan')
+                yield images, target
+
+    def train_poisoned(task, loader, *args, **kwargs):
+        return train(task, Poisoned(loader), *args, **kwargs)
+    monkeypatch.setattr(epochs, 'train_one_epoch', train_poisoned)
+    result = run(digits_dir, tmp_path, *norm_flags, '--epochs', 2, '--on-nan', on_nan)
+    assert len(seen) == 30 and '1 update' in caplog.text and 'Rolling back' not in caplog.text
+    last = read_checkpoint(os.path.join(result.output_dir, 'last.pth.tar'))
+    assert last['run']['finite'] and last['run']['diverged'] == '' and last['epoch'] == 1
+    assert 'hub' in os.listdir(result.output_dir)
