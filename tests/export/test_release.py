@@ -1,5 +1,6 @@
 """Giving a student away: hub folder, weights, ONNX, model card."""
 import argparse
+import errno
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ import validate
 from timm_distill import UsageError
 from timm_distill.checkpoint.resume import resume_task
 from timm_distill.data import IndexedDataset, label_names
+from timm_distill.export import release as export
 from timm_distill.export.__main__ import main
 from timm_distill.export.model_card import create_model_card
 from timm_distill.export.release import (
@@ -246,3 +248,51 @@ def test_labels_are_known_through_views_of_a_dataset_and_unknown_where_a_class_h
     folders = sorted(path.name for path in (digits_dir / 'train').iterdir())
     assert label_names(IndexedDataset(dataset), 10) == label_names(AugMixDataset(dataset), 10) == folders
     assert label_names(dataset, 11) is None and label_names(torch.utils.data.TensorDataset(), 10) is None
+
+
+@pytest.mark.parametrize('failing', ['save_for_hf', 'create_model_card', 'put_in_place'])
+def test_hub_folder_that_could_not_be_completed_does_not_look_complete(
+        run: Any,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        failing: str,
+) -> None:
+    release = load_release(run.checkpoint)
+    write = getattr(export, failing)
+
+    def write_and_stop(*args: Any, **kwargs: Any) -> None:
+        write(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, failing, write_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        export_hub(release, str(tmp_path / 'hub'))
+    assert os.listdir(tmp_path) == (['hub'] if failing == 'put_in_place' else [])
+    assert not (tmp_path / 'hub' / 'config.json').exists()
+    monkeypatch.undo()
+    (tmp_path / 'hub').mkdir(exist_ok=True)
+    (tmp_path / 'hub' / 'notes.txt').write_text('mine')
+    export_hub(release, str(tmp_path / 'hub'))
+    assert sorted(os.listdir(tmp_path / 'hub')) == ['README.md', 'config.json', 'model.safetensors', 'notes.txt']
+    assert os.listdir(tmp_path) == ['hub']
+
+
+@pytest.mark.parametrize('failing', ['save_for_hf', 'save_file', 'write_checkpoint'])
+def test_export_onto_a_full_disk_is_one_message_and_leaves_what_was_there(
+        run: Any,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        failing: str,
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        (Path(args[1]) / 'half' if failing == 'save_for_hf' else Path(args[1])).write_bytes(b'half')
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    weights = tmp_path / f'w.{"safetensors" if failing == "save_file" else "pth"}'
+    weights.write_bytes(b'former')
+    monkeypatch.setattr(export, failing, full)
+    with pytest.raises(UsageError, match='could not be written .No space left') as error:
+        main([run.checkpoint, '--output', str(tmp_path / 'hub'), '--weights', str(weights)])
+    assert '\n' not in str(error.value)
+    assert weights.read_bytes() == b'former'
+    assert set(os.listdir(tmp_path)) <= {'hub', weights.name}

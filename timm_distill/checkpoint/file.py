@@ -11,7 +11,8 @@ import pickle
 import shutil
 import tempfile
 import zipfile
-from typing import Any, BinaryIO, Dict, Optional, Tuple, cast
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Dict, Iterator, Optional, Tuple, cast
 
 import torch
 
@@ -21,7 +22,7 @@ from ..utils.text import printable
 __all__ = [
     'DISK_FULL', 'DamagedFileError', 'check_file', 'check_folder', 'checkpoint_size', 'describe_space', 'flush',
     'put_in_place', 'read_checkpoint', 'read_metadata', 'respect_umask', 'verify', 'why_unwritten', 'write_checkpoint',
-    'write_text',
+    'write_text', 'written_at_once',
 ]
 
 _DIRECTORY = 0x10  # the attribute by which zip archives tell folders from files
@@ -103,18 +104,30 @@ def _write(state: Dict[str, Any], file: BinaryIO) -> None:
         raise
 
 
-def write_text(text: str, path: str) -> None:
-    """Write a small text file in one step, newlines as they are."""
+@contextmanager
+def written_at_once(path: str) -> Iterator[str]:
+    """Give the name to write a file under: it becomes `path` where the block ends well, and is removed where not.
+
+    What is no file of its own (a link, a device, a pipe) is written in place.
+    """
+    if os.path.islink(path) or os.path.exists(path) and not os.path.isfile(path):
+        yield path
+        return
     temporary = path + '.tmp'
     try:
-        with open(temporary, 'w', newline='') as file:
-            file.write(text)
+        yield temporary
         flush(temporary)
         put_in_place(temporary, path)
-    except BaseException:
+    except BaseException:  # an interrupt too
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def write_text(text: str, path: str) -> None:
+    """Write a small text file in one step, newlines as they are."""
+    with written_at_once(path) as name, open(name, 'w', newline='') as file:
+        file.write(text)
 
 
 class _Counter:
@@ -195,6 +208,11 @@ def check_file(path: str, flag: str) -> None:
         UsageError: If it cannot.
     """
     folder = os.path.dirname(path) or '.'
+    try:
+        _exists(path + '.tmp')  # the longest name that is written
+    except (OSError, ValueError) as e:  # ValueError: a name that holds NUL
+        reason = getattr(e, 'strerror', None) or str(e)
+        raise UsageError(f'{flag} {path!r} cannot be written: {reason}. Give another file.') from e
     if os.path.isdir(path) or not os.path.isdir(folder):
         reason = 'it is a folder' if os.path.isdir(path) else f'there is no folder {folder}'
         raise UsageError(f'{flag} {path!r} cannot be written: {reason}. Give a file in an existing folder.')

@@ -2,18 +2,20 @@
 
     python -m timm_distill.export output/train/RUN/model_best.pth.tar --output released
 """
+import argparse
 import logging
 import os
 import sys
 from typing import Optional, Sequence, Tuple
 
+from safetensors import SafetensorError
 from timm.utils import setup_default_logging
 
 from ..args import create_export_parser
-from ..checkpoint.file import check_file, check_folder
+from ..checkpoint.file import check_file, check_folder, why_unwritten
 from ..errors import UsageError
 from ..utils.console import program_name, run_script
-from .release import _require, export_hub, export_onnx, export_weights, load_release, push_to_hub
+from .release import Release, _require, export_hub, export_onnx, export_weights, load_release, push_to_hub
 
 _logger = logging.getLogger(__name__)
 
@@ -33,6 +35,15 @@ def main(argv: Optional[Sequence[str]] = None) -> Tuple[str, ...]:
     if args.onnx:
         _require('onnx', 'onnxscript', 'onnxruntime')
     release = load_release(args.checkpoint, args.use_ema)
+    try:
+        return _write(release, args, folder)
+    except (OSError, SafetensorError) as e:
+        raise UsageError(
+            f'The release could not be written ({why_unwritten(e)}): make room, or give another --output, --weights '
+            'or --onnx. What was complete before stays.') from e
+
+
+def _write(release: Release, args: argparse.Namespace, folder: str) -> Tuple[str, ...]:
     written = [export_hub(release, folder)]
     _logger.info(f"Hub folder {folder}: timm.create_model('local-dir:{folder}', pretrained=True)")
     if args.weights:

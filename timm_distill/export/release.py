@@ -6,6 +6,8 @@ Reads the student's own entries of a checkpoint alone; methods, teachers and tas
 """
 import argparse
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Sequence
 
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict, save_for_hf
 
-from ..checkpoint.file import read_checkpoint, respect_umask
+from ..checkpoint.file import flush, put_in_place, read_checkpoint, respect_umask, write_checkpoint, written_at_once
 from ..checkpoint.run_files import is_unmerged, nonfinite_tensors
 from ..errors import UsageError
 from ..utils.text import printable
@@ -130,7 +132,8 @@ def _student_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
 def export_hub(release: Release, folder: str) -> str:
     """Write `config.json`, `model.safetensors` and a model card.
 
-    `timm.create_model('local-dir:FOLDER', pretrained=True)` builds the student from it.
+    `timm.create_model('local-dir:FOLDER', pretrained=True)` builds the student from it. The files are complete and on
+    disk before the first of them has its place; other files of the folder stay.
 
     Args:
         release: What to write.
@@ -139,6 +142,29 @@ def export_hub(release: Release, folder: str) -> str:
     Returns:
         The folder.
     """
+    parent = os.path.dirname(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix='.hub-', suffix='.tmp', dir=parent)
+    try:
+        _write_hub_files(release, temporary)
+        _put_folder_in_place(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _put_folder_in_place(source: str, target: str) -> None:
+    """Move files, the config last: without one a folder is no model to anybody."""
+    config, names = 'config.json', sorted(os.listdir(source))
+    os.makedirs(target, exist_ok=True)
+    if os.path.exists(os.path.join(target, config)):
+        os.remove(os.path.join(target, config))
+    for name in sorted(names, key=lambda name: name == config):
+        flush(os.path.join(source, name))
+        put_in_place(os.path.join(source, name), os.path.join(target, name))
+
+
+def _write_hub_files(release: Release, folder: str) -> None:
     forget_source(release.model)
     model_config = {'label_names': list(release.label_names)} if release.label_names else None
     save_for_hf(
@@ -146,7 +172,6 @@ def export_hub(release: Release, folder: str) -> str:
     respect_umask(os.path.join(folder, 'model.safetensors'))
     card = create_model_card(release.architecture, printable(release.provenance), release.data_config, release.ema)
     card.save(os.path.join(folder, 'README.md'))
-    return folder
 
 
 def forget_source(model: nn.Module) -> None:
@@ -166,11 +191,12 @@ def export_weights(release: Release, path: str) -> str:
         The path.
     """
     tensors = {name: tensor.contiguous() for name, tensor in release.model.state_dict().items()}
-    if path.endswith('.safetensors'):
-        save_file(tensors, path)
-        respect_umask(path)
-    else:
-        torch.save(tensors, path)
+    with written_at_once(path) as name:
+        if path.endswith('.safetensors'):
+            save_file(tensors, name)
+            respect_umask(name)
+        else:
+            write_checkpoint(tensors, name)
     return path
 
 

@@ -14,7 +14,7 @@ from timm.models import is_model, list_models
 from timm.utils import check_batch_size_retry, decay_batch_step, natural_key, setup_default_logging
 
 from ..args import check_validate_args, create_validate_parser, parse_args
-from ..checkpoint.file import check_file
+from ..checkpoint.file import check_file, why_unwritten, written_at_once
 from ..data import user_message
 from ..errors import UsageError
 from ..utils.console import program_name
@@ -43,10 +43,16 @@ def main(argv: Optional[List[str]] = None) -> int:
     except UsageError as e:
         print(f'{program_name(SCRIPT)}: error: {user_message(e)}', file=sys.stderr)
         return 2
-    if args.results_file:
-        write_results(args.results_file, results, args.results_format)
     # timm's runner scripts look for this line
     print(f'--result\n{json.dumps(results, indent=4)}')
+    try:
+        if args.results_file:
+            write_results(args.results_file, results, args.results_format)
+    except OSError as e:
+        print(
+            f'{program_name(SCRIPT)}: error: --results-file {args.results_file} could not be written '
+            f'({why_unwritten(e)}), the results stand above: make room or give another file.', file=sys.stderr)
+        return 2
     return 0
 
 
@@ -121,7 +127,7 @@ def validate(args: Namespace) -> Dict[str, Any]:
 
 def write_results(path: str, results: Results, format: str = 'csv') -> None:
     """Write one row or several."""
-    with open(path, 'w', newline='') as f:
+    with written_at_once(path) as name, open(name, 'w', newline='') as f:
         if format == 'json':
             json.dump(results, f, indent=4)
             return
