@@ -1,6 +1,7 @@
 """Whose the files of a folder are, and which of them a run goes on from, counts and removes."""
 import argparse
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -17,7 +18,7 @@ from timm_distill.checkpoint import lock as locking
 from timm_distill.checkpoint.file import read_checkpoint, write_checkpoint
 from timm_distill.checkpoint.lock import LOCK_NAME, FolderLock
 from timm_distill.checkpoint.resume import find_newest, find_rollback, resolve_resume
-from timm_distill.checkpoint.run_files import list_run_files, nonfinite_tensors, own_files, used_by
+from timm_distill.checkpoint.run_files import list_run_files, nonfinite_tensors, own_files, remove_temporary, used_by
 from timm_distill.checkpoint.saver import get_rank_state
 from timm_distill.errors import UsageError
 from timm_distill.run.folder import check_unused, create_folder, open_run
@@ -360,3 +361,34 @@ def test_own_files_are_those_of_last_whatever_else_is_more(tmp_path):
         (ours / f'checkpoint-{epoch}.pth.tar').write_bytes((theirs / 'last.pth.tar').read_bytes())
     kept = own_files(list_run_files(str(ours)))
     assert sorted(file.name for file in kept) == ['checkpoint-0.pth.tar', 'last.pth.tar', 'model_best.pth.tar']
+
+
+@pytest.mark.parametrize('name', ['checkpoint-1.pth.tar', 'mine.pth.tar'])
+def test_run_that_goes_on_from_an_earlier_epoch_has_a_last_checkpoint_even_if_it_trains_no_more(tmp_path, name):
+    save_epochs(tmp_path)
+    source = str(tmp_path / name)
+    if name == 'mine.pth.tar':
+        shutil.copy(tmp_path / 'checkpoint-1.pth.tar', source)
+    resume_from(tmp_path, name)
+    assert 'last.pth.tar.abandoned' in os.listdir(tmp_path)
+    assert read_checkpoint(str(tmp_path / 'last.pth.tar'))['epoch'] == 1
+    newest = find_newest(str(tmp_path))
+    assert newest is not None and newest[1]['epoch'] == 1
+
+
+def test_file_of_the_user_shares_nothing_with_those_of_the_run(tmp_path):
+    """Who writes a file anew in place would change the run's own if they were names of one file."""
+    save_epochs(tmp_path)
+    shutil.copy(tmp_path / 'checkpoint-1.pth.tar', tmp_path / 'mine.pth.tar')
+    resume_from(tmp_path, 'mine.pth.tar')
+    mine = os.stat(tmp_path / 'mine.pth.tar').st_ino
+    assert mine not in [os.stat(tmp_path / name).st_ino for name in os.listdir(tmp_path) if name != 'mine.pth.tar']
+
+
+def test_what_a_kill_left_half_written_is_removed_folders_too(tmp_path):
+    (tmp_path / '.hub-x.tmp').mkdir()
+    (tmp_path / '.hub-x.tmp' / 'model.safetensors').write_bytes(b'half')
+    (tmp_path / 'summary.csv.tmp').write_text('half')
+    (tmp_path / 'mine').write_text('mine')
+    remove_temporary(str(tmp_path))
+    assert os.listdir(tmp_path) == ['mine']

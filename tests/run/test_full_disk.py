@@ -15,6 +15,7 @@ from timm_distill import UsageError
 from timm_distill.checkpoint.file import checkpoint_size, describe_space, write_checkpoint, write_text
 from timm_distill.engine.meters import NonFiniteLossError
 from timm_distill.errors import LostStateError, MergeError
+from timm_distill.report import trackers
 from timm_distill.run import report as closing
 from timm_distill.run.recorder import Recorder
 
@@ -192,3 +193,42 @@ def test_space_counts_names_of_the_same_file_once(tmp_path):
     text = describe_space(str(tmp_path), 2_000_000)
     assert 'takes 1.5 KB: best 1.5 KB.' in text and 'a checkpoint takes 2 MB' in text
     assert describe_space(str(tmp_path / 'none')).endswith('is gone.')
+
+
+def test_run_whose_newest_summary_row_found_no_room_does_not_end_well(digits_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, 'write_text', full)
+    with pytest.raises(LostStateError, match=r'summary\.csv lacks the newest.*No space left'):
+        run(digits_dir, tmp_path, *FLAGS)
+    assert {'hub', 'last.pth.tar'} <= set(os.listdir(tmp_path / 'run'))
+
+
+def test_summary_row_that_finds_room_at_the_end_costs_nothing(tmp_path, monkeypatch):
+    summary = trackers.Summary(str(tmp_path / 'summary.csv'))
+    monkeypatch.setattr(trackers, 'write_text', full)
+    summary.add({'epoch': 0, 'lr': 1.})
+    assert summary.unwritten
+    monkeypatch.undo()
+    summary.write()
+    assert not summary.unwritten and trackers.read_summary(summary.path) == [{'epoch': 0, 'lr': 1.}]
+
+
+def test_leftovers_of_a_killed_run_make_room_before_a_resume_writes_anything(digits_dir, tmp_path, monkeypatch):
+    folder = run(digits_dir, tmp_path, *FLAGS, '--stop-epoch', 1).output_dir
+    for name in ('tmp.pth.tar', 'recovery_tmp.pth.tar'):
+        with open(os.path.join(folder, name), 'wb') as file:
+            file.write(bytes(1000))
+
+    def write(text, path):
+        return full() if [name for name in os.listdir(folder) if 'tmp' in name] else write_text(text, path)
+    monkeypatch.setattr(timm_distill.run.recorder, 'write_text', write)
+    assert run(digits_dir, tmp_path, *FLAGS, '--resume', 'auto').checkpoint
+
+
+def test_finished_run_of_another_folder_leaves_nothing_to_train(digits_dir, tmp_path):
+    result = run(digits_dir, tmp_path, *FLAGS[:2], '--epochs', 1, '--no-report')
+    source = os.path.join(result.output_dir, 'last.pth.tar')
+    with pytest.raises(UsageError, match='nothing is left to train.*--epochs'):
+        run(digits_dir, tmp_path / 'other', *FLAGS[:2], '--epochs', 1, '--no-report', '--resume', source)
+    assert not (tmp_path / 'other').exists()
+    os.remove(os.path.join(result.output_dir, 'summary.csv'))
+    assert run(digits_dir, tmp_path, *FLAGS[:2], '--epochs', 1, '--no-report', '--resume', 'auto').checkpoint

@@ -7,6 +7,7 @@ are ordered by their epochs.
 import logging
 import os
 import re
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Set, Tuple
@@ -21,8 +22,8 @@ _logger = logging.getLogger(__name__)
 
 __all__ = [
     'EXTENSION', 'PREVIOUS', 'RunFile', 'checkpoint_progress', 'constant_infinities', 'describe_checkpoint',
-    'is_temporary', 'is_unmerged', 'list_run_files', 'nonfinite_tensors', 'own_files', 'remove_run', 'set_aside',
-    'used_by', 'weights_of',
+    'is_run_name', 'is_temporary', 'is_unmerged', 'list_run_files', 'nonfinite_tensors', 'own_files', 'remove_run',
+    'remove_temporary', 'set_aside', 'used_by', 'weights_of',
 ]
 
 EXTENSION = '.pth.tar'
@@ -105,7 +106,7 @@ def list_run_files(folder: str, unreadable: Optional[List[str]] = None, quiet: b
     files = []
     for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         path = os.path.join(folder, name)
-        if not _is_checkpoint_name(name):
+        if not is_run_name(name):
             if name.endswith(EXTENSION) and not is_temporary(name) and not name.startswith('unmerged-'):
                 warn(f'Left out: {path!r} has no name that a run gives to its checkpoints.')
             continue
@@ -139,23 +140,35 @@ def own_files(files: Iterable[RunFile], quiet: bool = False) -> List[RunFile]:
 def used_by(folder: str) -> List[str]:
     """Return the names of what a run has left in a folder, checkpoints first; empty where a run can begin."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [name for name in names if _is_checkpoint_name(name)] + [name for name in names if _TRACES.fullmatch(name)]
+    return [name for name in names if is_run_name(name)] + [name for name in names if _TRACES.fullmatch(name)]
 
 
 def remove_run(folder: str) -> None:
     """Remove what a run has left in a folder, the checkpoints last; files of others stay."""
-    for name in [f'hub/{name}' for name in _HUB_FILES] + sorted(os.listdir(folder), key=_is_checkpoint_name):
+    for name in [f'hub/{name}' for name in _HUB_FILES] + sorted(os.listdir(folder), key=is_run_name):
         path = os.path.join(folder, name)
         ours = name.startswith('hub/') or any(
             pattern.fullmatch(name) for pattern in (_TRACES, _SCRAPS, _TEMPORARY, _OWN_NAMES))
         if ours and os.path.isfile(path):
             os.remove(path)
+    remove_temporary(folder)
     hub = os.path.join(folder, 'hub')
     if os.path.isdir(hub) and not os.listdir(hub):
         os.rmdir(hub)
 
 
-def _is_checkpoint_name(name: str) -> bool:
+def remove_temporary(folder: str) -> None:
+    """Remove what a kill left half written in the folder of a run."""
+    for name in filter(is_temporary, os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.remove(path)
+
+
+def is_run_name(name: str) -> bool:
+    """Return whether a run gives this name to one of its checkpoints."""
     return _OWN_NAMES.fullmatch(name) is not None
 
 

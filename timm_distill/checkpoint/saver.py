@@ -32,11 +32,13 @@ from .optimizer_state import get_hidden_state
 from .run_files import (
     PREVIOUS,
     RunFile,
+    checkpoint_progress,
     constant_infinities,
     describe_checkpoint,
-    is_temporary,
+    is_run_name,
     list_run_files,
     nonfinite_tensors,
+    remove_temporary,
     set_aside,
     weights_of,
 )
@@ -283,9 +285,7 @@ class DistillCheckpointSaver(CheckpointSaver):
             source: Path of the checkpoint that was resumed.
             checkpoint: Its content.
         """
-        for name in os.listdir(self.checkpoint_dir):
-            if is_temporary(name):
-                os.remove(os.path.join(self.checkpoint_dir, name))
+        remove_temporary(self.checkpoint_dir)
         start = describe_checkpoint(source, checkpoint)
         self._load_run_state(checkpoint.get('run') or {}, start)
         files = self._set_others_aside(start)
@@ -300,6 +300,8 @@ class DistillCheckpointSaver(CheckpointSaver):
         if pending[0] is not None:
             self._keep(source, *pending)
         self._restore_best()
+        if not os.path.exists(self.last_path) and not checkpoint_progress(checkpoint)[1]:
+            self._duplicate(source, self.last_path)  # a run that has no epoch left writes no other
         former = self._path('previous')  # its name in former versions
         if os.path.exists(former) and not os.path.exists(self._path_of_previous):
             self._replace(former, self._path_of_previous)
@@ -393,10 +395,8 @@ class DistillCheckpointSaver(CheckpointSaver):
     def _task_state(self, epoch: int) -> Dict[str, Any]:
         """Merged weights and task state; where merging fails the raw tensors are written before giving up."""
         try:
-            state = self.task.get_checkpoint_state(unwrap_fn=self.unwrap_fn)
-            if self.task.has_ema():
-                state.update(self.task.get_checkpoint_state(ema=True, unwrap_fn=self.unwrap_fn))
-            return state
+            state = self._verified_entries(ema=False)
+            return {**state, **self._verified_entries(ema=True)} if self.task.has_ema() else state
         except MergeError as e:
             path = os.path.join(self.checkpoint_dir, f'unmerged-{epoch}{self.extension}')
             # under keys that no reader of weights takes for a student's
@@ -409,6 +409,16 @@ class DistillCheckpointSaver(CheckpointSaver):
                     f'{e} (the unmerged tensors could not be written: {why_unwritten(error)})', e.raw_state) from e
             raise MergeError(f'{e} (the unmerged tensors are in {path})', e.raw_state) from e
 
+    def _verified_entries(self, ema: bool) -> Dict[str, Any]:
+        """Return the entries of a student; of one that is not finite as it was trained as they are, to be marked."""
+        try:
+            entries: Dict[str, Any] = self.task.get_checkpoint_state(ema=ema, unwrap_fn=self.unwrap_fn)
+        except MergeError as e:
+            if e.spoiled_state is None:
+                raise
+            return e.spoiled_state
+        return entries
+
     def _replace(self, src: str, dst: str) -> None:
         put_in_place(src, dst)
 
@@ -417,6 +427,8 @@ class DistillCheckpointSaver(CheckpointSaver):
         if os.path.exists(tmp):  # left by a kill
             os.remove(tmp)
         try:
+            if not is_run_name(os.path.basename(src)):
+                raise NotImplementedError('a file of the user, who may write into it')
             os.link(src, tmp)
         except (OSError, NotImplementedError):
             shutil.copy2(src, tmp)

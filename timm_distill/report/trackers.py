@@ -136,6 +136,9 @@ _DELIMITERS = ',;\t'
 class Summary:
     """The rows of a run.
 
+    Attributes:
+        unwritten: Why the file lacks rows, '' where it has all.
+
     Args:
         path: The file; rows of a stopped run are taken over.
         start_epoch: Rows of this epoch and later ones are dropped, as they are written again.
@@ -144,6 +147,7 @@ class Summary:
     def __init__(self, path: str, start_epoch: int = 0):
         self.path = path
         self.rows: List[Dict[str, Any]] = []
+        self.unwritten = ''
         if start_epoch and os.path.exists(path):
             self._take_over(start_epoch)
 
@@ -168,10 +172,17 @@ class Summary:
     def add(self, row: Dict[str, Any]) -> None:
         """Add a row and write the file. Where the disk is full the row waits for the next one."""
         self.rows.append(row)
+        self.write()
+        if self.unwritten:
+            _logger.error(f'{self.path} could not be written ({self.unwritten}), the next epoch tries again.')
+
+    def write(self) -> None:
+        """Write the file with all rows, or note in `unwritten` why it could not be."""
+        self.unwritten = ''
         try:
             write_text(self._to_csv(), self.path)
         except OSError as e:
-            _logger.error(f'{self.path} could not be written ({why_unwritten(e)}), the next epoch tries again.')
+            self.unwritten = why_unwritten(e)
 
     def _to_csv(self) -> str:
         text = io.StringIO(newline='')

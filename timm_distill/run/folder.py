@@ -11,6 +11,7 @@ from ..checkpoint.resume import belongs_to, resolve_resume
 from ..checkpoint.run_files import remove_run, used_by
 from ..errors import UsageError
 from ..utils.text import model_file_name
+from .state import Run
 
 
 def create_lock() -> FolderLock:
@@ -57,6 +58,22 @@ def create_folder(
     if args.overwrite:
         remove_run(folder)
     return folder
+
+
+def check_has_epochs(run: Run, checkpoint: Optional[Dict[str, Any]], start_epoch: int) -> None:
+    """Refuse a checkpoint of another folder that has all epochs behind it: the run would end with nothing saved.
+
+    Raises:
+        UsageError: Names the flags to choose from.
+    """
+    args = run.args
+    if checkpoint is None or start_epoch < run.last_epoch:
+        return
+    if not args.experiment or not belongs_to(_named_folder(args), args.resume, checkpoint):
+        raise UsageError(
+            f'--resume {args.resume} has {start_epoch} epochs behind it and this run ends after '
+            f'{run.last_epoch}: nothing is left to train. Give more --epochs or another --stop-epoch, or with '
+            '--output and --experiment the folder of that run.')
 
 
 def _named_folder(args: argparse.Namespace) -> str:

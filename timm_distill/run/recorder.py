@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from ..checkpoint.file import describe_space, read_checkpoint, why_unwritten, write_checkpoint, write_text
 from ..checkpoint.lock import LOCK_NAME, FolderLock
 from ..checkpoint.resume import belongs_to, done_batches, find_newest, find_rollback, resume_task
+from ..checkpoint.run_files import remove_temporary
 from ..checkpoint.saver import DistillCheckpointSaver, gather_rank_states, get_rank_state
 from ..engine.meters import NonFiniteLossError
 from ..errors import LostStateError, UsageError
 from ..export.release import export_hub, load_release, push_to_hub
 from ..report.trackers import Summary, start_trackers
-from .folder import create_folder
+from .folder import check_has_epochs, create_folder
 from .state import Run, RunResult
 from .stopping import StopRequested, StopSignals
 from .validation import describe_metric, ranking_metric
@@ -69,6 +70,7 @@ class Recorder:
         self._newest_update: Optional[Tuple[int, int, Callable[[], Dict[str, Any]]]] = None
         self._end_of_training: Optional[Dict[str, Any]] = None  # this rank's state before validation
         run.streak.length = int(((checkpoint or {}).get('run') or {}).get('streak', 0))
+        check_has_epochs(run, checkpoint, start_epoch)
         if run.args.rank != 0:
             return
         try:
@@ -85,6 +87,8 @@ class Recorder:
         """Begin the files of a run, or take over those of a stopped one."""
         run = self.run
         name = os.path.basename(self.result.output_dir)
+        if checkpoint is not None and self._continues(checkpoint):
+            remove_temporary(self.result.output_dir)  # their room may be what the files below need
         self.trackers = start_trackers(run.args, name, self.result.output_dir, start_epoch)
         write_text(args_text, self._path('args.yaml'))
         self.summary = Summary(self._path('summary.csv'), start_epoch)
@@ -381,8 +385,8 @@ class Recorder:
         if not self.result.stopped_by:
             self._check_end()
             self._release()
-        if not self.result.stopped_by and self._why_lost():
-            raise LostStateError(self._why_lost())
+        if not self.result.stopped_by:
+            self._check_complete()
         worst = math.inf if self.saver.decreasing else -math.inf
         values = [(x.get('validation', x['train'])[self.metric], x) for x in self.result.history]
         ranked = sorted(
@@ -405,6 +409,21 @@ class Recorder:
             raise NonFiniteLossError(
                 f'The run ended with a student that is no good: {reason}. No hub folder was '
                 f'written.{best} A lower --lr or --clip-grad may help.')
+
+    def _check_complete(self) -> None:
+        """Raise LostStateError if the run ends without its last checkpoint or without a row of its summary."""
+        assert self.saver is not None
+        reason = self._why_lost()
+        if not reason and not os.path.isfile(self.saver.last_path):
+            reason = f'the run ended without {self.saver.last_path}. {self.saver.space()}'
+        if not reason and self.summary.unwritten:
+            self.summary.write()  # what was written since may have made room
+        if not reason and self.summary.unwritten:
+            reason = (
+                f'all epochs are trained and saved, but {self.summary.path} lacks the newest of them: '
+                f'{self.summary.unwritten}. {self.saver.space()}')
+        if reason:
+            raise LostStateError(reason)
 
     def _release(self) -> None:
         """Write the best student in the hub's format beside the checkpoints, and push it where that is asked for."""
