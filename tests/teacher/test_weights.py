@@ -284,3 +284,44 @@ def test_model_far_from_the_size_of_its_weights_is_said(
     caplog.clear()
     create_distill_task(create_model(), create_teacher('resnet18', SIZE, 5, img_size=32), kd='norm', input_size=SIZE)
     assert 'is fed' not in caplog.text
+
+
+def run_flags(**given: Any) -> argparse.Namespace:
+    return flags(**{'model': 'test_efficientnet', 'gp': None, 'bn_eps': None, 'model_kwargs': {}, **given})
+
+
+@pytest.mark.parametrize(('given', 'kwargs'), [
+    (dict(gp='max'), dict(global_pool='max')),
+    (dict(bn_eps=0.1), dict(bn_eps=0.1)),
+    (dict(model_kwargs=dict(output_stride=16)), dict(output_stride=16)),
+])
+def test_teacher_computes_as_the_run_did_that_trained_it(
+        given: Dict[str, Any],
+        kwargs: Dict[str, Any],
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    model = create_model('test_efficientnet', **kwargs).eval()
+    path = save_run(tmp_path, model, args=run_flags(mean=MEAN, std=STD, img_size=64, **given))
+    teacher = create_teacher('test_efficientnet', (3, 64, 64), 5, path, student_mean=MEAN, student_std=STD)
+    x = torch.rand(2, 3, 64, 64)
+    plain = create_model('test_efficientnet').eval()
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(x).logits, model(x), atol=1e-4, rtol=1e-4)
+        assert (plain(x) - model(x)).abs().max() > 1e-3  # without the arguments it is another teacher
+    name, value = next(iter(kwargs.items()))
+    assert f'{name}={value}' in caplog.text
+
+
+def test_teacher_kwargs_win_over_those_of_the_file(tmp_path: Path) -> None:
+    args = run_flags(model='test_resnet', mean=MEAN, std=STD, img_size=32, gp='max')
+    path = save_run(tmp_path, create_model(global_pool='max'), args=args)
+    teacher = create_teacher(
+        'test_resnet', SIZE, 5, path, model_kwargs={'global_pool': 'avg'}, student_mean=MEAN, student_std=STD)
+    assert type(teacher.model.global_pool.pool) is nn.AdaptiveAvgPool2d
+
+
+def test_arguments_of_another_architecture_are_left_alone(tmp_path: Path) -> None:
+    path = save_run(tmp_path, args=run_flags(model='test_vit', gp='token'))
+    create_teacher('test_resnet', SIZE, 5, path, **STUDENT)

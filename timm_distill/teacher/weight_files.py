@@ -5,7 +5,7 @@ Loading is weights-only; whatever is missing, unreadable or no weights is one cl
 import argparse
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
@@ -19,6 +19,7 @@ from ..errors import UsageError
 from .preprocessing import InputRecord
 
 _RAW_KEYS, _EMA_KEYS = ('state_dict', 'model'), ('state_dict_ema', 'model_ema')  # as timm reads them
+_READ_ELSEWHERE = ('img_size', 'in_chans', 'num_classes')
 _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')  # lie beside a config.json that describes them
 
 
@@ -32,11 +33,16 @@ class WeightFile:
         records: What the file says of the input, the one that counts most first.
         follows_defaults: Name of the flags that it holds of a run with timm's scripts, which are complete: what they
             leave open was the architecture's default. '' where there are none.
+        model_kwargs: What its flags say of the model beside its size and class count, as arguments of
+            `timm.create_model`.
+        architecture: The model that these are of.
     """
     state_dict: Dict[str, torch.Tensor]
     entry: str
     records: Tuple[InputRecord, ...]
     follows_defaults: str = ''
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    architecture: str = ''
 
     @property
     def size(self) -> Optional[Tuple[int, int]]:
@@ -78,7 +84,17 @@ def read_weight_file(path: str, flag: str, weights: Optional[str] = None) -> Wei
         *_config_records(_read_hub_config(path), 'the config.json beside it'),
     ]
     follows_defaults = f'the args in {name}' if {'mean', 'std', 'img_size', 'interpolation'} <= args.keys() else ''
-    return WeightFile(clean_state_dict(state_dict), entry, tuple(records), follows_defaults)
+    return WeightFile(
+        clean_state_dict(state_dict), entry, tuple(records), follows_defaults, _model_kwargs(args),
+        str(args.get('model', '')))
+
+
+def _model_kwargs(args: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return what flags say of a model's computation; sizes, channels and classes are read from other places."""
+    flags = {'global_pool': args.get('gp'), 'bn_eps': args.get('bn_eps')}
+    given = args.get('model_kwargs')
+    kwargs = {**flags, **(given if isinstance(given, dict) else {})}
+    return {name: value for name, value in kwargs.items() if value is not None and name not in _READ_ELSEWHERE}
 
 
 def _read(path: str, flag: str) -> Dict[str, Any]:

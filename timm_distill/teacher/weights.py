@@ -191,6 +191,7 @@ def _load_checkpoint_teacher(
         verbose: bool,
 ) -> Tuple[nn.Module, List[InputRecord]]:
     file = read_weight_file(source.checkpoint, _FLAG, source.weights)
+    kwargs = _with_file_kwargs(source, file, kwargs, verbose)
     kwargs = _with_size(source, kwargs, file.size)
     state_dict, num_classes = fit_weights(source.name, file.state_dict, kwargs, source.checkpoint)
     model = _create_model(source.name, **{**kwargs, **({} if num_classes is None else {'num_classes': num_classes})})
@@ -208,6 +209,22 @@ def _load_checkpoint_teacher(
     if verbose:
         _warn_of_contradictions(source, records)
     return model, [*source.flag_records(), *records]
+
+
+def _with_file_kwargs(
+        source: TeacherSource,
+        file: WeightFile,
+        kwargs: Dict[str, Any],
+        verbose: bool,
+) -> Dict[str, Any]:
+    """Add the arguments that the file's own run gave its model; those of the user win."""
+    if file.architecture != source.name:
+        return kwargs
+    taken = {name: value for name, value in file.model_kwargs.items() if name not in kwargs}
+    if taken and verbose:
+        words = ' '.join(f'{name}={value}' for name, value in taken.items())
+        _logger.info(f'Teacher arguments from the args in {source.checkpoint}: {words} (--teacher-kwargs wins).')
+    return {**taken, **kwargs}
 
 
 def _file_records(source: TeacherSource, file: WeightFile, model: nn.Module) -> List[InputRecord]:
