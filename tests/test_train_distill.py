@@ -319,3 +319,22 @@ def test_timms_distillation_flags_train_as_ours_do(digits_dir, teacher_file, tmp
 def test_save_images_writes_the_batch_of_every_log_line(digits_dir, tmp_path):
     result = run(digits_dir, tmp_path, '--model', TEACHER, '--epochs', 1, '--save-images', '--log-interval', 4)
     assert {'train-batch-0.jpg', 'train-batch-4.jpg', 'train-batch-9.jpg'} <= set(os.listdir(result.output_dir))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('source', ['initial-checkpoint', 'pretrained-path'])
+def test_pretrained_student_keeps_its_accuracy_until_it_learns(digits_dir, teacher_file, tmp_path, source):
+    """Next to no learning rate and running statistics that stay: an epoch of norm gives the accuracy of one without."""
+    start = run(digits_dir, tmp_path, '--model', STUDENT, '--epochs', 3, experiment='start')
+    flags = ['--model', STUDENT, f'--{source}', start.checkpoint, '--epochs', 1, '--lr', '1e-9']
+    flags += ['--bn-momentum', '1e-12', '--no-report', '--sched', 'none']
+    flags += ['--pretrained'] if source == 'pretrained-path' else []
+    norm = ['--teacher', TEACHER, '--teacher-checkpoint', teacher_file, '--kd', 'norm', '--no-teacher-eval']
+    norm += ['--kd-kwargs', 'norm.segments=2']
+    alone = run(digits_dir, tmp_path, *flags, experiment='alone').history[-1]['validation']
+    auto = run(digits_dir, tmp_path, *flags, *norm, experiment='auto').history[-1]['validation']
+    official = run(digits_dir, tmp_path, *flags, *norm, 'norm.init=official', experiment='official').history[-1]
+    assert auto['top1'] == alone['top1'] and auto['loss'] == pytest.approx(alone['loss'], rel=1e-5)
+    if source == 'initial-checkpoint':  # the other one begins with a new head, as in timm
+        assert auto['top1'] == start.best_metric
+    assert abs(official['validation']['loss'] - alone['loss']) > 0.1  # what a random transform does

@@ -1,6 +1,7 @@
 """A resumed run goes on with the data and the teacher that it was trained with, or says what is different."""
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -142,3 +143,27 @@ def test_processes_with_other_data_are_named(monkeypatch: pytest.MonkeyPatch) ->
     args: Any = SimpleNamespace(distributed=True, data_dir='images')
     with pytest.raises(UsageError, match='processes 1 than for process 0'):
         unchanged.check_equal_data(args, {'training': {'num_samples': 3}})
+
+
+def weights_run(**weights: float) -> Any:
+    task = SimpleNamespace(task_loss_weight=1., weights=weights)
+    return SimpleNamespace(task=task, args=SimpleNamespace(resume='last.pth.tar'))
+
+
+@pytest.mark.parametrize(('training', 'expected'), [
+    ({'weights': {'task': 1., 'pkt': 1.}}, r'pkt 1\.0 -> 30000\.'),
+    ({'weights': {'task': 1.}}, 'pkt none -> 30000'),
+    ({'weights': {'task': 0.1, 'pkt': 30000.}}, r'task 0\.1 -> 1\.'),
+    ({}, 'does not say which weights .* pkt 30000'),
+    (None, 'does not say which weights .* pkt 30000'),
+])
+def test_other_weights_of_the_loss_terms_are_said_at_a_resume(training: Any, expected: str, caplog: Any) -> None:
+    unchanged.check_same_weights(weights_run(pkt=30000.), {'provenance': {'training': training}} if training else {})
+    assert re.search(expected, caplog.text), caplog.text
+
+
+def test_same_weights_and_runs_without_a_teacher_are_silent_at_a_resume(caplog: Any) -> None:
+    saved = {'provenance': {'training': {'weights': {'task': 1., 'pkt': 30000.}}}}
+    unchanged.check_same_weights(weights_run(pkt=30000.), saved)
+    unchanged.check_same_weights(weights_run(), {})
+    assert not caplog.records

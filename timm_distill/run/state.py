@@ -88,6 +88,11 @@ class Run:
         return {'auto': None, 'bar': True, 'lines': False}[self.args.log_style]
 
 
+def weights_in_force(run: Run) -> Dict[str, float]:
+    """Return the weight of every loss term, defaults included; empty for a student that trains alone."""
+    return {'task': run.task.task_loss_weight, **run.task.weights} if run.task.weights else {}
+
+
 def fingerprints(run: Run) -> Dict[str, Any]:
     """Return what the run's results depend on beside flags and weights, to be compared when it is resumed."""
     teacher = run.task.teacher
@@ -101,7 +106,7 @@ def describe_run(run: Run, version: str) -> Dict[str, Any]:
     """Return what exporting a checkpoint needs to know: plain values."""
     train = run.loaders.train.dataset
     teacher_hash = getattr(run.task.teacher, 'digest', '')
-    weights = {'task': run.task.task_loss_weight, **run.task.weights} if run.task.weights else None
+    weights = weights_in_force(run) or None
     num_samples = len(train) if hasattr(train, '__len__') else None
     return {
         'data_config': dict(run.data_config),

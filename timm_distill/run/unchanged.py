@@ -8,7 +8,7 @@ import torch.distributed as dist
 from ..checkpoint.resume import check_same_run
 from ..data import describe_changes, digest_fingerprint
 from ..errors import UsageError
-from .state import Run
+from .state import Run, weights_in_force
 
 _logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ def check_unchanged(run: Run, checkpoint: Dict[str, Any]) -> bool:
     teacher_hash = getattr(run.task.teacher, 'digest', '') if run.args.rank == 0 else ''
     check_same_run(run.args, checkpoint, teacher_hash)
     check_same_teacher_input(run, checkpoint)
+    check_same_weights(run, checkpoint)
     return check_same_data(run, checkpoint)
 
 
@@ -102,6 +103,27 @@ def check_same_teacher_input(run: Run, checkpoint: Dict[str, Any]) -> None:
 
 def _text(value: Any) -> str:
     return ' '.join(f'{v:g}' for v in value) if isinstance(value, (list, tuple)) else str(value)
+
+
+def check_same_weights(run: Run, checkpoint: Dict[str, Any]) -> None:
+    """Warn where the loss terms have other weights than when a checkpoint was written: the defaults may be new ones."""
+    now = weights_in_force(run)
+    if not now:
+        return
+    saved = ((checkpoint.get('provenance') or {}).get('training') or {}).get('weights')
+    if not isinstance(saved, dict):
+        _logger.warning(
+            f'{run.args.resume!r} does not say which weights its loss terms had. Here they are '
+            f'{", ".join(f"{name} {value:g}" for name, value in now.items())}: where those were others (defaults have '
+            'changed), give --kd-weight and --task-loss-weight.')
+        return
+    changes = [
+        f'{name} {saved.get(name, "none")} -> {value:g}' for name, value in now.items()
+        if not isinstance(saved.get(name), (int, float)) or abs(saved[name] - value) > 1e-9 * abs(value)]
+    if changes:
+        _logger.warning(
+            f'The weights of the loss terms are not those of {run.args.resume!r}: {", ".join(changes)}. The run goes '
+            'on with the new ones, but not as if it had never stopped: --kd-weight and --task-loss-weight set them.')
 
 
 def forget_data(run: Run, checkpoint: Dict[str, Any]) -> None:
