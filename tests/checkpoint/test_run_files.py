@@ -369,7 +369,7 @@ def test_run_that_goes_on_from_an_earlier_epoch_has_a_last_checkpoint_even_if_it
     source = str(tmp_path / name)
     if name == 'mine.pth.tar':
         shutil.copy(tmp_path / 'checkpoint-1.pth.tar', source)
-    resume_from(tmp_path, name)
+    resume_from(tmp_path, name).keep_as_last(source)
     assert 'last.pth.tar.abandoned' in os.listdir(tmp_path)
     assert read_checkpoint(str(tmp_path / 'last.pth.tar'))['epoch'] == 1
     newest = find_newest(str(tmp_path))

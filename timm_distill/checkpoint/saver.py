@@ -32,7 +32,6 @@ from .optimizer_state import get_hidden_state
 from .run_files import (
     PREVIOUS,
     RunFile,
-    checkpoint_progress,
     constant_infinities,
     describe_checkpoint,
     is_run_name,
@@ -300,11 +299,14 @@ class DistillCheckpointSaver(CheckpointSaver):
         if pending[0] is not None:
             self._keep(source, *pending)
         self._restore_best()
-        if not os.path.exists(self.last_path) and not checkpoint_progress(checkpoint)[1]:
-            self._duplicate(source, self.last_path)  # a run that has no epoch left writes no other
         former = self._path('previous')  # its name in former versions
         if os.path.exists(former) and not os.path.exists(self._path_of_previous):
             self._replace(former, self._path_of_previous)
+
+    def keep_as_last(self, source: str) -> None:
+        """Make a checkpoint `last` where there is none: a run that has no epoch left writes no other."""
+        if not os.path.exists(self.last_path):
+            self._duplicate(source, self.last_path)
 
     def note_rollback(self, path: str, checkpoint: Dict[str, Any]) -> None:
         """Count a rollback to a checkpoint of this run; the next save holds its weights again."""

@@ -95,6 +95,8 @@ class Recorder:
         self.saver = self._create_saver()
         if checkpoint is not None and checkpoint.get('saver') and self._continues(checkpoint):
             self.saver.continue_from(run.args.resume, checkpoint)
+            if start_epoch >= run.last_epoch:
+                self.saver.keep_as_last(run.args.resume)
             self.result.best_metric, self.result.best_epoch = self.saver.best_metric, self.saver.best_epoch
             milestone = self._path(f'milestone-{start_epoch}{self.saver.extension}')
             if not done_batches(checkpoint) and not os.path.exists(milestone):
