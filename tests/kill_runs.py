@@ -50,7 +50,7 @@ def _die_at(moment: str, count: int) -> None:
         return left[0] == 0
 
     if moment == 'inside a file':
-        write = storage._HashingFile.write
+        write = storage._WatchedFile.write
 
         def write_and_die(self: Any, data: Any) -> int:
             if len(data) > 1000 and _reached():
@@ -58,7 +58,7 @@ def _die_at(moment: str, count: int) -> None:
                 self.file.flush()
                 _die()
             return write(self, data)
-        storage._HashingFile.write = write_and_die  # type: ignore[method-assign]
+        storage._WatchedFile.write = write_and_die  # type: ignore[method-assign]
     elif moment in ('before the name', 'behind the name'):
         put = checkpoint.put_in_place
 
@@ -127,8 +127,8 @@ class Launch:
         """Wait for the first rank; returns its exit code, None where the time is up. A dead rank takes all along."""
         self.processes[0].join(seconds)
         code = self.processes[0].exitcode
-        if code is not None and code < 0:
-            self.send(signal.SIGKILL)
+        if code:
+            self.send(signal.SIGKILL)  # the others may wait for it for ever
         if code is not None:
             for process in self.processes:
                 process.join()

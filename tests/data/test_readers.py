@@ -9,6 +9,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 import pytest
 
 import train_distill
+from timm_distill import UsageError
 
 SPLITS = ('train', 'validation')
 FLAGS = [
@@ -107,5 +108,5 @@ def test_distillation_reads_a_stream_and_methods_that_need_indices_refuse_it(dig
         '--no-teacher-pretrained', '--teacher-kwargs', 'num_classes=10']
     row = train(tmp_path / 'output', *flags, '--kd', 'norm+kd')
     assert float(row['train_loss']) > 0
-    with pytest.raises(train_distill.UsageError, match='needs no indices'):
+    with pytest.raises(UsageError, match='needs no indices'):
         train(tmp_path / 'refused', *flags, '--kd', 'crd')
