@@ -302,13 +302,13 @@ _VARIANTS: Dict[str, Callable[..., CifarNet]] = {
     'cifar_shufflenetv1': _shufflenetv1,
     'cifar_shufflenetv2': _shufflenetv2,
 }
-_FIVE_OUTPUTS = ('cifar_resnet50', 'cifar_vgg', 'cifar_mobilenetv2')  # the others have a stem and three stages
+_FIVE_OUTPUTS = (_resnet50, _vgg, _mobilenetv2)  # a stem and four stages; the others have three
 
 default_cfgs = generate_default_cfgs({variant: _cfg() for variant in _VARIANTS})
 
 
 def _register(variant: str, model_cls: Callable[..., CifarNet]) -> None:
-    outputs = 5 if variant.startswith(_FIVE_OUTPUTS) else 4
+    outputs = 5 if getattr(model_cls, 'func', model_cls) in _FIVE_OUTPUTS else 4
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> CifarNet:
         return build_model_with_cfg(
