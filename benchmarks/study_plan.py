@@ -172,8 +172,7 @@ class Plan:
         runs = [
             self.run(student, name, seed) for seed in seeds for student in self.students
             for name, setting in self.settings.items() if seed in setting.seeds and student in setting.students]
-        keep = self.__dict__.get('_keep', lambda run: True)
-        return [run for run in runs if keep(run)]
+        return [run for run in runs if self._keep(run)]
 
     def teachers_of(self, runs: Sequence[Run]) -> List[str]:
         """Return the names of the teachers that some runs need."""
