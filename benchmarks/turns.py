@@ -52,13 +52,17 @@ class ScriptProcess:
 
     def wait(self) -> float:
         """Wait until the goal of this turn is reached and the script stopped; return when."""
-        self.newest, when = self.reached.get(timeout=_PATIENCE)
-        if self.newest < 0:
-            raise RuntimeError('The script ended early:\n' + ''.join(self.lines[-20:]))
-        return when
+        while True:
+            self.newest, when = self.reached.get(timeout=_PATIENCE)
+            if self.newest < 0:
+                raise RuntimeError('The script ended early:\n' + ''.join(self.lines[-20:]))
+            if self.newest >= self.goal:  # not a line of the turn before, written until the stop took effect
+                return when
 
     def turn(self, updates: int) -> float:
         """Run until a progress line at least `updates` after the newest one; return seconds per update."""
+        while not self.reached.empty() and self.reached.queue[0][0] >= 0:
+            self.newest, _ = self.reached.get()
         first, self.goal = self.newest, self.newest + updates
         start = time.perf_counter()
         self._signal(signal.SIGCONT)

@@ -1,7 +1,8 @@
 """Fixtures that all tests share: a small folder of real images, the golden files, one thread, no network."""
+import logging
 import os
 from pathlib import Path
-from typing import Any, Generator
+from typing import Any, Generator, Iterator
 
 import pytest
 
@@ -33,6 +34,18 @@ def pytest_runtest_makereport() -> Generator[None, Any, Any]:
     report.sections = [
         (name, text.encode(errors='backslashreplace').decode()) for name, text in report.sections]
     return report
+
+
+@pytest.fixture(autouse=True)
+def _log_handlers_end_with_their_test() -> Iterator[None]:
+    """Take handlers away that a script of this test gave the root logger: their stream is the test's."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        if type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)
+    root.setLevel(level)
 
 
 @pytest.fixture(scope='session')
