@@ -17,7 +17,8 @@ _SCRIPT = 'train_distill.py'
 _KEYS = {
     'plan': {'about', 'data', 'flags', 'teachers', 'students', 'seeds', 'settings', 'baselines'},
     'data': {'about', 'dir', 'classes', 'train', 'validation'},
-    'teacher': {'about', 'model', 'checkpoint', 'flags'},
+    'teacher': {'about', 'model', 'checkpoint', 'flags', 'run_flags'},
+    'student': {'about', 'model', 'flags'},
     'setting': {'about', 'teacher', 'flags', 'students', 'seeds'},
 }
 
@@ -45,11 +46,13 @@ class Teacher:
         model: timm architecture.
         checkpoint: Its weights; written by `command` where it is trained.
         flags: Flags of its training, None for weights that are given.
+        run_flags: Flags of the runs that it teaches.
     """
     name: str
     model: str
     checkpoint: str
     flags: Optional[Dict[str, Any]] = None
+    run_flags: Dict[str, Any] = field(default_factory=dict)
 
     @property
     def trained(self) -> bool:
@@ -61,6 +64,18 @@ class Teacher:
         return [
             _SCRIPT, '--model', self.model, *to_flags(self.flags or {}), '--output', output,
             '--experiment', f'teacher-{self.name}', '--resume', 'auto', '--recovery-interval', '50', '--no-report']
+
+
+@dataclass
+class Student:
+    """Student of a plan.
+
+    Attributes:
+        model: timm architecture.
+        flags: Flags of its runs, such as model-kwargs.
+    """
+    model: str
+    flags: Dict[str, Any]
 
 
 @dataclass
@@ -86,6 +101,7 @@ class Run:
     setting: str
     seed: int
     teacher: str
+    model: str
     flags: Dict[str, Any]
     teacher_flags: Dict[str, Any] = field(default_factory=dict)
 
@@ -112,7 +128,7 @@ class Run:
         if pretend_teacher:
             teacher.update({'teacher-checkpoint': None, 'no-teacher-pretrained': True})
         return [
-            _SCRIPT, '--student', self.student, *to_flags(teacher), *to_flags(self.flags), '--seed', str(self.seed),
+            _SCRIPT, '--student', self.model, *to_flags(teacher), *to_flags(self.flags), '--seed', str(self.seed),
             '--output', output, '--experiment', self.name, '--resume', 'auto', '--recovery-interval', '50',
             '--no-report']
 
@@ -134,7 +150,7 @@ class Plan:
         train_images: Images of the training set.
         validation_images: Likewise.
         teachers: By name.
-        students: timm architectures.
+        students: By name.
         seeds: Seeds that settings run with.
         settings: By name.
         baselines: Settings that the others are compared with, seed by seed.
@@ -147,7 +163,7 @@ class Plan:
     train_images: int
     validation_images: int
     teachers: Dict[str, Teacher]
-    students: List[str]
+    students: Dict[str, Student]
     seeds: List[int]
     settings: Dict[str, Setting]
     baselines: List[str]
@@ -162,9 +178,13 @@ class Plan:
         """Return one run."""
         of_setting = self.settings[setting]
         teacher = self.teachers.get(of_setting.teacher)
-        teacher_flags = {} if teacher is None else {'teacher': teacher.model, 'teacher-checkpoint': teacher.checkpoint}
-        flags = {'data-dir': self.data_dir, 'num-classes': self.classes, **self.flags, **of_setting.flags}
-        return Run(student, setting, seed, of_setting.teacher, flags, teacher_flags)
+        of_student = self.students[student]
+        teacher_flags = {} if teacher is None else {
+            'teacher': teacher.model, 'teacher-checkpoint': teacher.checkpoint, **teacher.run_flags}
+        flags = {
+            'data-dir': self.data_dir, 'num-classes': self.classes, **self.flags, **of_student.flags,
+            **of_setting.flags}
+        return Run(student, setting, seed, of_setting.teacher, of_student.model, flags, teacher_flags)
 
     def runs(self) -> List[Run]:
         """Return the runs, all settings with the first seed first."""
@@ -207,10 +227,8 @@ def read_plan(path: str, data_root: str = 'data', output: str = 'output/study') 
     seeds = _seeds(content['seeds'], path)
     plan = Plan(
         name, str(content.get('about', '')).strip(), data_dir, str(data.get('about', '')).strip(),
-        int(data['classes']), int(data['train']), int(data['validation']), {}, list(content['students']), seeds, {},
-        list(content.get('baselines') or ['alone']), dict(flags))
-    if len(set(plan.students)) < len(plan.students):
-        raise UsageError(f'{path}: a student is named twice.')
+        int(data['classes']), int(data['train']), int(data['validation']), {},
+        _read_students(content['students'], path), seeds, {}, list(content.get('baselines') or ['alone']), dict(flags))
     common = {'data-dir': data_dir, 'num-classes': plan.classes, **flags}
     for key, value in (content.get('teachers') or {}).items():
         plan.teachers[key] = _read_teacher(key, value, common, data_root, os.path.join(output, name), path)
@@ -237,6 +255,21 @@ def _seeds(seeds: Any, path: str) -> List[int]:
     return seeds
 
 
+def _read_students(content: Any, path: str) -> Dict[str, Student]:
+    """Return the students of a list of architectures, or of a mapping from names to model and flags."""
+    if isinstance(content, list):
+        if len(set(map(str, content))) < len(content):
+            raise UsageError(f'{path}: a student is named twice.')
+        content = {str(name): {} for name in content}
+    if not isinstance(content, dict):
+        raise UsageError(f'{path}: students must be a list or a mapping, not {content!r}.')
+    students = {}
+    for name, value in content.items():
+        _check_keys(value or {}, 'student', path)
+        students[str(name)] = Student(str((value or {}).get('model', name)), dict((value or {}).get('flags') or {}))
+    return students
+
+
 def _read_teacher(
         name: str, content: Any, common: Dict[str, Any], data_root: str, output: str, path: str) -> Teacher:
     _check_keys(content, 'teacher', path)
@@ -245,12 +278,13 @@ def _read_teacher(
         raise UsageError(f'{path}: the teacher {name} has the unknown model {model!r}.')
     if ('checkpoint' in content) == ('flags' in content):
         raise UsageError(f'{path}: the teacher {name} needs either a checkpoint or the flags of its training.')
+    run_flags = dict(content.get('run_flags') or {})
     if 'checkpoint' in content:
-        return Teacher(name, model, os.path.join(data_root, str(content['checkpoint'])))
+        return Teacher(name, model, os.path.join(data_root, str(content['checkpoint'])), None, run_flags)
     flags = {**common, **(content['flags'] or {})}
     if 'pretrained-path' in flags:
         flags['pretrained-path'] = os.path.join(data_root, str(flags['pretrained-path']))
-    return Teacher(name, model, os.path.join(output, f'teacher-{name}', 'last.pth.tar'), flags)
+    return Teacher(name, model, os.path.join(output, f'teacher-{name}', 'last.pth.tar'), flags, run_flags)
 
 
 def _read_setting(name: str, content: Any, plan: Plan, path: str) -> Setting:
@@ -272,7 +306,7 @@ def _check_plan(plan: Plan, path: str, output: str) -> None:
     for baseline in plan.baselines:
         if baseline not in plan.settings:
             raise UsageError(f'{path}: the baseline {baseline!r} is no setting.')
-    unknown = [student for student in plan.students if not timm.is_model(student)]
+    unknown = [student.model for student in plan.students.values() if not timm.is_model(student.model)]
     if unknown:
         raise UsageError(f'{path}: unknown student {unknown[0]!r}; timm.list_models() has them.')
     for key in ('epochs', 'batch-size'):

@@ -57,10 +57,25 @@ def test_plan_becomes_runs_of_every_setting_student_and_seed(tmp_path: Path) -> 
     assert command[command.index('--seed') + 1] == '0'
 
 
+def test_students_and_teachers_bring_flags_of_their_own(tmp_path: Path) -> None:
+    students = {'narrow': {'model': 'test_resnet', 'flags': {'model-kwargs': 'stem_width=8'}}, 'test_vit': {}}
+    teachers = {'small': {**TINY['teachers']['small'], 'run_flags': {'no-teacher-eval': True}}}
+    plan = study_plan.read_plan(str(write_plan(tmp_path, students=students, teachers=teachers)))
+    commands = {run.name: run.command('out') for run in plan.runs()}
+    assert list(commands)[:4] == ['narrow-alone-0', 'narrow-norm-0', 'test_vit-alone-0', 'test_vit-norm-0']
+    command = commands['narrow-norm-0']
+    assert command[command.index('--student') + 1] == 'test_resnet' and 'stem_width=8' in command
+    assert '--no-teacher-eval' in command and '--no-teacher-eval' not in commands['narrow-alone-0']
+    assert 'stem_width=8' not in commands['test_vit-norm-0']
+
+
 @pytest.mark.parametrize('changes, message', [
     ({'seeds': [0, 0]}, 'stands twice'),
     ({'seeds': ['a']}, 'list of numbers'),
     ({'students': ['no_such_model']}, "unknown student 'no_such_model'"),
+    ({'students': {'narrow': {'model': 'no_such_model'}}}, "unknown student 'no_such_model'"),
+    ({'students': {'narrow': {'modle': 'test_resnet'}}}, "unknown key 'modle' of a student"),
+    ({'students': ['test_vit', 'test_vit']}, 'a student is named twice'),
     ({'sedes': [0]}, "unknown key 'sedes'"),
     ({'settings': {'x': {'flags': {'kd': 'nrom'}, 'teacher': 'small'}}, 'baselines': ['x']}, "did you mean 'norm'"),
     ({'settings': {'alone': {}, 'x': {'teacher': 'big'}}}, "unknown teacher 'big'"),
