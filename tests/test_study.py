@@ -122,6 +122,30 @@ def test_row_of_other_flags_than_the_plans_is_refused(tmp_path: Path) -> None:
         study_rows.Results(results.path).check(changed.runs(), 'out')
 
 
+@pytest.mark.parametrize('path', sorted((BENCHMARKS / 'plans').glob('*.yaml')), ids=lambda path: path.stem)
+def test_every_plan_of_the_repository_is_accepted(path: Path) -> None:
+    assert len(study_plan.read_plan(str(path)).runs()) >= 30
+
+
+def test_tiny_imagenet_becomes_class_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tiny_imagenet
+    source, output = tmp_path / 'tiny-imagenet-200', tmp_path / 'out'
+    for name in ('n01', 'n02'):
+        (source / 'train' / name / 'images').mkdir(parents=True)
+        (source / 'train' / name / f'{name}_boxes.txt').touch()
+        (source / 'train' / name / 'images' / f'{name}_0.JPEG').write_bytes(name.encode())
+    (source / 'val' / 'images').mkdir(parents=True)
+    (source / 'val' / 'images' / 'val_0.JPEG').touch()
+    (source / 'val' / 'val_annotations.txt').write_text('val_0.JPEG\tn02\t0\t0\t9\t9\n')
+    assert tiny_imagenet.main([str(source), '--output', str(output)]) == 2 and not output.exists()  # 200 are published
+    for name, value in {'NUM_CLASSES': 2, 'TRAIN_IMAGES': 2, 'VALIDATION_IMAGES': 1}.items():
+        monkeypatch.setattr(tiny_imagenet, name, value)
+    for _ in range(2):  # a second time over the first
+        assert tiny_imagenet.main([str(source), '--output', str(output)]) == 0
+    files = sorted(str(path.relative_to(output)) for path in output.rglob('*.*'))
+    assert files == ['train/n01/n01_0.JPEG', 'train/n02/n02_0.JPEG', 'validation/n02/val_0.JPEG']
+
+
 def test_difference_is_paired_by_seed_with_its_interval() -> None:
     values, baseline = {'0': 61., '1': 64., '2': 60., '9': 99.}, {'0': 60., '1': 61., '2': 58.}
     mean, half = study_table.paired_difference(values, baseline)
