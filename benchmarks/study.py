@@ -11,6 +11,7 @@ Top-1 and calibration are of the weights after the last epoch: no epoch is chose
 import argparse
 import os
 import re
+import shlex
 import signal
 import statistics
 import subprocess
@@ -76,12 +77,24 @@ class Study:
 
     def _train_teacher(self, name: str) -> None:
         teacher = self.plan.teachers[name]
-        if teacher.trained and not self._stopping.is_set() and not os.path.exists(teacher.checkpoint):
-            self._start(f'teacher-{name}', teacher.command(self.output))
+        if self._stopping.is_set() or not teacher.trained or self._has_teacher(name):
+            return
+        seconds = self._start(f'teacher-{name}', teacher.command(self.output))
+        if seconds is not None:
+            top1, error = measure_student(teacher.checkpoint, self.plan.data_dir)
+            self.results.add_teacher(name, teacher.model, top1, error, shlex.join(teacher.command(self.output)))
+            open(self._mark(name), 'w').close()
+
+    def _mark(self, teacher: str) -> str:
+        """Return the file that says that a teacher is trained: its checkpoint exists from the first epoch on."""
+        return os.path.join(self.output, f'teacher-{teacher}.done')
+
+    def _has_teacher(self, name: str) -> bool:
+        teacher = self.plan.teachers[name]
+        return os.path.exists(teacher.checkpoint) and (not teacher.trained or os.path.exists(self._mark(name)))
 
     def _run_one(self, run: Run) -> None:
-        teacher = self.plan.teachers.get(run.teacher)
-        if self._stopping.is_set() or teacher is not None and not os.path.exists(teacher.checkpoint):
+        if self._stopping.is_set() or run.teacher and not self._has_teacher(run.teacher):
             return
         seconds = self._start(run.name, run.command(self.output))
         if seconds is not None:
@@ -156,8 +169,7 @@ class Study:
         commands = {}
         for name in names:
             run = self.plan.run(student, name, self.plan.seeds[0])
-            teacher = self.plan.teachers.get(run.teacher)
-            untrained = teacher is not None and not os.path.exists(teacher.checkpoint)
+            untrained = bool(run.teacher) and not self._has_teacher(run.teacher)
             command = run.command(os.path.join(self.output, 'estimate'), pretend_teacher=untrained)
             commands[name] = [*without(command, '--resume', '--recovery-interval', '--experiment'), *flags]
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))

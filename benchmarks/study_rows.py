@@ -1,4 +1,4 @@
-"""Rows of a study: a CSV that grows by one row when a run ends, and one of step costs beside it."""
+"""Rows of a study: a CSV that grows by one row when a run ends, and those of step costs and teachers beside it."""
 import csv
 import os
 import subprocess
@@ -12,6 +12,7 @@ from timm_distill import UsageError
 COLUMNS = (
     'student', 'setting', 'seed', 'top1', 'best_top1', 'calibration_error', 'seconds', 'epochs', 'curve', 'torch',
     'timm', 'timm_distill', 'commit', 'command')
+TEACHER_COLUMNS = ('teacher', 'model', 'top1', 'calibration_error', 'command')
 COST_COLUMNS = ('student', 'setting', 'seconds_per_step', 'ratio_to_alone')
 
 
@@ -26,7 +27,9 @@ class Results:
         self.path = path
         self.cost_path = os.path.splitext(path)[0] + '.cost.csv'
         self.rows = _read(path, COLUMNS)
+        self.teachers_path = os.path.splitext(path)[0] + '.teachers.csv'
         self.costs = _read(self.cost_path, COST_COLUMNS)
+        self.teachers = _read(self.teachers_path, TEACHER_COLUMNS)
         self._lock = threading.Lock()
 
     def has(self, run: Run) -> bool:
@@ -60,6 +63,12 @@ class Results:
         values = (student, setting, f'{seconds:.4f}', f'{ratio:.3f}')
         self.costs.append(dict(zip(COST_COLUMNS, values)))
         _write(self.cost_path, COST_COLUMNS, self.costs)
+
+    def add_teacher(self, name: str, model: str, top1: float, error: float, command: str) -> None:
+        """Put down what a trained teacher has right on the study's validation images, in place of an older row."""
+        self.teachers = [row for row in self.teachers if row['teacher'] != name]
+        self.teachers.append(dict(zip(TEACHER_COLUMNS, (name, model, f'{top1:.3f}', f'{error:.4f}', command))))
+        _write(self.teachers_path, TEACHER_COLUMNS, self.teachers)
 
     def read_summary(self, path: str) -> List[Dict[str, str]]:
         """Return the epochs of a run."""

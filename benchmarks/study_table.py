@@ -83,6 +83,9 @@ def describe(plan: Plan, results: Results) -> str:
         lines.append(f'**{done} of the {len(runs)} runs of this plan have been made**; the table shows those.\n')
     epochs = sorted({row['epochs'] for row in results.rows}, key=int)
     versions = sorted({f'torch {row["torch"]}, timm {row["timm"]}' for row in results.rows})
+    for row in results.teachers:
+        top1 = f'top-1 {float(row["top1"]):.2f}'
+        lines.append(f'Teacher {row["teacher"]} ({row["model"]}, {plan.classes} classes): {top1}.\n')
     if results.rows:
         lines.append(f'{"/".join(epochs)} epochs; {"; ".join(versions)}.\n')
         lines.append(f'![accuracy against {plan.baselines[0]}](results-{plan.name}.png)\n')
