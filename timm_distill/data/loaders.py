@@ -15,10 +15,11 @@ from .batch_scale import BatchScale
 from .datasets import create_datasets
 from .fingerprint import Fingerprint, fingerprint_dataset
 from .indexing import IndexedDataset, index_samples
-from .mixup import create_mixup
+from .mixup import create_mixup, create_view_mixing
 from .naflex import PatchSize, create_naflex_eval_loader, create_naflex_train_loader
 from .pad_crop import use_pad_crop
 from .resumable import ResumableLoader, find_resumable, make_resumable
+from .views import ViewDataset, ViewGrid, create_view_grid, replay_views
 
 _logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class DataLoaders:
         batch_size: Images of a training batch, on average where batches differ.
         batch_scale: Factor on the loss of a batch by its size; None where all are alike.
         fingerprints: What tells the 'training' and the 'validation' data from others.
+        grid: The views that `train` replays; None where they are drawn anew.
     """
     train: Any
     eval: Optional[Any]
@@ -41,6 +43,7 @@ class DataLoaders:
     batch_size: float = 0.
     batch_scale: Optional[BatchScale] = None
     fingerprints: Dict[str, Fingerprint] = field(default_factory=dict)
+    grid: Optional[ViewGrid] = None
 
     def _resumable(self) -> Dict[str, ResumableLoader]:
         loaders = {'train': find_resumable(self.train), 'eval': find_resumable(self.eval)}
@@ -66,6 +69,7 @@ def create_loaders(
         distributed: bool = False,
         with_indices: bool = False,
         patch_size: Optional[PatchSize] = None,
+        num_views: int = 0,
 ) -> DataLoaders:
     """Datasets, loaders and mixup of a training run.
 
@@ -78,6 +82,8 @@ def create_loaders(
         distributed: Whether each process takes its own part of the data.
         with_indices: Training targets are pairs (label, index of the sample), [B, 2].
         patch_size: The student's (height, width) of a patch, for `--naflex-loader`.
+        num_views: Training images are replayed views, so many of each, and targets carry their keys (`split_keys`) in
+            place of indices; 0 for views that are drawn anew.
 
     Raises:
         UsageError: As `create_datasets`, and for settings that leave the training loader without a batch or an index.
@@ -87,11 +93,13 @@ def create_loaders(
     dataset_train, dataset_eval = create_datasets(args, data_config, num_classes)
     datasets = {'training': dataset_train, 'validation': dataset_eval}
     fingerprints = {name: fingerprint_dataset(data) for name, data in datasets.items() if data is not None}
-    if with_indices:
+    grid = create_view_grid(args, dataset_train, num_views) if num_views else None
+    if with_indices and grid is None:
         dataset_train = index_samples(dataset_train)
     common: Dict[str, Any] = {'model_dtype': model_dtype, 'distributed': distributed, 'patch_size': patch_size}
     with posterize_to_black():
-        loader_train, mixup_fn = _create_train_loader(args, data_config, dataset_train, device, num_classes, **common)
+        loader_train, mixup_fn = _create_train_loader(
+            args, data_config, dataset_train, device, num_classes, grid=grid, **common)
     if not isinstance(dataset_train, IterableDataset) and len(loader_train) == 0:
         raise UsageError(
             f'--batch-size {args.batch_size} is more than the training images of a process '
@@ -101,7 +109,7 @@ def create_loaders(
         batch_size = args.validation_batch_size
         loader_eval = create_eval_loader(args, data_config, dataset_eval, device, batch_size=batch_size, **common)
     batch_size, batch_scale = _batch_sizes(args, loader_train, device, distributed)
-    return DataLoaders(loader_train, loader_eval, mixup_fn, batch_size, batch_scale, fingerprints)
+    return DataLoaders(loader_train, loader_eval, mixup_fn, batch_size, batch_scale, fingerprints, grid)
 
 
 def _batch_sizes(
@@ -217,7 +225,7 @@ def create_pass_loader(
         raise UsageError(
             '--nd-class-means-transform train does not go with --train-img-sizes and --aug-splits: use '
             'eval.')
-    while isinstance(dataset, (AugMixDataset, IndexedDataset)):
+    while isinstance(dataset, (AugMixDataset, IndexedDataset, ViewDataset)):
         dataset = dataset.dataset
     copied = copy.copy(dataset)
     loader = create_eval_loader(args, data_config, copied, device, batch_size=args.validation_batch_size, **kwargs)
@@ -235,6 +243,7 @@ def _create_train_loader(
         model_dtype: Optional[torch.dtype] = None,
         distributed: bool = False,
         patch_size: Optional[PatchSize] = None,
+        grid: Optional[ViewGrid] = None,
 ) -> Tuple[Any, Optional[Callable]]:
     """Return the loader, and mixup where the loader does not do it."""
     kwargs = {**_common_kwargs(args, data_config, device, model_dtype, distributed), **_train_kwargs(args, data_config)}
@@ -243,7 +252,7 @@ def _create_train_loader(
         loader = create_naflex_train_loader(
             args, dataset, num_classes, patch_size or (16, 16), rank, world_size, **kwargs)
         return make_resumable(loader), None
-    collate_fn, mixup_fn = create_mixup(args, num_classes)
+    collate_fn, mixup_fn = create_mixup(args, num_classes) if grid is None else (None, None)
     if args.aug_splits > 1:
         dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
     reads_ahead = args.use_multi_epochs_loader and args.workers > 0  # without workers there is nothing to keep alive
@@ -267,7 +276,10 @@ def _create_train_loader(
             '--use-multi-epochs-loader reads beyond the end of an epoch, which no resumed run can repeat: '
             'after a stop this run goes on, but not as if it had never stopped. Loader processes live as '
             'long as the run without it, too.')
-    return (loader if reads_ahead else make_resumable(loader)), mixup_fn
+    loader = loader if reads_ahead else make_resumable(loader)
+    if grid is not None:
+        replay_views(loader, grid, create_view_mixing(args, num_classes, grid.num_samples))
+    return loader, mixup_fn
 
 
 def _pad_crop(args: Namespace, data_config: Dict[str, Any], loader: Any) -> None:

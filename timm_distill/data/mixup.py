@@ -5,6 +5,8 @@ from typing import Any, Callable, Dict, Optional, Tuple
 import torch
 from timm.data import FastCollateMixup, Mixup, NaFlexMixup
 
+from .view_mixing import ViewMixing
+
 
 class SwitchableCollateMixup(FastCollateMixup):
     """Mixup in the loader's processes that can be turned off while they run.
@@ -45,6 +47,14 @@ def create_naflex_mixup(args: Namespace, num_classes: int) -> Optional[Callable]
     if not is_mixup_active(args):
         return None
     return NaFlexMixup(mixup_off_epoch=args.mixup_off_epoch, **_mixup_kwargs(args, num_classes))
+
+
+def create_view_mixing(args: Namespace, num_classes: int, num_samples: int) -> Optional[ViewMixing]:
+    """Mixup of views that are replayed; None where it is off."""
+    if not is_mixup_active(args):
+        return None
+    return ViewMixing(
+        num_samples, args.mixup_mode, cutmix_minmax=args.cutmix_minmax, **_mixup_kwargs(args, num_classes))
 
 
 def _mixup_kwargs(args: Namespace, num_classes: int) -> Dict[str, Any]:

@@ -50,7 +50,11 @@ class ResumableLoader:
 
     Args:
         loader: Not yet iterated over; its collate and init functions are wrapped.
+
+    Attributes:
+        on_batch: Called with each batch before it is given out; None for nothing.
     """
+    on_batch: Optional[Callable[[Any], None]] = None
 
     def __init__(self, loader: DataLoader):
         self.loader = loader
@@ -67,6 +71,8 @@ class ResumableLoader:
         for batch, state in self.loader:
             if state is not None:
                 worker_id, self._newest[worker_id] = state
+            if self.on_batch is not None:
+                self.on_batch(batch)
             yield batch
 
     def __getattr__(self, name: str) -> Any:  # dataset, samplers

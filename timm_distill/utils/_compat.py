@@ -11,12 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase  # public bat
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode  # hooks of modules do not see who reads which storage
 from torch.utils._pytree import tree_leaves  # arguments of operators are nested; the public pytree has no stable name
+from torch.utils.data import DataLoader, Dataset
 
 __all__ = [
     'BatchNormBase', 'TorchDispatchMode', 'allow_retained_graphs', 'feature_take_indices', 'foreach_add_',
     'foreach_copy_', 'foreach_div_', 'foreach_mul_', 'foreach_sub', 'get_grad_scaler', 'get_learning_rates',
     'get_model_kwargs', 'has_started', 'ignore_in_ddp', 'list_non_persistent_buffers', 'masks_updates',
-    'remove_forward_pre_hook', 'tree_leaves', 'writes_to_arguments',
+    'remove_forward_pre_hook', 'replace_dataset', 'tree_leaves', 'writes_to_arguments',
 ]
 
 # One kernel for a list of tensors, as torch's own optimizers run them; torch has no public one.
@@ -87,3 +88,11 @@ def get_model_kwargs(model: nn.Module) -> Optional[Dict[str, Any]]:
     timm's `get_model_args` tells the two apart no more, and leaves out the drop rates.
     """
     return getattr(model, '_model_args', None)
+
+
+def replace_dataset(loader: DataLoader, dataset: Dataset) -> None:
+    """Give a loader that was not iterated over another dataset of the same length.
+
+    timm wraps datasets inside of the function that creates the loader, and torch lets nobody assign one later.
+    """
+    loader.__dict__['dataset'] = dataset

@@ -6,7 +6,9 @@ from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple, cast
 import numpy as np
 import torch
 
-__all__ = ['RandomState', 'get_rng_state', 'set_rng_state', 'unchanged_randomness']
+__all__ = ['RandomState', 'get_rng_state', 'scramble', 'seed_generators', 'set_rng_state', 'unchanged_randomness']
+
+_MASK = (1 << 64) - 1
 
 
 class RandomState(NamedTuple):
@@ -67,3 +69,22 @@ def get_rng_state(cuda: bool = True) -> Dict[str, Any]:
 def set_rng_state(state: Dict[str, Any]) -> None:
     """Put the random generators back to a state of `get_rng_state`."""
     RandomState.from_state_dict(state).restore()
+
+
+def scramble(*numbers: int) -> int:
+    """Return 64 bits that depend on all numbers: the finalizer of SplitMix64 on each in turn."""
+    state = 0
+    for number in numbers:
+        state = (state + 0x9E3779B97F4A7C15 + number) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def seed_generators(*numbers: int) -> None:
+    """Put the generators of Python, NumPy and torch's CPU to a state that depends on the numbers alone."""
+    seed = scramble(*numbers)
+    random.seed(seed)
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+    torch.default_generator.manual_seed(seed & (_MASK >> 1))  # torch.manual_seed would queue a call for CUDA each time
