@@ -182,7 +182,8 @@ def describe(setting: Setting) -> str:
 def method_variants() -> Dict[str, Tuple[str, Dict[str, Any]]]:
     """Return methods and options by the name of the variant."""
     variants: Dict[str, Tuple[str, Dict[str, Any]]] = {
-        name: (name, {}) for name in timm_distill.list_methods() if name != 'norm'}
+        name: (name, {}) for name in timm_distill.list_methods() if name not in ('norm', 'sdd')}
+    variants.update({name: (name, {}) for name in ('sdd:kd', 'sdd:dkd', 'sdd:nkd')})
     for form in FORMS:
         variants[f'norm {form}'] = ('norm', {'norm.form': form})
     return variants

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from training import train_epoch
 
 from timm_distill import DistillTask, create_distill_task, list_methods
-from timm_distill.methods import METHODS
+from timm_distill.methods._composition import methods_of
 
 SIZE = (3, 32, 32)
 CLASSES = 5
@@ -26,17 +26,19 @@ STUDENT: Tuple[str, Dict[str, Any]] = ('test_efficientnet', {})
 TOKEN_STUDENT: Tuple[str, Dict[str, Any]] = (
     'deit_tiny_distilled_patch16_224', dict(img_size=32, embed_dim=32, depth=2, num_heads=2))
 DECOMPOSING = {'kdsvd'}  # torch looks at whether an eigendecomposition converged, which waits
-each_method = pytest.mark.parametrize('method', list_methods())
-each_method_that_need_not_wait = pytest.mark.parametrize('method', sorted(set(list_methods()) - DECOMPOSING))
+NAMES = ['sdd:nkd' if name == 'sdd' else name for name in list_methods()]
+each_method = pytest.mark.parametrize('method', NAMES)
+each_method_that_need_not_wait = pytest.mark.parametrize('method', sorted({*NAMES} - DECOMPOSING))
 
 
 @cache
 def _task(method: str, device: str) -> DistillTask:
     torch.manual_seed(0)
-    token = 'token_logits' in METHODS.get(method).cls.student_outputs
-    name, options = TOKEN_STUDENT if token else STUDENT
-    student = timm.create_model(name, num_classes=CLASSES, **options)
-    teacher = timm.create_model('test_resnet', num_classes=CLASSES)
+    classes = methods_of(method).values()
+    name, options = TOKEN_STUDENT if any('token_logits' in cls.student_outputs for cls in classes) else STUDENT
+    grid = {'output_stride': 8} if ':' in method else {}  # regions of a map of 4 x 4
+    student = timm.create_model(name, num_classes=CLASSES, **options, **grid)
+    teacher = timm.create_model('test_resnet', num_classes=CLASSES, **grid)
     task = create_distill_task(
         student, teacher, kd=method, sample_labels=torch.arange(12) % CLASSES, input_size=SIZE,
         device=device, verbose=False)

@@ -233,6 +233,11 @@ def _adapt_student(
         return AdaptedStudent(student, methods=methods, resize_to=resize_to, reader=reader)
     (method,) = adapting.values()
     tap = resolve_student_tap(student, own_input, kd_tap)
+    if 'head' in outputs and tap.point == 'pre_logits':
+        others = [name for name, m in methods.items() if 'head' in m.student_outputs]
+        raise UsageError(
+            f"--kd {'+'.join(others)} runs the student's head on its last feature map, and the adapter of "
+            f"--kd {'+'.join(adapting)} sits inside of that head ({tap}). Use --kd-tap side, or leave one of them out.")
     reader = FeatureReader(student, own_input, outputs, whole=bool(tap.inside) and not outputs & {'feature', 'stages'})
     adapters = [
         create_adapter(
@@ -307,7 +312,9 @@ def _teacher_share(teacher: Teacher, module: AdaptedStudent, input_size: Sequenc
 
 
 def _build_methods(module: AdaptedStudent, teacher: Teacher, data: DataSpec) -> None:
-    """Let the methods create what they train, where they read more than logits."""
+    """Give the methods what they need of the teacher; where they read more than logits, they create what they train."""
+    for method in module.methods.values():
+        method.set_classifier(teacher.classifier_weight)
     student = module.reader.spec
     if student is None:
         return
@@ -333,6 +340,7 @@ def _teacher_spec(teacher: Teacher) -> FeatureSpec:
         stages=teacher.stages or (Stage(-1, shape),),
         input_size=teacher.input_size,
         head=teacher.head_input.output if teacher.head_input is not None else '',
+        head_averages=teacher.head_input is not None and teacher.head_input.averages,
         non_negative=frozenset(
             name for name, x in (('feature', features.feature), ('pre_logits', features.pre_logits))
             if not (x < 0).any()),

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from .utils.precision import in_full_precision, to_full_precision
 
 
-def kl_divergence(
+def kl_divergences(
         student_logits: torch.Tensor,
         teacher_logits: torch.Tensor,
         temperature: float = 1.,
-        reduction: str = 'batchmean',
 ) -> torch.Tensor:
-    """Kullback-Leibler divergence from the teacher's softened distribution, times temperature squared.
+    """Kullback-Leibler divergence from the teacher's softened distribution for every sample, times temperature squared.
 
     Distilling the Knowledge in a Neural Network (Hinton et al., 2015), https://arxiv.org/abs/1503.02531.
 
@@ -24,15 +23,66 @@ def kl_divergence(
         student_logits: [B, K].
         teacher_logits: [B, K], treated as constant.
         temperature: Divides both logits; the factor temperature squared keeps the gradient's scale.
-        reduction: 'batchmean' (sum over classes, mean over samples) or 'mean' (mean over classes too).
+
+    Returns:
+        [B].
+    """
+    log_student = F.log_softmax(to_full_precision(student_logits) / temperature, dim=-1)
+    log_teacher = F.log_softmax(to_full_precision(teacher_logits.detach()) / temperature, dim=-1)
+    return F.kl_div(log_student, log_teacher, reduction='none', log_target=True).sum(-1) * temperature ** 2
+
+
+def kl_divergence(
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        temperature: float = 1.,
+        reduction: str = 'batchmean',
+) -> torch.Tensor:
+    """`kl_divergences` as one number.
+
+    Args:
+        student_logits: [B, K].
+        teacher_logits: [B, K], treated as constant.
+        temperature: Divides both logits.
+        reduction: 'batchmean' (sum over classes, mean over samples), 'mean' (mean over classes too) or 'sum'.
 
     Returns:
         Scalar.
     """
-    log_student = F.log_softmax(to_full_precision(student_logits) / temperature, dim=-1)
-    log_teacher = F.log_softmax(to_full_precision(teacher_logits.detach()) / temperature, dim=-1)
-    loss = F.kl_div(log_student, log_teacher, reduction='sum', log_target=True) * temperature ** 2
-    return loss / (log_student.numel() if reduction == 'mean' else log_student.shape[0])
+    divergences = kl_divergences(student_logits, teacher_logits, temperature)
+    if reduction == 'sum':
+        return divergences.sum()
+    return divergences.mean() / (student_logits.shape[-1] if reduction == 'mean' else 1)
+
+
+def target_classes(target: torch.Tensor) -> torch.Tensor:
+    """Return one class of each sample, [B]: of soft targets [B, K] the largest, the first of equals."""
+    return target if target.ndim == 1 else target.argmax(dim=1)
+
+
+def other_logits(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Return the logits without those of one class of each sample: [B, K] and [B] -> [B, K - 1]."""
+    positions = torch.arange(logits.shape[1] - 1, device=logits.device)
+    return logits.gather(1, positions + (positions >= classes[:, None]))
+
+
+def target_cross_entropies(
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        classes: torch.Tensor,
+) -> torch.Tensor:
+    """Cross-entropy of the target class times the teacher's probability of it, for every sample.
+
+    Args:
+        student_logits: [B, K].
+        teacher_logits: [B, K], treated as constant.
+        classes: Target class of each sample, [B].
+
+    Returns:
+        [B].
+    """
+    probability = F.softmax(to_full_precision(teacher_logits.detach()), dim=1).gather(1, classes[:, None])[:, 0]
+    return probability * F.cross_entropy(to_full_precision(student_logits), classes, reduction='none')
 
 
 def standardize_logits(logits: torch.Tensor, scale: float, eps: float = 1e-7) -> torch.Tensor:

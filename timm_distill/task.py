@@ -70,7 +70,7 @@ class DistillTask(TrainingTask):
         if not getattr(teacher, 'stages', ()):
             self._teacher_outputs -= {'stages'}  # its feature is the one stage
         self.needs_indices = any(method.needs_indices for method in module.methods.values())
-        self._term_weights: Dict[str, float] = {}
+        self._factors: Dict[str, float] = {}  # of the schedules in the current epoch, by method
         self._term_methods: Dict[str, str] = {}  # which method a term of a result is of
         self._untrained: Optional[List[nn.Parameter]] = None  # by terms with a weight, in the current epoch
         self._probe: Optional[torch.Tensor] = None
@@ -85,13 +85,29 @@ class DistillTask(TrainingTask):
 
     def set_epoch(self, epoch: int) -> None:
         """Apply the methods' weight schedules for an epoch, counted from 0."""
-        self._term_weights = {
-            name: self.weights[name] * self.schedules[name](epoch)
-            for name in self.module.methods
-        }
-        self.module.unweighted = frozenset(name for name, weight in self._term_weights.items() if not weight)
+        self._factors = {name: self.schedules[name](epoch) for name in self.module.methods}
+        self.module.unweighted = frozenset(name for name in self.module.methods if not self._has_weight(name))
         self._untrained = None
         self._probe = None
+
+    def _has_weight(self, name: str) -> bool:
+        """Whether a method has a term with a weight in the current epoch."""
+        return bool(self.weights[name] and (self._factors[name] or self._unscheduled_terms(name)))
+
+    def _unscheduled_terms(self, name: str) -> FrozenSet[str]:
+        method: Any = self.module.methods[name]
+        return method.unscheduled_terms()
+
+    def _weight_of(self, term: str, name: str) -> float:
+        """Return the current weight of a method's term."""
+        return self.weights[name] * (1. if term in self._unscheduled_terms(name) else self._factors[name])
+
+    def _weigh(self, name: str, terms: Mapping[str, torch.Tensor]) -> List[Tuple[float, Any]]:
+        """Return the sums of a method's terms that have one weight, with it."""
+        weights = {term: self._weight_of(term, name) for term in terms}
+        return [
+            (weight, sum(value for term, value in terms.items() if weights[term] == weight))
+            for weight in dict.fromkeys(weights.values())]
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Run teacher and student once and combine the losses.
@@ -117,7 +133,7 @@ class DistillTask(TrainingTask):
         logits, task_logits, terms = self.trainable_module(input, teacher, target)
         task_loss = self.criterion(task_logits, target)
         weighted = [(self.task_loss_weight, task_loss)]
-        weighted += [(self._term_weights[method], sum(named.values())) for method, named in terms.items()]
+        weighted += [part for method, named in terms.items() for part in self._weigh(method, named)]
         # 0 times an infinite term is nan: what has no weight is left out
         loss = sum((weight * term for weight, term in weighted if weight), torch.zeros_like(task_loss))
         if isinstance(self.trainable_module, DistributedDataParallel) or not loss.requires_grad:
@@ -138,13 +154,13 @@ class DistillTask(TrainingTask):
         task_loss = result['task_loss']
         terms = {'task': self.task_loss_weight * task_loss if self.task_loss_weight else torch.zeros_like(task_loss)}
         for name, method in self._term_methods.items():
-            weight = self._term_weights[method]
+            weight = self._weight_of(name, method)
             terms[name[:-len('_loss')]] = weight * result[name] if weight else torch.zeros_like(result[name])
         return terms
 
     def term_weights(self) -> Dict[str, float]:
         """Return the current weight of each term of `weighted_terms`, schedules included."""
-        methods = {name[:-len('_loss')]: self._term_weights[method] for name, method in self._term_methods.items()}
+        methods = {name[:-len('_loss')]: self._weight_of(name, method) for name, method in self._term_methods.items()}
         return {'task': self.task_loss_weight, **methods}
 
     def changes_terms(self, epoch: int) -> bool:

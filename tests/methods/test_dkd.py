@@ -6,7 +6,7 @@ from golden_data import GoldenCase, assert_golden, case_id, golden_cases
 from timm_distill import UsageError, create_method
 from timm_distill.features.spec import Features
 from timm_distill.losses import kl_divergence
-from timm_distill.methods.dkd import decoupled_divergences, dkd_loss, label_mixture
+from timm_distill.methods.dkd import decoupled_divergences, dkd_losses, label_mixture
 
 CASES = golden_cases('dkd')
 
@@ -14,7 +14,7 @@ CASES = golden_cases('dkd')
 @pytest.mark.parametrize('case', CASES, ids=case_id)
 def test_loss_parts_and_gradient_equal_the_official_codes(case: GoldenCase) -> None:
     logits, hparams = case['logit_s'].clone().requires_grad_(), case.hparams
-    loss = dkd_loss(logits, case['logit_t'], case['target'], hparams['alpha'], hparams['beta'], hparams['T'])
+    loss = dkd_losses(logits, case['logit_t'], case['target'], hparams['alpha'], hparams['beta'], hparams['T']).mean()
     parts = decoupled_divergences(logits, case['logit_t'], case['target'], hparams['T'])
     assert_golden(loss, case['loss'])
     assert_golden(torch.autograd.grad(loss, logits)[0], case['grad.logit_s'])
@@ -27,7 +27,7 @@ def test_method_computes_the_function_of_its_options(case: GoldenCase) -> None:
     options = {'alpha': case.hparams['alpha'], 'beta': case.hparams['beta'], 'temperature': case.hparams['T']}
     terms = create_method('dkd', **options)(
         Features(logits=case['logit_s']), Features(logits=case['logit_t']), case['target'])
-    assert terms == {'dkd_loss': dkd_loss(case['logit_s'], case['logit_t'], case['target'], **options)}
+    assert terms == {'dkd_loss': dkd_losses(case['logit_s'], case['logit_t'], case['target'], **options).mean()}
 
 
 def test_parts_add_up_to_hintons_divergence_weighted_by_the_teachers_doubt() -> None:
@@ -41,7 +41,7 @@ def test_parts_add_up_to_hintons_divergence_weighted_by_the_teachers_doubt() -> 
 def test_confident_logits_have_a_finite_loss_and_gradient(dtype: torch.dtype) -> None:
     student = (1e4 * torch.eye(3, 5)).to(dtype).requires_grad_()
     teacher = (1e4 * torch.eye(5)[2:]).to(dtype)
-    loss = dkd_loss(student, teacher, torch.arange(3))
+    loss = dkd_losses(student, teacher, torch.arange(3)).mean()
     loss.backward()
     assert loss.dtype == torch.float32 and torch.isfinite(loss) and torch.isfinite(student.grad).all()
     assert student.grad.any()
@@ -58,20 +58,20 @@ def test_one_hot_labels_are_hard_labels() -> None:
     student, teacher, target = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([0, 5, 2, 2])
     for smoothing in (0., 0.1):
         soft = torch.eye(6)[target] * (1 - smoothing) + smoothing / 6
-        torch.testing.assert_close(dkd_loss(student, teacher, soft), dkd_loss(student, teacher, target))
+        torch.testing.assert_close(dkd_losses(student, teacher, soft), dkd_losses(student, teacher, target))
 
 
 def test_mixed_labels_mix_the_losses_of_both_classes() -> None:
     student, teacher = torch.randn(3, 6), torch.randn(3, 6)
     first, second = torch.tensor([0, 1, 2]), torch.tensor([3, 3, 0])
     soft = 0.9 * (0.3 * torch.eye(6)[first] + 0.7 * torch.eye(6)[second]) + 0.1 / 6
-    expected = 0.3 * dkd_loss(student, teacher, first) + 0.7 * dkd_loss(student, teacher, second)
-    torch.testing.assert_close(dkd_loss(student, teacher, soft), expected)
+    expected = 0.3 * dkd_losses(student, teacher, first).mean() + 0.7 * dkd_losses(student, teacher, second).mean()
+    torch.testing.assert_close(dkd_losses(student, teacher, soft).mean(), expected)
 
 
 def test_labels_without_a_class_have_no_loss() -> None:
     student = torch.randn(2, 4, requires_grad=True)
-    loss = dkd_loss(student, torch.randn(2, 4), torch.full((2, 4), 0.25))
+    loss = dkd_losses(student, torch.randn(2, 4), torch.full((2, 4), 0.25)).mean()
     loss.backward()
     assert loss == 0 and not student.grad.any()
     assert not label_mixture(torch.zeros(2, 4))[1].any()
@@ -79,7 +79,7 @@ def test_labels_without_a_class_have_no_loss() -> None:
 
 def test_no_gradient_goes_to_the_teacher() -> None:
     student, teacher = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
-    dkd_loss(student, teacher, torch.arange(2)).backward()
+    dkd_losses(student, teacher, torch.arange(2)).mean().backward()
     assert student.grad is not None and teacher.grad is None
 
 

@@ -20,7 +20,8 @@ def test_standardised_logits_equal_the_official_codes(case: GoldenCase) -> None:
 @pytest.mark.parametrize('case', CASES, ids=case_id)
 def test_loss_and_gradient_equal_the_official_codes(case: GoldenCase) -> None:
     hparams, logits = case.hparams, case['logit_s'].clone().requires_grad_()
-    method = create_method('logitstd', temperature=hparams['temperature'], eps=hparams['eps'])
+    method = create_method(
+        'logitstd', temperature=hparams['temperature'], eps=hparams['eps'], reduction=hparams['reduction'])
     term = method(Features(logits=logits), Features(logits=case['logit_t']), case['target'])['logitstd_loss']
     soft = term / hparams['temperature'] ** 2  # the reference's soft part has no such factor
     assert_golden(soft, case['loss_soft'])
@@ -47,6 +48,15 @@ def test_constant_confident_and_two_class_logits_have_finite_gradients(student: 
         loss['logitstd_loss'].backward()
         assert loss['logitstd_loss'].dtype == torch.float32
         assert torch.isfinite(loss['logitstd_loss']) and torch.isfinite(logits.grad).all()
+
+
+def test_reductions_are_those_of_torch() -> None:
+    student, teacher = torch.randn(4, 6), torch.randn(4, 6)
+    for reduction in ('batchmean', 'mean', 'sum'):
+        method = create_method('logitstd', reduction=reduction, temperature=2.)
+        term = method(Features(logits=student), Features(logits=teacher), torch.zeros(4))['logitstd_loss']
+        logs = [(standardize(logits) / 2).log_softmax(1) for logits in (student, teacher)]
+        torch.testing.assert_close(term, 4 * F.kl_div(*logs, reduction=reduction, log_target=True))
 
 
 @pytest.mark.parametrize('option', ['temperature', 'eps'])

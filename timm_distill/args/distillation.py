@@ -61,8 +61,9 @@ def add_distillation_args(parser: ArgumentParser) -> None:
     group.add_argument(
         '--kd-schedule', nargs='*', default={}, action=ParseKeyValues, metavar='NAME=SCHEDULE',
         help='weight of each method over epochs, times --kd-weight: const, warmup:5 (linear over 5), '
-             'cosine:1:0 (from 1 to 0 over the run), stop:60 (0 from epoch 60), steps 0:0.1,5:0.5, a '
-             'product of these (warmup:5*stop:60) or a name of the method\'s own, e.g. norm=imagenet')
+             'cosine:1:0 (from 1 to 0 over the run), decay:30 (held for 30 epochs, then half a cosine '
+             'to 0), stop:60 (0 from epoch 60), steps 0:0.1,5:0.5, a product of these '
+             '(warmup:5*stop:60) or a name of the method\'s own, e.g. norm=imagenet')
     group.add_argument(
         '--kd-tap', default='auto', choices=['auto', 'features', 'pre_logits', 'side'],
         help='where features are matched: the last feature map, the classifier\'s input, or the first '

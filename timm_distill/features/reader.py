@@ -2,6 +2,7 @@
 
 A reader holds names and layouts, never modules, so that it serves every copy of its model (EMA, merged, compiled).
 """
+from functools import partial
 from typing import AbstractSet, Any, List, Optional, Sequence, Tuple, cast
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn as nn
 
 from ..errors import UsageError
 from .classifier import last_linear
+from .head import HeadInput, find_head_input, head_keeps_statistics
 from .inputs import RawFeature, evaluation_mode, random_images
 from .layouts import FeatureLayout
 from .spec import STUDENT_OUTPUTS, Features, FeatureSpec, Stage
@@ -50,6 +52,7 @@ class FeatureReader:
         self.layout: Optional[FeatureLayout] = None
         self.stages: Tuple[Stage, ...] = ()
         self.classifiers: Tuple[str, ...] = ()
+        self.head_input: Optional[HeadInput] = None
         self.spec: Optional[FeatureSpec] = None
         if 'token_logits' in outputs:
             _enable_token_head(model)
@@ -72,7 +75,16 @@ class FeatureReader:
             stages = resolve_stages(model, input_size)
             if stages and stages_share_trunk(model, images, stages):
                 self.stages = stages
+            if 'head' in self.outputs:
+                self.head_input = self._find_head(model, images, self.layout)
         self.spec = self._measure(model, images)
+
+    def _find_head(self, model: nn.Module, images: torch.Tensor, layout: FeatureLayout) -> Optional[HeadInput]:
+        """Return the head's input, None for a head that takes no map or that keeps statistics of what it is run on."""
+        raw = model.forward_features(images)
+        if head_keeps_statistics(model, raw):
+            return None
+        return find_head_input(model, raw, layout, pre_logits=images, reads_pre_logits=False)
 
     def _check_positions(self, model: nn.Module, images: torch.Tensor) -> None:
         if self.outputs & {'feature', 'stages'} and drops_positions(model, images):
@@ -96,6 +108,8 @@ class FeatureReader:
             pre_logits=features.pre_logits.shape[1],
             stages=self.stages or (Stage(-1, shape),),
             input_size=cast(Tuple[int, int, int], tuple(images.shape[1:])),
+            head='' if self.head_input is None else self.head_input.output,
+            head_averages=self.head_input is not None and self.head_input.averages,
         )
 
     def run_trunk(self, model: nn.Module, images: torch.Tensor) -> Tuple[Features, RawFeature]:
@@ -122,6 +136,8 @@ class FeatureReader:
         layout = layout_for(model, self.layout, images)
         features.feature = layout.to_map(layout.to_positions(last_stage_feature(raw, model)))
         features.stages = features.stages or (features.feature,)
+        if self.head_input is not None:
+            features.head = partial(self.head_input.run, model)
 
     def run_head(self, model: nn.Module, raw: RawFeature, features: Features) -> None:
         """Run the head, or the model that is not split, and note logits and pre-logits.

@@ -19,7 +19,8 @@ class Features:
         tap: Teacher's counterpart of the student's insertion point, [B, C, H, W] or [B, D, 1, 1].
         matched: Each adapter's loss against the teacher's counterpart (student only), scalars.
         token_logits: Logits of the distillation token, [B, K] (students with one only).
-        head: The teacher's frozen head, from a map [B, Ct, H, W] or vector [B, D, 1, 1] to logits (teacher only).
+        head: The model's own head, from a map [B, C, H, W] to logits, or of a teacher also from a vector [B, D, 1, 1];
+            the teacher's is frozen.
         transform_logits: The map that `logits` went through, for other logits that are compared with them.
         indices: Indices of the batch's samples in the training set, [B] (teacher only).
     """
@@ -60,7 +61,7 @@ class Stage:
     nonnegative: bool = False
 
 
-STUDENT_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages', 'token_logits'})
+STUDENT_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages', 'token_logits', 'head'})
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class FeatureSpec:
         pre_logits: Width of the classifier's input.
         stages: Intermediate features, shallow to deep; at least one, the last-stage feature.
         input_size: What this model itself is fed, (channels, height, width).
-        head: What the frozen head takes, 'feature' or 'pre_logits' (teacher only); '' where it cannot be run.
+        head: What the head takes, 'feature' or (teacher only) 'pre_logits'; '' where it cannot be run by itself.
+        head_averages: Whether that head's logits of a map are the mean of those of its positions, measured.
         non_negative: Which of 'feature' and 'pre_logits' are never negative, as behind a ReLU (teacher only).
     """
     num_classes: int
@@ -82,6 +84,7 @@ class FeatureSpec:
     stages: Tuple[Stage, ...]
     input_size: Tuple[int, int, int]
     head: str = ''
+    head_averages: bool = False
     non_negative: FrozenSet[str] = frozenset()
 
 

@@ -11,16 +11,20 @@ from typing import Any, List
 from ..errors import UsageError
 from ..utils.ranges import OneOf, Range
 from ._base import METHODS, DistillMethod, register_method
-from ._composition import Recipe
+from ._composition import Recipe, create_by_name, methods_taken_by
+from ._logits import LogitMethod
 from ._presets import Preset, register_preset
+from ._wrapper import WrapperMethod
 
 __all__ = [
     'METHODS',
     'DistillMethod',
+    'LogitMethod',
     'OneOf',
     'Preset',
     'Range',
     'Recipe',
+    'WrapperMethod',
     'create_method',
     'describe_methods',
     'list_methods',
@@ -39,13 +43,13 @@ def create_method(name: str, **options: Any) -> DistillMethod:
     """Create a method by name.
 
     Args:
-        name: One of `list_methods()`.
-        options: Options of the method.
+        name: One of `list_methods()`, or of one that takes another and that, 'sdd:kd'.
+        options: Options of the method; of one that is taken as `**{'kd.temperature': 2}` or `kd=dict(temperature=2)`.
 
     Raises:
         UsageError: If the name or an option is unknown or its value is not allowed.
     """
-    return METHODS.create(name, **options)
+    return create_by_name(name, options)
 
 
 def load_method_file(path: str) -> None:
@@ -76,6 +80,14 @@ def load_method_file(path: str) -> None:
         raise UsageError(f"--kd-module {path} registers no method: put @register_method('name') above its class.")
 
 
+def _describe_taken(name: str, cls: type) -> List[str]:
+    """Return a line on the methods that a method takes."""
+    if not issubclass(cls, WrapperMethod):
+        return []
+    first, *_ = taken = methods_taken_by(cls)
+    return [f'    takes     one of {", ".join(taken)}: --kd {name}:{first}, with options {name}.{first}.OPTION']
+
+
 def describe_methods() -> str:
     """Return a text that lists each method with its needs, options, paper and weight, and each preset."""
     blocks = []
@@ -85,6 +97,7 @@ def describe_methods() -> str:
         blocks.append('\n'.join([
             f'{name}: {entry.description}',
             f'    needs     {entry.cls.describe_needs()}',
+            *_describe_taken(name, entry.cls),
             f'    options   {options}',
             f'    paper     {entry.cls.paper}',
             f'    weight    {entry.cls.published_weight:g} (--kd-weight {name}={entry.cls.published_weight:g})'

@@ -3,7 +3,7 @@
 A method knows no loop, no argparse and no other method. Whatever it trains is a submodule of it and used in `forward`,
 so that optimizer, DDP, EMA and checkpoint find it.
 """
-from typing import Annotated, Any, Callable, ClassVar, Dict, FrozenSet, Mapping, Optional, Type
+from typing import Annotated, Any, Callable, ClassVar, Dict, FrozenSet, Mapping, Optional, Set, Type
 
 import torch
 import torch.nn as nn
@@ -65,6 +65,7 @@ class DistillMethod(nn.Module):
         schedules: Published weight schedules by name, for `--kd-schedule`.
         needs_indices: Reads the indices of the batch's samples in the training set.
         needs_class_means: Reads the teacher's mean pre-logits of every class, given to `set_class_means`.
+        needs_classifier: Reads the weight of the teacher's classifier, given to `set_classifier`.
         mixed_images: Whether mixup and cutmix make sense.
     """
     name: ClassVar[str] = ''
@@ -77,6 +78,7 @@ class DistillMethod(nn.Module):
     schedules: ClassVar[Mapping[str, Steps]] = {}
     needs_indices: ClassVar[bool] = False
     needs_class_means: ClassVar[bool] = False
+    needs_classifier: ClassVar[bool] = False
     mixed_images: ClassVar[bool] = True
 
     @property
@@ -91,6 +93,13 @@ class DistillMethod(nn.Module):
             UsageError: If the method cannot work with the pair; says why and what can.
         """
 
+    def set_classifier(self, weight: Optional[torch.Tensor]) -> None:
+        """Take the weight of the teacher's classifier, [K, D]; None where that is not one linear layer.
+
+        Raises:
+            UsageError: If the method cannot work without.
+        """
+
     def set_class_means(self, means: torch.Tensor) -> None:
         """Take the teacher's mean pre-logits of every class, [K, D]."""
         raise NotImplementedError
@@ -101,6 +110,14 @@ class DistillMethod(nn.Module):
     def weight(self, epoch: int) -> float:
         """Return the factor that the method's own schedule puts on its terms in an epoch, counted from 0."""
         return 1.
+
+    def unscheduled_terms(self) -> FrozenSet[str]:
+        """Return the names of the terms that no schedule of its weight acts on."""
+        return frozenset()
+
+    def no_weight_decay(self) -> Set[str]:
+        """Return the names of its parameters that weight decay must leave alone."""
+        return set()
 
     def transform_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """Map the logits of student and teacher, [B, K], before the task loss and every method see them."""
@@ -134,6 +151,8 @@ class DistillMethod(nn.Module):
             needs.append(f"adapter '{cls.adapter}' on the student's path, merged at every save")
         if cls.needs_class_means:
             needs.append('class means of the teacher, from a pass over the training set')
+        if cls.needs_classifier:
+            needs.append("the weight of the teacher's classifier, one linear layer")
         if cls.needs_indices:
             needs.append('indices of the training samples')
         if not cls.mixed_images:

@@ -1,11 +1,13 @@
 """Composition of methods as `--kd` and its companions spell it: names, presets, options, weights, schedules."""
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Type
 
 from ..errors import UsageError
 from ..utils.ranges import NOT_NEGATIVE
 from ._base import METHODS, DistillMethod
 from ._schedules import ScheduleSpec, create_weight_schedule
+from ._wrapper import WrapperMethod
 
 
 @dataclass(frozen=True)
@@ -13,9 +15,10 @@ class Recipe:
     """Methods and their weights, spelt as the flags of the same names.
 
     Attributes:
-        kd: 'none', or names of methods and presets joined by '+', e.g. 'norm+kd'.
+        kd: 'none', or names of methods and presets joined by '+', e.g. 'norm+kd'; 'sdd:kd' is one that takes another.
         kd_weight: Weight of each method's terms; a preset's by default, else the method's published one.
-        kd_kwargs: Options of the methods, `{'norm.segments': 8}` or `{'norm': {'segments': 8}}`.
+        kd_kwargs: Options of the methods, `{'norm.segments': 8}` or `{'norm': {'segments': 8}}`; of a method that
+            another takes `{'sdd.kd.temperature': 2}`.
         kd_schedule: Schedule of each method's weight over epochs in place of its own, e.g. `{'norm': 'imagenet'}`.
         kd_tap: Where an adapter sits: 'auto', 'features', 'pre_logits', or 'side' (read the last stage for the loss
             alone).
@@ -58,14 +61,16 @@ def create_composition(recipe: Recipe) -> Composition:
     kd, task_loss_weight, distill_loss_weight = recipe.kd, recipe.task_loss_weight, recipe.distill_loss_weight
     default_weights, options = expand_kd(kd)
     for method, option, value in _flatten_options(recipe.kd_kwargs or {}):
-        _check_method(f'--kd-kwargs {method}.{option}', method, options, kd)
-        options[method][option] = value
-    methods = {name: METHODS.create(name, **options[name]) for name in options}
+        options[_find_method(f'--kd-kwargs {method}.{option}', method, options, kd)][option] = value
+    methods = {name: create_by_name(name, options[name]) for name in options}
     presets = [METHODS.presets()[name] for name in parse_kd(kd) if name in METHODS.presets()]
     for flag, value in (('--task-loss-weight', task_loss_weight), ('--distill-loss-weight', distill_loss_weight)):
         if value is not None and value not in NOT_NEGATIVE:
             raise UsageError(f'{flag} {value} must be {NOT_NEGATIVE}.')
-    weights = _resolve_weights(default_weights, recipe.kd_weight, distill_loss_weight)
+    kd_weight = {
+        _find_method(f'--kd-weight {name}', name, options, kd): weight
+        for name, weight in (recipe.kd_weight or {}).items()}
+    weights = _resolve_weights(default_weights, kd_weight, distill_loss_weight)
     if task_loss_weight is None:
         task_loss_weight = next((p.task_loss_weight for p in presets if p.task_loss_weight is not None), 1.)
     if weights and not task_loss_weight and not any(weights.values()):
@@ -75,9 +80,9 @@ def create_composition(recipe: Recipe) -> Composition:
     schedules: Dict[str, Callable[[int], float]] = {name: method.weight for name, method in methods.items()}
     specs = {name: spec for preset in presets for name, spec in preset.schedules.items()}
     for name, spec in {**specs, **(recipe.kd_schedule or {})}.items():
-        _check_method(f'--kd-schedule {name}', name, options, kd)
-        schedules[name] = create_weight_schedule(
-            spec, methods[name].schedules, f'--kd-schedule {name}', recipe.num_epochs)
+        method = _find_method(f'--kd-schedule {name}', name, options, kd)
+        schedules[method] = create_weight_schedule(
+            spec, methods[method].schedules, f'--kd-schedule {name}', recipe.num_epochs)
     return Composition(methods, weights, schedules, task_loss_weight)
 
 
@@ -110,6 +115,60 @@ def _split_known(text: str) -> List[str]:
         text = text[1:].lstrip()  # the '+' between two names
 
 
+def create_by_name(name: str, options: Mapping[str, Any], label: str = '') -> DistillMethod:
+    """Create a method by a name of `--kd`: 'kd', or 'sdd:kd' for one that takes another.
+
+    Args:
+        name: Name.
+        options: Options by name; those of the method that is taken as 'kd.temperature', or together under 'kd'.
+        label: What its options are called in messages; its own name by default.
+
+    Raises:
+        UsageError: If a name or an option is unknown or a value is not allowed.
+    """
+    classes_of(name)
+    outer, _, inner = name.partition(':')
+    entry = replace(METHODS.get(outer), name=label or outer)
+    if not inner:
+        return entry.create(**options)
+    key = inner.partition(':')[0]
+    taken = {option.partition('.')[2]: value for option, value in options.items() if option.startswith(f'{key}.')}
+    taken.update(options.get(key) or {})
+    own = {option: value for option, value in options.items() if option.partition('.')[0] != key}
+    return entry.create(create_by_name(inner, taken, f'{entry.name}.{key}'), **own)
+
+
+def classes_of(name: str) -> Dict[str, Type[DistillMethod]]:
+    """Return the class of a name of `--kd`, and of the method that it takes, by name.
+
+    Raises:
+        UsageError: If a name is unknown, or a method does not take the other.
+    """
+    outer, colon, inner = name.partition(':')
+    cls = METHODS.get(outer).cls
+    if not issubclass(cls, WrapperMethod):
+        if colon:
+            wrappers = [name for name in METHODS.names() if issubclass(METHODS.get(name).cls, WrapperMethod)]
+            raise UsageError(f'--kd {name}: {outer} takes no method; {", ".join(wrappers)} does.')
+        return {name: cls}
+    possible = methods_taken_by(cls)
+    inner_cls = METHODS.get(inner.partition(':')[0]).cls if inner else None
+    if inner_cls is None or not issubclass(inner_cls, cls.inner_type):
+        raise UsageError(
+            f'--kd {name}: {outer} takes a method, {outer}:METHOD with one of {", ".join(possible)}.')
+    return {name: cls, **classes_of(inner)}
+
+
+def methods_taken_by(cls: Type[WrapperMethod]) -> List[str]:
+    """Return the names of the methods that a wrapper takes."""
+    return [name for name in METHODS.names() if issubclass(METHODS.get(name).cls, cls.inner_type)]
+
+
+def published_weight(name: str) -> float:
+    """Return the published weight of a name of `--kd`; that of a method that takes another is a factor on it."""
+    return math.prod(cls.published_weight for cls in classes_of(name).values())
+
+
 def expand_kd(kd: str) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
     """Return the default weight and the options of every method of a `--kd` value, presets expanded.
 
@@ -123,7 +182,7 @@ def expand_kd(kd: str) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
     presets = METHODS.presets()
     for name in parse_kd(kd):
         weights_of_name: Mapping[str, float] = (
-            presets[name].weights if name in presets else {name: METHODS.get(name).cls.published_weight})
+            presets[name].weights if name in presets else {name: published_weight(name)})
         for method, weight in weights_of_name.items():
             if method in weights:
                 raise UsageError(
@@ -137,10 +196,12 @@ def expand_kd(kd: str) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
 def methods_of(kd: str) -> Dict[str, Type[DistillMethod]]:
     """Return the classes of the methods of a `--kd` value by name, presets expanded, without creating them.
 
+    A method that takes another stands beside that.
+
     Raises:
         UsageError: If a name is unknown.
     """
-    return {name: METHODS.get(name).cls for name in expand_kd(kd)[1]}
+    return {name: cls for method in expand_kd(kd)[1] for name, cls in classes_of(method).items()}
 
 
 def check_mixing(kd: str, flags: Sequence[str]) -> None:
@@ -161,11 +222,20 @@ def check_mixing(kd: str, flags: Sequence[str]) -> None:
             f'among the methods that take mixed images: {", ".join(others)}.')
 
 
-def _check_method(what: str, name: str, known: Mapping[str, Any], kd: str) -> None:
-    if name not in known:
+def _find_method(what: str, name: str, known: Iterable[str], kd: str) -> str:
+    """Return the method of a `--kd` value that a name means: 'sdd' means 'sdd:kd' where no other takes a method so.
+
+    Raises:
+        UsageError: If it means none of them, or several.
+    """
+    meant = [name] if name in known else [method for method in known if method.startswith(f'{name}:')]
+    if len(meant) > 1:
+        raise UsageError(f"{what}: --kd {kd} has {' and '.join(meant)}; write which of them.")
+    if not meant:
         raise UsageError(
             f"{what}: the method '{name}' is not in --kd {kd}; "
             f'it takes: {", ".join(known) or "nothing, --kd is none"}.')
+    return meant[0]
 
 
 def _flatten_options(kd_kwargs: Mapping[str, Any]) -> List[Tuple[str, str, Any]]:
@@ -186,11 +256,6 @@ def _resolve_weights(
         kd_weight: Optional[Mapping[str, float]],
         distill_loss_weight: Optional[float],
 ) -> Dict[str, float]:
-    unknown = sorted(set(kd_weight or {}) - set(default_weights))
-    if unknown:
-        raise UsageError(
-            f'--kd-weight names {", ".join(unknown)}, which is not in --kd; '
-            f'it takes: {", ".join(default_weights) or "nothing, --kd is none"}.')
     for name, weight in (kd_weight or {}).items():
         if weight not in NOT_NEGATIVE:
             raise UsageError(f'--kd-weight {name}={weight} must be {NOT_NEGATIVE}.')

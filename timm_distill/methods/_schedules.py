@@ -10,7 +10,7 @@ ScheduleSpec = Union[str, Mapping[int, float], Sequence[Any]]
 Schedule = Callable[[int], float]
 
 _FORMS = "a list of epoch:weight that starts at epoch 0, e.g. '0:0.1,5:0.5'"
-_PARTS = "warmup:EPOCHS, cosine:START:END, stop:EPOCH"
+_PARTS = "warmup:EPOCHS, cosine:START:END, decay:EPOCH, stop:EPOCH"
 
 
 class WeightSchedule:
@@ -76,6 +76,29 @@ class CosineSchedule:
         return f'cosine:{self.start:g}:{self.end:g}'
 
 
+class DecaySchedule:
+    """Factor 1 that falls to 0 in the last epoch on half a cosine.
+
+    Args:
+        epoch: How many epochs it is held before.
+        num_epochs: Length of the run.
+    """
+
+    def __init__(self, epoch: int, num_epochs: int):
+        if epoch < 0:
+            raise UsageError(f'decay:{epoch} must be 0 epochs or more.')
+        self.epoch, self.num_epochs = epoch, num_epochs
+
+    def __call__(self, epoch: int) -> float:
+        if epoch < self.epoch:
+            return 1.
+        progress = (epoch + 1 - self.epoch) / max(self.num_epochs - self.epoch, 1)
+        return (1 + math.cos(math.pi * min(1., progress))) / 2
+
+    def __repr__(self) -> str:
+        return f'decay:{self.epoch}'
+
+
 class ProductSchedule:
     """Product of several factors.
 
@@ -102,12 +125,13 @@ def create_weight_schedule(
     """Create a schedule from what the user wrote.
 
     Args:
-        spec: 'const' (weight 1), a key of `named`, 'warmup:5' (linear), 'cosine:1:0' (start and end), 'stop:60' (0 from
-            that epoch on), steps '0:0.1,5:0.5', a product of these such as 'warmup:5*stop:60'; or the steps as a
-            sequence of such items or pairs, or as a mapping epoch -> weight.
+        spec: 'const' (weight 1), a key of `named`, 'warmup:5' (linear), 'cosine:1:0' (start and end), 'decay:30' (1
+            for 30 epochs, then half a cosine to 0), 'stop:60' (0 from that epoch on), steps '0:0.1,5:0.5', a product
+            of these such as 'warmup:5*stop:60'; or the steps as a sequence of such items or pairs, or as a mapping
+            epoch -> weight.
         named: Published schedules by name.
         option: Name of the option, for messages.
-        num_epochs: Length of the run; only a cosine needs it.
+        num_epochs: Length of the run; a cosine and a decay need it.
 
     Raises:
         UsageError: If the value is none of these.
@@ -135,6 +159,11 @@ def _create_part(kind: str, *values: str, option: str, num_epochs: Optional[int]
     if kind == 'stop':
         (epoch,) = values
         return WeightSchedule(((0, 1.), (int(epoch), 0.)))
+    if kind == 'decay':
+        (epoch,) = values
+        if num_epochs is None:
+            raise UsageError(f'{option}=decay:{epoch} needs the length of the run: give num_epochs (--epochs).')
+        return DecaySchedule(int(epoch), num_epochs)
     if kind == 'cosine':
         start, end = values
         if num_epochs is None:

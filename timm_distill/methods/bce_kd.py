@@ -14,13 +14,13 @@ from typing import Annotated, Dict
 import torch
 import torch.nn.functional as F
 
-from ..features.spec import Features
 from ..losses import to_full_precision
 from ..utils.ranges import OneOf
-from ._base import DistillMethod, Temperature, register_method
+from ._base import Temperature, register_method
+from ._logits import LogitMethod
 
 
-def binary_kd_loss(
+def binary_kd_losses(
         student_logits: torch.Tensor,
         teacher_logits: torch.Tensor,
         target: str = 'softmax',
@@ -29,25 +29,27 @@ def binary_kd_loss(
 ) -> torch.Tensor:
     """Binary cross-entropy of the student's sigmoids with the teacher's probabilities, times temperature squared.
 
+    Each sample has its own.
+
     Args:
         student_logits: [B, K].
         teacher_logits: [B, K], treated as constant.
         target: 'softmax' or 'sigmoid', what turns the teacher's logits into probabilities.
         temperature: Divides both logits.
-        reduction: 'mean' over samples and classes, or 'sum' over classes and mean over samples.
+        reduction: 'mean' or 'sum' over classes.
 
     Returns:
-        Scalar.
+        [B].
     """
     student = to_full_precision(student_logits) / temperature
     teacher = to_full_precision(teacher_logits.detach()) / temperature
     probabilities = teacher.softmax(dim=1) if target == 'softmax' else teacher.sigmoid()
-    loss = F.binary_cross_entropy_with_logits(student, probabilities) * temperature ** 2
-    return loss * student.shape[1] if reduction == 'sum' else loss
+    losses = F.binary_cross_entropy_with_logits(student, probabilities, reduction='none') * temperature ** 2
+    return losses.sum(dim=1) if reduction == 'sum' else losses.mean(dim=1)
 
 
 @register_method('bce_kd')
-class BinaryKD(DistillMethod):
+class BinaryKD(LogitMethod):
     """Binary cross-entropy of each class with the teacher's probability, for students that train on --bce-loss.
 
     Args:
@@ -68,7 +70,11 @@ class BinaryKD(DistillMethod):
         super().__init__()
         self.target, self.temperature, self.reduction = target, float(temperature), reduction
 
-    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        assert student.logits is not None and teacher.logits is not None
-        loss = binary_kd_loss(student.logits, teacher.logits, self.target, self.temperature, self.reduction)
-        return {'bce_kd_loss': loss}
+    def sample_losses(
+            self,
+            student_logits: torch.Tensor,
+            teacher_logits: torch.Tensor,
+            target: torch.Tensor,
+    ) -> Dict[str, torch.Tensor]:
+        losses = binary_kd_losses(student_logits, teacher_logits, self.target, self.temperature, self.reduction)
+        return {'bce_kd_loss': losses}

@@ -15,9 +15,9 @@ from typing import Dict, Tuple
 import torch
 import torch.nn.functional as F
 
-from ..features.spec import Features
-from ..losses import to_full_precision
-from ._base import DistillMethod, Temperature, Weight, check_weights, register_method
+from ..losses import other_logits, to_full_precision
+from ._base import Temperature, Weight, check_weights, register_method
+from ._logits import LogitMethod
 
 
 def decoupled_divergences(
@@ -48,8 +48,7 @@ def decoupled_divergences(
 
 def _split_target(logits: torch.Tensor, classes: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """Return log-probabilities of target against the rest, [B, 2], and of the other classes alone, [B, K - 1]."""
-    positions = torch.arange(logits.shape[1] - 1, device=logits.device)
-    others = logits.gather(1, positions + (positions >= classes[:, None]))
+    others = other_logits(logits, classes)
     target = logits.gather(1, classes[:, None])
     two_way = torch.cat([target, others.logsumexp(dim=1, keepdim=True)], dim=1)
     return F.log_softmax(two_way, dim=1), F.log_softmax(others, dim=1)
@@ -68,7 +67,7 @@ def label_mixture(target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return classes.t(), weights.t()
 
 
-def dkd_loss(
+def dkd_losses(
         student_logits: torch.Tensor,
         teacher_logits: torch.Tensor,
         target: torch.Tensor,
@@ -76,7 +75,7 @@ def dkd_loss(
         beta: float = 8.,
         temperature: float = 4.,
 ) -> torch.Tensor:
-    """Weighted sum of TCKD and NCKD, mean over samples.
+    """Weighted sum of TCKD and NCKD of every sample.
 
     Args:
         student_logits: [B, K].
@@ -87,17 +86,17 @@ def dkd_loss(
         temperature: Divides both logits.
 
     Returns:
-        Scalar.
+        [B].
     """
     losses = []
     for classes, weights in zip(*label_mixture(target)):
         parts = zip((alpha, beta), decoupled_divergences(student_logits, teacher_logits, classes, temperature))
-        losses.append((weights * sum(factor * part for factor, part in parts if factor)).mean())
-    return torch.stack(losses).sum()
+        losses.append(weights * sum(factor * part for factor, part in parts if factor))
+    return torch.stack(losses).sum(0)
 
 
 @register_method('dkd')
-class DKD(DistillMethod):
+class DKD(LogitMethod):
     """Decoupled distillation of the logits: target class and other classes with weights of their own.
 
     Args:
@@ -116,7 +115,11 @@ class DKD(DistillMethod):
         check_weights('dkd', alpha=alpha, beta=beta)
         self.alpha, self.beta, self.temperature = float(alpha), float(beta), float(temperature)
 
-    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        assert student.logits is not None and teacher.logits is not None
-        loss = dkd_loss(student.logits, teacher.logits, target, self.alpha, self.beta, self.temperature)
-        return {'dkd_loss': loss}
+    def sample_losses(
+            self,
+            student_logits: torch.Tensor,
+            teacher_logits: torch.Tensor,
+            target: torch.Tensor,
+    ) -> Dict[str, torch.Tensor]:
+        losses = dkd_losses(student_logits, teacher_logits, target, self.alpha, self.beta, self.temperature)
+        return {'dkd_loss': losses}

@@ -29,20 +29,35 @@ PositiveWeight = Annotated[float, Range(0, LARGEST_NUMBER, without_low=True)]
 
 
 @in_full_precision
-def factor_loss(student: torch.Tensor, teacher: torch.Tensor, difference_power: int = 1) -> torch.Tensor:
-    """Mean difference of factors, each as the unit vector of its energy at every position.
+def factor_loss(
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        difference_power: int = 1,
+        power: int = 2,
+) -> torch.Tensor:
+    """Mean difference of factors, each as the unit vector of its mean power at every position.
 
     Args:
         student: Factor, [B, Fs, Hs, Ws].
         teacher: Factor, [B, Ft, Ht, Wt], treated as constant. The larger of two grids is pooled to the smaller.
-        difference_power: Exponent of the absolute difference.
+        difference_power: Exponent of the difference: of its size for 1, of the signed difference for others.
+        power: Exponent of the factors, with their sign.
 
     Returns:
         Scalar.
     """
-    maps = [l2_normalize(f.square().mean(1).flatten(1)) for f in match_grids(student, teacher.detach())]
-    difference = (maps[0] - maps[1]).abs()
-    return difference.mean() if difference_power == 1 else difference.pow(difference_power).mean()
+    maps = [l2_normalize(_mean_power(f, power)) for f in match_grids(student, teacher.detach())]
+    difference = maps[0] - maps[1]
+    return difference.abs().mean() if difference_power == 1 else difference.pow(difference_power).mean()
+
+
+def _mean_power(factor: torch.Tensor, power: int) -> torch.Tensor:
+    """Mean over channels of a power, [B, C, H, W] -> [B, H * W], with large factors scaled down so that it is finite.
+
+    The unit vector that is made of it does not depend on their scale.
+    """
+    scale = factor.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1.)
+    return ((factor / scale) ** power).mean(1).flatten(1)
 
 
 @in_full_precision
@@ -103,7 +118,9 @@ class FactorTransfer(StageMethod):
 
     Args:
         factor_rate: Channels of the factor in units of the teacher's.
-        difference_power: Exponent of the factors' absolute difference, 1 or 2.
+        difference_power: Exponent of the factors' difference, 1 or an even one: with others the official code rewards
+            differences of one sign.
+        factor_power: Exponent of the factors, with their sign.
         factor_weight: Weight of the factors' difference.
         reconstruction_weight: Weight of the paraphraser's reconstruction error, which the student does not see.
         stages: Which matched stage: 'last', 'middle' or one position, shallow to deep.
@@ -115,14 +132,15 @@ class FactorTransfer(StageMethod):
     def __init__(
             self,
             factor_rate: Annotated[float, Range(0, 16, without_low=True)] = 0.5,
-            difference_power: Annotated[int, OneOf(1, 2)] = 1,
+            difference_power: Annotated[int, OneOf(1, 2, 4)] = 1,
+            factor_power: Annotated[int, OneOf(1, 2, 3, 4)] = 2,
             factor_weight: PositiveWeight = 200.,
             reconstruction_weight: PositiveWeight = 1.,
             stages: SingleStage = 'last',
     ):
         super().__init__(stages)
         self.factor_rate = float(factor_rate)
-        self.difference_power = difference_power
+        self.difference_power, self.factor_power = difference_power, factor_power
         self.factor_weight = float(factor_weight)
         self.reconstruction_weight = float(reconstruction_weight)
 
@@ -135,7 +153,7 @@ class FactorTransfer(StageMethod):
     def compare(self, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]) -> Dict[str, torch.Tensor]:
         (of_student,), (of_teacher,) = students, teachers
         factor, reconstruction = self.paraphraser(of_teacher.detach())
-        difference = factor_loss(self.translator(of_student), factor, self.difference_power)
+        difference = factor_loss(self.translator(of_student), factor, self.difference_power, self.factor_power)
         return {
             'ft_loss': self.factor_weight * difference,
             'ft_reconstruction_loss': self.reconstruction_weight * reconstruction_loss(reconstruction, of_teacher),

@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from ..features.spec import Stage
 from ..losses import match_grids
 from ..utils.precision import in_full_precision
-from ..utils.ranges import OneOf
+from ..utils.ranges import OneOf, Range
 from ._base import register_method
-from ._layers import BatchNorm2d
+from ._layers import HintRegressor
 from ._stages import StageChoice, StageMethod
-
-Shape = Tuple[int, int, int]  # (C, H, W)
 
 
 @in_full_precision
@@ -38,38 +36,6 @@ def hint_loss(regressed: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor
     return torch.stack([F.mse_loss(student, teacher) for student, teacher in pairs]).sum()
 
 
-class HintRegressor(nn.Module):
-    """Convolution and batch norm from the student's stage to the teacher's, in the published form for their grids.
-
-    Args:
-        student: Shape of the student's stage.
-        teacher: Shape of the teacher's stage.
-        relu: End with a ReLU.
-    """
-
-    def __init__(self, student: Shape, teacher: Shape, relu: bool = True):
-        super().__init__()
-        self.conv = _create_convolution(student, teacher)
-        self.bn = BatchNorm2d(teacher[0])
-        self.relu = relu
-
-    def forward(self, student: torch.Tensor) -> torch.Tensor:
-        x = self.bn(self.conv(student))
-        return F.relu(x) if self.relu else x
-
-
-def _create_convolution(student: Shape, teacher: Shape) -> nn.Module:
-    """Halve or double the grid, or cover a small difference; for other grids a 1x1 convolution, the loss pools."""
-    channels, grid, target = (student[0], teacher[0]), student[1:], teacher[1:]
-    if grid == (2 * target[0], 2 * target[1]):
-        return nn.Conv2d(*channels, 3, stride=2, padding=1)
-    if target == (2 * grid[0], 2 * grid[1]):
-        return nn.ConvTranspose2d(*channels, 4, stride=2, padding=1)
-    if all(t <= s < 2 * t for s, t in zip(grid, target)):
-        return nn.Conv2d(*channels, (1 + grid[0] - target[0], 1 + grid[1] - target[1]))
-    return nn.Conv2d(*channels, 1)
-
-
 @register_method('fitnet')
 class FitNet(StageMethod):
     """Intermediate features through a convolutional regressor.
@@ -77,6 +43,9 @@ class FitNet(StageMethod):
     Args:
         stages: Which matched stages: 'middle', 'all', 'last' or positions, shallow to deep.
         relu: End the regressor with a ReLU, as published; None does where the teacher's stage has no negative number.
+        largest_ratio: Up to which ratio of the student's grid to the teacher's the regressor's kernel covers the
+            difference, with 1 + difference taps along each side as in the common implementation, which does so for
+            any; beyond it the map is averaged down behind a 1x1 convolution.
     """
     paper = 'Romero et al., ICLR 2015, https://arxiv.org/abs/1412.6550'
     published_weight = 100.
@@ -86,13 +55,15 @@ class FitNet(StageMethod):
             self,
             stages: StageChoice = 'middle',
             relu: Annotated[Optional[bool], OneOf(None, True, False)] = None,
+            largest_ratio: Annotated[float, Range(1, 1000)] = 3.,
     ):
         super().__init__(stages)
-        self.relu = relu
+        self.relu, self.largest_ratio = relu, float(largest_ratio)
 
     def build_stages(self, stages: List[Tuple[Stage, Stage]]) -> None:
         self.regressors = nn.ModuleList([
-            HintRegressor(s.shape, t.shape, t.nonnegative if self.relu is None else self.relu) for s, t in stages])
+            HintRegressor(s.shape, t.shape, t.nonnegative if self.relu is None else self.relu, self.largest_ratio)
+            for s, t in stages])
 
     def compare(self, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]) -> Dict[str, torch.Tensor]:
         regressed = [regressor(s) for regressor, s in zip(self.regressors, students)]

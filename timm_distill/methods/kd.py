@@ -11,18 +11,18 @@ from typing import Dict
 import torch
 import torch.nn.functional as F
 
-from ..features.spec import Features
-from ..losses import kl_divergence, to_full_precision
-from ._base import DistillMethod, Temperature, register_method
+from ..losses import kl_divergences, to_full_precision
+from ._base import Temperature, register_method
+from ._logits import LogitMethod
 
 
-def hard_label_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the student, [B, K], with the teacher's most likely class of each sample."""
-    return F.cross_entropy(to_full_precision(student_logits), teacher_logits.argmax(dim=-1))
+def hard_label_losses(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the student, [B, K], with the teacher's most likely class, for each sample: [B]."""
+    return F.cross_entropy(to_full_precision(student_logits), teacher_logits.argmax(dim=-1), reduction='none')
 
 
 @register_method('kd')
-class KD(DistillMethod):
+class KD(LogitMethod):
     """Soft-label (or hard-label) distillation of the logits.
 
     Args:
@@ -37,8 +37,12 @@ class KD(DistillMethod):
         self.temperature = float(temperature)
         self.hard = hard
 
-    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        assert student.logits is not None and teacher.logits is not None
+    def sample_losses(
+            self,
+            student_logits: torch.Tensor,
+            teacher_logits: torch.Tensor,
+            target: torch.Tensor,
+    ) -> Dict[str, torch.Tensor]:
         if self.hard:
-            return {'kd_loss': hard_label_loss(student.logits, teacher.logits)}
-        return {'kd_loss': kl_divergence(student.logits, teacher.logits, self.temperature)}
+            return {'kd_loss': hard_label_losses(student_logits, teacher_logits)}
+        return {'kd_loss': kl_divergences(student_logits, teacher_logits, self.temperature)}

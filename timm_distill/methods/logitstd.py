@@ -11,10 +11,10 @@ from typing import Annotated, Dict
 
 import torch
 
-from ..features.spec import Features
-from ..losses import is_constant, kl_divergence, to_full_precision
-from ..utils.ranges import Range
-from ._base import DistillMethod, Temperature, register_method
+from ..losses import is_constant, kl_divergences, to_full_precision
+from ..utils.ranges import OneOf, Range
+from ._base import Temperature, register_method
+from ._logits import LogitMethod
 
 EPS = 1e-7  # added to the standard deviation
 
@@ -32,12 +32,13 @@ def standardize(logits: torch.Tensor, eps: float = EPS) -> torch.Tensor:
 
 
 @register_method('logitstd')
-class LogitStandardization(DistillMethod):
+class LogitStandardization(LogitMethod):
     """Soft-label distillation of standardised logits.
 
     Args:
         temperature: Divides both standardised logits; the loss is multiplied by its square.
         eps: Added to the standard deviation.
+        reduction: 'batchmean' (sum over classes, mean over samples), 'mean' (mean over classes too) or 'sum'.
     """
     paper = 'Sun et al., CVPR 2024, https://arxiv.org/abs/2403.01427'
     published_weight = 9.
@@ -47,12 +48,19 @@ class LogitStandardization(DistillMethod):
             self,
             temperature: Temperature = 2.,
             eps: Annotated[float, Range(0, 1, without_low=True)] = EPS,
+            reduction: Annotated[str, OneOf('batchmean', 'mean', 'sum')] = 'batchmean',
     ):
         super().__init__()
-        self.temperature, self.eps = float(temperature), float(eps)
+        self.temperature, self.eps, self.reduction = float(temperature), float(eps), reduction
 
-    def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
-        assert student.logits is not None and teacher.logits is not None
-        loss = kl_divergence(
-            standardize(student.logits, self.eps), standardize(teacher.logits, self.eps), self.temperature)
-        return {'logitstd_loss': loss}
+    def sample_losses(
+            self,
+            student_logits: torch.Tensor,
+            teacher_logits: torch.Tensor,
+            target: torch.Tensor,
+    ) -> Dict[str, torch.Tensor]:
+        student, teacher = (standardize(logits, self.eps) for logits in (student_logits, teacher_logits.detach()))
+        losses = kl_divergences(student, teacher, self.temperature)
+        samples, classes = student_logits.shape
+        factor = {'batchmean': 1., 'mean': 1 / classes, 'sum': float(samples)}[self.reduction]
+        return {'logitstd_loss': factor * losses}

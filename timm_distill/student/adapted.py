@@ -42,6 +42,7 @@ from .merge import (
 from .plain import copy_plain_student, create_plain_student
 from .tap import StudentTap, TapSite
 
+LogitHead = Callable[[torch.Tensor], torch.Tensor]
 MethodTerms = Dict[str, Dict[str, torch.Tensor]]  # unweighted terms by method
 
 
@@ -102,9 +103,7 @@ class AdaptedStudent(nn.Module):
         features.logits, teacher.logits = self.transform_logits(logits), self.transform_logits(teacher.logits)
         features.token_logits = self.transform_logits(features.token_logits)
         features.transform_logits = self.transform_logits  # type: ignore[assignment]
-        if teacher.head is not None:
-            head = teacher.head
-            teacher.head = lambda x: self.transform_logits(head(x))  # type: ignore[assignment,return-value]
+        features.head, teacher.head = self._transform_head(features.head), self._transform_head(teacher.head)
         terms = {name: self._run_method(name, features, teacher, target) for name in self.methods}
         return logits, features.logits, terms  # type: ignore[return-value]
 
@@ -199,10 +198,19 @@ class AdaptedStudent(nn.Module):
                 logits = method.transform_logits(logits)
         return logits
 
+    def _transform_head(self, head: Optional[LogitHead]) -> Optional[LogitHead]:
+        """Return a head with the methods' maps of the logits behind it."""
+        if head is None:
+            return None
+        return lambda x: self.transform_logits(head(x))  # type: ignore[return-value]
+
     def no_weight_decay(self) -> Set[str]:
-        """Return the student's parameters without weight decay, under their names here."""
+        """Return the parameters of student and methods without weight decay, under their names here."""
         own = getattr(self.student, 'no_weight_decay', set)
-        return {f'student.{name}' for name in own()}
+        methods = {
+            f'methods.{name}.{parameter}' for name, method in self.methods.items()
+            for parameter in method.no_weight_decay()}
+        return {f'student.{name}' for name in own()} | methods
 
     def group_matcher(self, coarse: bool = False) -> Union[Dict[str, Any], Callable[[str], int]]:
         """Return timm's layer grouping of the student; adapter and methods belong to the last layer."""

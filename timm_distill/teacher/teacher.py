@@ -15,6 +15,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..errors import UsageError
 from ..features.classifier import classifier_linear, classifier_reads_pre_logits, last_linear
+from ..features.head import HeadInput, find_head_input
 from ..features.inputs import (
     CANNOT_RUN,
     RawFeature,
@@ -37,7 +38,6 @@ from ..features.stages import (
     stages_share_trunk,
 )
 from .fold import FuseReport, fuse_batch_norms
-from .head import HeadInput, find_head_input
 from .preprocessing import (
     InputRecord,
     first_record,
@@ -143,6 +143,16 @@ class Teacher(nn.Module):
     def outputs(self) -> FrozenSet[str]:
         """Which of `TEACHER_OUTPUTS` the model gives: no map where it does not tell on which grid its tokens lie."""
         return TEACHER_OUTPUTS if self.layout is None or self.layout.is_map else TEACHER_OUTPUTS - {'feature'}
+
+    @property
+    def classifier_weight(self) -> Optional[torch.Tensor]:
+        """Weight of the classifier where that is one linear layer with a row for each class, [K, D]; else None."""
+        if self._classifier_input is not None:
+            classifier: Optional[nn.Module] = self.model.get_submodule(self._classifier_input)
+        else:
+            classifier = classifier_linear(self.model)
+        weight: Any = getattr(classifier, 'weight', None)
+        return weight.detach().flatten(1) if weight is not None and len(weight) == self.num_classes else None
 
     def tap_channels(self, point: str) -> int:
         """Return the channels of the counterpart of a student's tap point, 'features' or 'pre_logits'."""

@@ -40,6 +40,22 @@ class Entry:
             parameters = inspect.signature(self.cls).parameters.values()
         return {p.name: Option(f'{self.name}.{p.name}', p) for p in parameters if p.default is not p.empty}
 
+    def create(self, *args: Any, **options: Any) -> Any:
+        """Create the object with the user's options.
+
+        Raises:
+            UsageError: If an option is unknown or a value is not allowed; lists what is.
+        """
+        known = self.options
+        for option, value in options.items():
+            if option not in known:
+                takes = ', '.join(f'{self.name}.{key}' for key in known) or 'no options'
+                raise UsageError(
+                    f"Unknown option '{self.name}.{option}'{_closest(option, known)}. "
+                    f'--kd-kwargs takes for {self.name}: {takes}.')
+            known[option].check(value)
+        return self.cls(*args, **options)
+
     @property
     def defaults(self) -> Dict[str, Any]:
         """Default of every option."""
@@ -159,16 +175,7 @@ class Registry:
         Raises:
             UsageError: If the name or an option is unknown, or a value is not allowed; lists what is.
         """
-        entry = self.get(name)
-        known = entry.options
-        for option, value in options.items():
-            if option not in known:
-                takes = ', '.join(f'{name}.{key}' for key in known) or 'no options'
-                raise UsageError(
-                    f"Unknown option '{name}.{option}'{_closest(option, known)}. "
-                    f'--kd-kwargs takes for {name}: {takes}.')
-            known[option].check(value)
-        return entry.cls(*args, **options)
+        return self.get(name).create(*args, **options)
 
     def _discover(self) -> None:
         if self._discovered:

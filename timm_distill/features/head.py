@@ -1,36 +1,39 @@
-"""A frozen model's head as a function of a feature: what it takes is found by structure and measured.
+"""A model's head as a function of a feature: what it takes is found by structure and measured.
 
 Holds names and layouts, never modules.
 """
 from dataclasses import dataclass
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..features.inputs import CANNOT_RUN, RawFeature
-from ..features.layouts import FeatureLayout
-from ..features.tracing import Head, call_head, random_like, random_tensors, trace
+from ..utils.batch_norm import is_batch_norm
+from .inputs import CANNOT_RUN, RawFeature, private_generator
+from .layouts import FeatureLayout
+from .tracing import Head, call_head, random_like, random_tensors, trace
 
 _TOLERANCE = 1e-9  # in float64
 
 
 @dataclass(frozen=True)
 class HeadInput:
-    """Input of a frozen head, and the head's run on it.
+    """Input of a head, and the head's run on it.
 
     Attributes:
         output: 'feature' (a map that takes the last-stage feature's place) or 'pre_logits' (the classifier's input).
         layout: Layout that a map is put back into; None for pre-logits.
         grid: Grid (height, width) that a map is pooled to first; None where the head takes any.
         shape: Shape of the pre-logits for one image; () for a map.
+        averages: Whether the logits of a map were measured to be the mean of those of its positions.
         classifier: Name of the classifier where `get_classifier` does not give it.
     """
     output: str
     layout: Optional[FeatureLayout] = None
     grid: Optional[Tuple[int, int]] = None
     shape: Tuple[int, ...] = ()
+    averages: bool = False
     classifier: str = ''
 
     def run(self, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -64,7 +67,9 @@ def find_head_input(
         feature = layout.to_map(layout.to_positions(raw))
         if _restores(layout, feature, raw):
             grid = (int(feature.shape[2]), int(feature.shape[3]))
-            return HeadInput('feature', layout, None if _takes_any_grid(model, raw, layout) else grid)
+            any_grid = _takes_any_grid(model, raw, layout)
+            averages = any_grid and _averages(model, raw, layout)
+            return HeadInput('feature', layout, None if any_grid else grid, averages=averages)
     if reads_pre_logits:
         return HeadInput('pre_logits', shape=tuple(pre_logits.shape[1:]))
     return None
@@ -82,14 +87,43 @@ def _restores(layout: FeatureLayout, feature: torch.Tensor, raw: torch.Tensor) -
 
 def _takes_any_grid(model: nn.Module, raw: torch.Tensor, layout: FeatureLayout) -> bool:
     """Measure whether a map with every position repeated gives the same logits, as pooling over all positions does."""
+    feature = layout.to_map(layout.to_positions(_random_like(raw)))
+    repeated = feature.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    return _gives_equal(model, raw, layout, feature, repeated, lambda logits: logits)
+
+
+def _averages(model: nn.Module, raw: torch.Tensor, layout: FeatureLayout) -> bool:
+    """Measure whether the logits of a map are the mean of those of its positions, as behind a linear classifier."""
+    images, channels = layout.to_positions(raw).shape[:2]
+    feature = torch.randn(images, channels, 2, 2, generator=private_generator(), dtype=torch.float64)
+    positions = feature.permute(2, 3, 0, 1).flatten(0, 2)[:, :, None, None]  # [4 * B, C, 1, 1]
+    return _gives_equal(model, raw, layout, feature, positions, lambda logits: logits.unflatten(0, (4, images)).mean(0))
+
+
+def _gives_equal(
+        model: nn.Module,
+        raw: torch.Tensor,
+        layout: FeatureLayout,
+        feature: torch.Tensor,
+        other: torch.Tensor,
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+) -> bool:
+    """Whether a head with random values gives a map the logits that are made of those of another."""
     head = Head(model, 'features')
     tensors = random_tensors(model, trace(head, raw))
-    probe = random_like(raw)
-    assert isinstance(probe, torch.Tensor)
-    feature = layout.to_map(layout.to_positions(probe))
-    repeated = feature.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     try:
-        expected, actual = (call_head(head, tensors, _put_back(layout, x)) for x in (feature, repeated))
+        expected, actual = (call_head(head, tensors, _put_back(layout, x)) for x in (feature, other))
+        return torch.allclose(reduce(actual), expected, rtol=_TOLERANCE, atol=_TOLERANCE)
     except CANNOT_RUN:
         return False
-    return torch.allclose(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
+
+
+def _random_like(raw: torch.Tensor) -> torch.Tensor:
+    probe = random_like(raw)
+    assert isinstance(probe, torch.Tensor)
+    return probe
+
+
+def head_keeps_statistics(model: nn.Module, raw: RawFeature) -> bool:
+    """Whether a head holds a batch norm: whatever it runs on in training moves the statistics of that."""
+    return any(is_batch_norm(call.module) for call in trace(Head(model, 'features'), raw))
