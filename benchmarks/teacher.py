@@ -78,14 +78,14 @@ def measure_folding(name: str, max_params: float) -> Dict[str, Any]:
         size = (3, kwargs['img_size'], kwargs['img_size']) if kwargs else small_input(model.eval())
         images = random_images(model.eval(), size)
         settle_batch_norms(model, images)
-        plain = Teacher(model, size, fuse=False)
+        plain = Teacher(model, size, fold=False)
         start = time.monotonic()
         folded = Teacher(model, size)
         row.update(
-            norms=folded.fused.norms, folded=folded.fused.fused, error=f'{folded.fused.error:.1e}',
+            norms=folded.folded.norms, folded=folded.folded.folded, error=f'{folded.folded.error:.1e}',
             seconds=round(time.monotonic() - start, 1))
-        if folded.fused.norms:
-            exact = read(Teacher(model.double(), size, fuse=False), images.double())
+        if folded.folded.norms:
+            exact = read(Teacher(model.double(), size, fold=False), images.double())
             row.update({
                 key: f'{output_error([x.double() for x in read(teacher, images)], exact):.1e}'
                 for key, teacher in (('plain_error', plain), ('folded_error', folded))})
@@ -104,7 +104,7 @@ def measure_speed(name: str, args: argparse.Namespace) -> Dict[str, Any]:
     size = model.pretrained_cfg['input_size']
     images = random_images(model, size, args.batch_size).to(dtype)
     teachers = {
-        'plain': Teacher(model, size, dtype=dtype, fuse=False, channels_last=False),
+        'plain': Teacher(model, size, dtype=dtype, fold=False, channels_last=False),
         'folded': Teacher(model, size, dtype=dtype, channels_last=False),
         'channels_last': Teacher(model, size, dtype=dtype, channels_last=True),
     }

@@ -172,12 +172,12 @@ def test_teachers_logits_are_those_of_its_model(taught: Taught) -> None:
 @torch.no_grad()
 def test_folding_batch_norms_adds_nothing_to_the_rounding_of_the_logits(
         taught: Taught, built: Built, stock: nn.Module) -> None:
-    fused, images = taught.teacher.fused, taught.teacher.prepare(taught.images)
-    assert fused.norms == sum(map(is_batch_norm, stock.modules()))
-    assert fused.fused == fused.norms - sum(map(is_batch_norm, taught.teacher.model.modules()))
-    if not fused.fused:
+    folded, images = taught.teacher.folded, taught.teacher.prepare(taught.images)
+    assert folded.norms == sum(map(is_batch_norm, stock.modules()))
+    assert folded.folded == folded.norms - sum(map(is_batch_norm, taught.teacher.model.modules()))
+    if not folded.folded:
         return
-    assert fused.error < 1e-9
+    assert folded.error < 1e-9
     plain = first(stock.eval()(images)).double()
     exact = first(copy.deepcopy(stock).double()(images.double()))
     # random models amplify rounding, some a thousandfold
@@ -189,27 +189,27 @@ def test_teachers_map_is_the_grid_without_prefix_tokens(taught: Taught) -> None:
     teacher, feature = taught.teacher, taught.features.feature
     raw = last_stage_feature(teacher.model.forward_features(teacher.prepare(taught.images)), teacher.model)
     if raw.ndim == 4:
-        assert feature.shape == teacher.layout.to_positions(raw).shape
+        assert feature.shape == teacher.spec.layout.to_positions(raw).shape
         return
-    if not teacher.layout.ordered:  # class tokens alone
+    if not teacher.spec.layout.ordered:  # class tokens alone
         assert torch.equal(feature.flatten(1), raw.mean(1))
         return
-    tokens = raw.shape[teacher.layout.fmt.index('L')]
-    assert feature.shape[2] * feature.shape[3] == tokens - teacher.layout.num_prefix_tokens
+    tokens = raw.shape[teacher.spec.layout.fmt.index('L')]
+    assert feature.shape[2] * feature.shape[3] == tokens - teacher.spec.layout.num_prefix_tokens
     declared = getattr(teacher.model, 'num_prefix_tokens', None)
     if declared is not None and declared < tokens:
-        assert teacher.layout.num_prefix_tokens == declared
+        assert teacher.spec.layout.num_prefix_tokens == declared
 
 
 @torch.no_grad()
 def test_teachers_stages_are_the_deepest_map_of_every_grid_or_the_quarters_of_one(taught: Taught) -> None:
     teacher, stages = taught.teacher, taught.features.stages
     if not hasattr(teacher.model, 'forward_intermediates'):
-        assert stages == ()
+        assert stages == (taught.features.feature,)
         return
     maps = teacher.model.forward_intermediates(
         teacher.prepare(taught.images), output_fmt='NCHW', intermediates_only=True)
-    assert stages and [tuple(stage.shape[1:]) for stage in stages] == [stage.shape for stage in teacher.stages]
+    assert stages and [tuple(stage.shape[1:]) for stage in stages] == [stage.shape for stage in teacher.spec.stages]
     deepest = {tuple(map_.shape[2:]): map_ for map_ in maps}
     expected = list(deepest.values())
     if len(deepest) == 1 and len(maps) >= 4:

@@ -12,15 +12,15 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from .adapters import Adapter, create_adapter
 from .errors import UsageError
 from .features.inputs import count_flops, evaluation_mode, random_images, runnable_size
-from .features.reader import FeatureReader
-from .features.spec import FeatureSpec, PairSpec, Stage
+from .features.spec import PairSpec
 from .features.stages import count_classes
 from .methods import DistillMethod
 from .methods._composition import Composition, Recipe, create_composition
 from .student.adapted import AdaptedStudent
+from .student.inspection import inspect_student
 from .student.tap import StudentTap
 from .student.tap_search import resolve_student_tap
-from .task import DistillTask
+from .task import DistillTask, teacher_outputs
 from .teacher.teacher import Teacher, create_teacher
 
 _logger = logging.getLogger(__name__)
@@ -229,8 +229,8 @@ def _adapt_student(
     if not adapting or teacher is None:
         if kd_tap != 'auto':
             _logger.warning(f'--kd-tap {kd_tap} is ignored: no method of --kd uses an adapter.')
-        reader = FeatureReader(student, own_input, outputs)
-        return AdaptedStudent(student, methods=methods, resize_to=resize_to, reader=reader)
+        spec = inspect_student(student, own_input, outputs)
+        return AdaptedStudent(student, methods=methods, resize_to=resize_to, spec=spec, outputs=outputs)
     (method,) = adapting.values()
     tap = resolve_student_tap(student, own_input, kd_tap)
     if 'head' in outputs and tap.point == 'pre_logits':
@@ -238,7 +238,7 @@ def _adapt_student(
         raise UsageError(
             f"--kd {'+'.join(others)} runs the student's head on its last feature map, and the adapter of "
             f"--kd {'+'.join(adapting)} sits inside of that head ({tap}). Use --kd-tap side, or leave one of them out.")
-    reader = FeatureReader(student, own_input, outputs, whole=bool(tap.inside) and not outputs & {'feature', 'stages'})
+    spec = inspect_student(student, own_input, outputs, tap)
     adapters = [
         create_adapter(
             str(method.adapter),
@@ -251,7 +251,7 @@ def _adapt_student(
     ]
     if verbose:
         _log_adapters(tap, adapters)
-    return AdaptedStudent(student, adapters, tap, methods, resize_to, reader)
+    return AdaptedStudent(student, adapters, tap, methods, resize_to, spec, outputs)
 
 
 def _start_adapters(
@@ -315,33 +315,13 @@ def _build_methods(module: AdaptedStudent, teacher: Teacher, data: DataSpec) -> 
     """Give the methods what they need of the teacher; where they read more than logits, they create what they train."""
     for method in module.methods.values():
         method.set_classifier(teacher.classifier_weight)
-    student = module.reader.spec
+    teacher.spec.check(teacher_outputs(module))
+    student = module.spec.features
     if student is None:
         return
     num_samples = data.num_samples
     if num_samples is None and data.sample_labels is not None:
         num_samples = len(data.sample_labels)
-    pair = PairSpec(student, _teacher_spec(teacher), num_samples, data.sample_labels)
+    pair = PairSpec(student, teacher.feature_spec, num_samples, data.sample_labels)
     for method in module.methods.values():
         method.build(pair)
-
-
-def _teacher_spec(teacher: Teacher) -> FeatureSpec:
-    """Measure a teacher's features on the input that it is really fed, which may be another than the student's."""
-    parameter = next(teacher.parameters())
-    images = random_images(teacher, teacher.input_size).to(parameter.device, parameter.dtype)
-    features = teacher(images, frozenset({'logits', 'feature', 'pre_logits'}))
-    assert features.feature is not None and features.pre_logits is not None
-    shape: Tuple[int, int, int] = tuple(features.feature.shape[1:])
-    return FeatureSpec(
-        num_classes=teacher.num_classes,
-        feature=shape,
-        pre_logits=features.pre_logits.shape[1],
-        stages=teacher.stages or (Stage(-1, shape),),
-        input_size=teacher.input_size,
-        head=teacher.head_input.output if teacher.head_input is not None else '',
-        head_averages=teacher.head_input is not None and teacher.head_input.averages,
-        non_negative=frozenset(
-            name for name, x in (('feature', features.feature), ('pre_logits', features.pre_logits))
-            if not (x < 0).any()),
-    )

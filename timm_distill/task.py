@@ -66,9 +66,7 @@ class DistillTask(TrainingTask):
         self.schedules = {name: method.weight for name, method in module.methods.items()} | dict(schedules or {})
         self.task_loss_weight = task_loss_weight
         self.input_size = tuple(input_size)
-        self._teacher_outputs = _teacher_outputs(module)
-        if not getattr(teacher, 'stages', ()):
-            self._teacher_outputs -= {'stages'}  # its feature is the one stage
+        self._teacher_outputs = teacher_outputs(module)
         self.needs_indices = any(method.needs_indices for method in module.methods.values())
         self._factors: Dict[str, float] = {}  # of the schedules in the current epoch, by method
         self._term_methods: Dict[str, str] = {}  # which method a term of a result is of
@@ -213,8 +211,6 @@ class DistillTask(TrainingTask):
         tap = self.module.tap
         if tap is not None and tap.point == 'pre_logits' and features.pre_logits is not None:
             features.tap = features.pre_logits[:, :, None, None]
-        if not features.stages and features.feature is not None:
-            features.stages = (features.feature,)  # a teacher without intermediate features has this one stage
         if 'head' in self._teacher_outputs:
             features.head = self.teacher.run_head
         return features
@@ -240,9 +236,9 @@ class DistillTask(TrainingTask):
         """The student's classes and the width of the teacher's pre-logits, (K, D); None where no method needs means."""
         if not any(method.needs_class_means for method in self.module.methods.values()):
             return None
-        student = self.module.reader.spec
+        student = self.module.spec.features
         assert self.teacher is not None and student is not None
-        return student.num_classes, self.teacher.pre_logits_channels
+        return student.num_classes, self.teacher.tap_channels('pre_logits')
 
     def set_class_means(self, means: torch.Tensor) -> None:
         """Give the methods that need them the teacher's mean pre-logits of every class, [K, D].
@@ -443,7 +439,7 @@ def _split_indices(target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return target[:, 0], target[:, 1]
 
 
-def _teacher_outputs(module: AdaptedStudent) -> FrozenSet[str]:
+def teacher_outputs(module: AdaptedStudent) -> FrozenSet[str]:
     """Return what the teacher must compute: the union of what the methods read."""
     methods: Any = module.methods.values()
     outputs = frozenset[str]().union(*(method.teacher_outputs for method in methods))

@@ -8,8 +8,9 @@ import torch.nn as nn
 
 from timm_distill import Teacher, UsageError, create_distill_task
 from timm_distill.features.grids import grid_of_aspect
+from timm_distill.features.inspection import inspect
 from timm_distill.features.layouts import FeatureLayout
-from timm_distill.features.reader import FeatureReader
+from timm_distill.features.reader import read
 from timm_distill.features.spec import Features
 from timm_distill.features.stages import drops_positions, layout_for, resolve_feature_layout
 from timm_distill.student.tap_search import resolve_student_tap
@@ -57,8 +58,8 @@ def test_grid_of_a_model_that_tells_none_is_that_of_square_patches(
 @each_model
 def test_teachers_map_is_timms_own_at_every_size(kind: str, size: Tuple[int, int]) -> None:
     model = create(kind)
-    teacher = Teacher(model, (3, 64, 64), fuse=False)
-    teacher.renormalize = False
+    teacher = Teacher(model, (3, 64, 64), fold=False)
+    teacher.prepare.renormalize = False
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
         feature = teacher(images, frozenset({'feature'})).feature
@@ -69,11 +70,10 @@ def test_teachers_map_is_timms_own_at_every_size(kind: str, size: Tuple[int, int
 @each_model
 def test_students_map_is_timms_own_at_every_size(kind: str, size: Tuple[int, int]) -> None:
     model = create(kind).eval()
-    reader = FeatureReader(model, (3, 64, 64), frozenset({'logits', 'feature'}))
-    images, features = torch.randn(2, 3, *size), Features()
+    spec, images = inspect(model, (3, 64, 64), trains=True), torch.randn(2, 3, *size)
     with torch.no_grad():
-        reader.read_feature(features, model.forward_features(images), model, images)
-        torch.testing.assert_close(features.feature, own_map(model, images), rtol=1e-4, atol=1e-5)
+        feature = read(model, spec, images, frozenset({'feature'})).feature
+        torch.testing.assert_close(feature, own_map(model, images), rtol=1e-4, atol=1e-5)
 
 
 @each_model
@@ -235,7 +235,7 @@ def test_teacher_never_drops_positions(kind: str) -> None:
         timm.create_model('test_resnet', num_classes=CLASSES), 'norm', create_dropping(kind),
         kd_kwargs={'norm.segments': 2}).train()
     features = task.teacher_features(torch.randn(2, 3, 64, 64))
-    assert features.feature.shape[-2:] == task.teacher.layout.grid
+    assert features.feature.shape[-2:] == task.teacher.spec.layout.grid
 
 
 def test_measuring_whether_positions_are_dropped_changes_nothing() -> None:

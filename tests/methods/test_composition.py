@@ -280,7 +280,7 @@ def test_teacher_of_one_size_gets_resized_input(name: str) -> None:
 def test_student_and_teacher_of_one_size_each_train_on_a_third() -> None:
     task = create_pair('test_vit3', 'test_coatnet', size=(3, 96, 64))
     train(task)
-    assert task.module.resize_to == task.teacher.resize_to == (160, 160)
+    assert task.module.resize_to == task.teacher.prepare.resize_to == (160, 160)
     assert_merged_equals_unmerged(task, 1e-5)
 
 

@@ -11,8 +11,10 @@ from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, Scaled
 
 from timm_distill.features.inputs import evaluation_mode
 from timm_distill.features.tracing import output_error
-from timm_distill.teacher import fold as fusing
-from timm_distill.teacher.fold import Pair, find_pairs, fuse_batch_norms, settle_batch_norms
+from timm_distill.teacher import fold as folding
+from timm_distill.teacher import fold_pairs
+from timm_distill.teacher.fold import fold_batch_norms, settle_batch_norms
+from timm_distill.teacher.fold_pairs import Pair, find_pairs
 from timm_distill.utils.batch_norm import is_batch_norm
 
 SIZE = (3, 16, 16)
@@ -66,11 +68,11 @@ def settled(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def fuse(model: nn.Module, **kwargs: Any) -> Any:
+def fold(model: nn.Module, **kwargs: Any) -> Any:
     """Fold a model and check that its float32 output stays; return the report."""
     images = torch.randn(2, *SIZE)
     expected = settled(model)(images)
-    report = fuse_batch_norms(model, SIZE, kwargs.get('read', read_output))
+    report = fold_batch_norms(model, SIZE, kwargs.get('read', read_output))
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
     return report
 
@@ -100,8 +102,8 @@ FOLDS: Dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize('kind', FOLDS)
 def test_batch_norm_behind_a_linear_layer_is_folded(kind: str) -> None:
     model = FOLDS[kind]()
-    report = fuse(model)
-    assert (report.norms, report.fused) == (1, 1) and report.error < 1e-12
+    report = fold(model)
+    assert (report.norms, report.folded) == (1, 1) and report.error < 1e-12
     assert norms_of(model) == []
     layer = next(m for m in model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)))
     assert layer.bias is not None and not layer.weight.requires_grad
@@ -109,7 +111,7 @@ def test_batch_norm_behind_a_linear_layer_is_folded(kind: str) -> None:
 
 def test_what_a_norm_does_after_its_affine_map_stays() -> None:
     model = FOLDS['norm with drop and activation']()
-    fuse(model)
+    fold(model)
     assert [type(m) for m in model.body[1]] == [nn.Dropout, nn.ReLU]
 
 
@@ -156,22 +158,22 @@ def weight_is_read_too(model: Wired, x: torch.Tensor) -> torch.Tensor:
 ])
 def test_batch_norm_that_does_not_fold_stays_and_the_others_go(wire: Callable[..., torch.Tensor]) -> None:
     model = Wired(wire)
-    report = fuse(model)
-    assert (report.norms, report.fused) == (2, 1)
+    report = fold(model)
+    assert (report.norms, report.folded) == (2, 1)
     assert norms_of(model) == ['norm']
 
 
 @pytest.mark.parametrize('conv', [StdConv2d, ScaledStdConv2d])
 def test_layer_that_standardises_its_weight_is_left_alone(conv: Callable[..., nn.Module]) -> None:
     model = Chain(conv(3, 4, 3), nn.BatchNorm2d(4))
-    assert fuse(model).fused == 0 and norms_of(model) == ['body.1']
+    assert fold(model).folded == 0 and norms_of(model) == ['body.1']
 
 
 @pytest.mark.parametrize('parametrize', [
     nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
 def test_layer_with_a_parametrised_weight_is_left_alone(parametrize: Callable[[nn.Module], nn.Module]) -> None:
     model = Chain(parametrize(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))
-    assert fuse(model).fused == 0
+    assert fold(model).folded == 0
 
 
 def test_pair_whose_inside_is_read_is_dropped_and_the_others_are_kept() -> None:
@@ -181,32 +183,32 @@ def test_pair_whose_inside_is_read_is_dropped_and_the_others_are_kept() -> None:
         inside = model.body[:5](images)  # the third convolution without its norm
         return [inside, model(images)]
 
-    report = fuse(model, read=_read)
-    assert (report.norms, report.fused) == (4, 3) and norms_of(model) == ['body.5']
+    report = fold(model, read=_read)
+    assert (report.norms, report.folded) == (4, 3) and norms_of(model) == ['body.5']
 
 
 def test_norm_with_two_names_goes_under_both() -> None:
     model = Wired(lambda model, x: model.alias(model.conv(x)))
     model.alias = model.norm
-    assert fuse(model).fused == 2 and norms_of(model) == []
+    assert fold(model).folded == 2 and norms_of(model) == []
 
 
 def test_layers_that_share_a_weight_keep_it_apart() -> None:
     model = Chain(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 3, 1))
     model.body[3].weight = model.body[0].weight
-    assert fuse(model).fused == 1
+    assert fold(model).folded == 1
 
 
 def test_wrong_fold_is_noticed_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = fusing.fold_pair
+    right = fold_pairs.fold_pair
 
     def _without_offset(layer: nn.Module, norm: nn.Module) -> nn.Module:
         after = right(layer, norm)
         layer.bias.mul_(1 + 1e-6)
         return after
 
-    monkeypatch.setattr(fusing, 'fold_pair', _without_offset)
-    assert fuse(FOLDS['convolution']()).fused == 0
+    monkeypatch.setattr(fold_pairs, 'fold_pair', _without_offset)
+    assert fold(FOLDS['convolution']()).folded == 0
 
 
 def test_model_that_cannot_be_measured_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
@@ -217,20 +219,20 @@ def test_model_that_cannot_be_measured_is_left_as_it_is(caplog: pytest.LogCaptur
         raise RuntimeError('no kernel for float64')
 
     with caplog.at_level(logging.WARNING):
-        assert fuse_batch_norms(model, SIZE, _read).fused == 0
+        assert fold_batch_norms(model, SIZE, _read).folded == 0
     assert 'no kernel for float64' in caplog.text
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_model_without_batch_norms_is_not_run() -> None:
-    report = fuse_batch_norms(nn.Conv2d(3, 4, 3), SIZE, lambda model, images: pytest.fail('was run'))
-    assert (report.norms, report.fused) == (0, 0)
+    report = fold_batch_norms(nn.Conv2d(3, 4, 3), SIZE, lambda model, images: pytest.fail('was run'))
+    assert (report.norms, report.folded) == (0, 0)
 
 
 def test_folding_leaves_no_hooks_and_no_random_state_behind() -> None:
     model = settled(timm.create_model('test_byobnet'))
     random_state = torch.get_rng_state()
-    fuse_batch_norms(model, (3, 32, 32), read_output)
+    fold_batch_norms(model, (3, 32, 32), read_output)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert torch.get_default_dtype() == torch.float32
@@ -245,7 +247,7 @@ def test_pairs_come_in_the_order_in_which_they_run() -> None:
 @pytest.mark.parametrize('wrong', [set(), {0}, {6}, {2, 3}, {0, 3, 6}, set(range(7))])
 def test_only_pairs_that_change_an_output_are_dropped(wrong: Set[int]) -> None:
     pairs = [Pair(str(i), '') for i in range(7)]
-    kept = fusing._exact_subset(pairs, lambda some: not wrong & {int(pair.layer) for pair in some})
+    kept = folding._exact_subset(pairs, lambda some: not wrong & {int(pair.layer) for pair in some})
     assert {int(pair.layer) for pair in kept} == set(range(7)) - wrong
 
 
@@ -256,8 +258,8 @@ def test_branches_that_timm_can_merge_are_merged(name: str) -> None:
     model, images = timm.create_model(name, num_classes=5).eval(), torch.randn(2, *size)
     settle_batch_norms(model, images)
     layers, plain, exact = len(list(model.modules())), model(images), copy.deepcopy(model).double()(images.double())
-    report = fuse_batch_norms(model, size, read_output)
-    assert report.fused > 0 and len(list(model.modules())) < layers
+    report = fold_batch_norms(model, size, read_output)
+    assert report.folded > 0 and len(list(model.modules())) < layers
     assert not [norm for norm in norms_of(model) if not norm.startswith('head')]  # the classifier's own stay
     assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
     # a random model may amplify rounding: what counts is that folding does not add to it
@@ -270,12 +272,12 @@ def test_folded_weights_are_rounded_once(dtype: torch.dtype) -> None:
     model = settled(Chain(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).to(dtype)
     exact = copy.deepcopy(model).double()
     for each in (model, exact):
-        fuse_batch_norms(each, SIZE, read_output)
+        fold_batch_norms(each, SIZE, read_output)
     assert torch.equal(model.body[0].weight, exact.body[0].weight.to(dtype))
     assert torch.equal(model.body[0].bias, exact.body[0].bias.to(dtype))
 
 
 def test_memory_format_of_the_weights_stays() -> None:
     model = Chain(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
-    fuse(model)
+    fold(model)
     assert model.body[0].weight.is_contiguous(memory_format=torch.channels_last)

@@ -171,7 +171,7 @@ def test_fixed_input_size_gets_resized_images() -> None:
     model = create_model('test_vit', img_size=48, dynamic_img_size=False).eval()
     teacher = Teacher(model, SIZE, **own_normalisation(model))
     x = torch.randn(2, *SIZE)
-    assert teacher.resize_to == (48, 48)
+    assert teacher.prepare.resize_to == (48, 48)
     resized = F.interpolate(x, (48, 48), mode='bicubic', antialias=True, align_corners=False)
     with torch.no_grad():
         torch.testing.assert_close(teacher(x).logits, model(resized))
@@ -181,7 +181,7 @@ def test_fixed_input_size_gets_resized_images() -> None:
 @pytest.mark.parametrize('model', [
     lambda: create_model('test_vit', img_size=48, dynamic_img_size=True), lambda: create_model('test_resnet')])
 def test_model_that_runs_at_any_size_gets_the_students(model: Callable[[], nn.Module]) -> None:
-    assert Teacher(model(), SIZE).resize_to is None
+    assert Teacher(model(), SIZE).prepare.resize_to is None
 
 
 @pytest.mark.parametrize('name', ['qwen3_vit_88m_enc', 'gemma4_vit_167m_enc'])
@@ -326,7 +326,7 @@ def test_more_arguments_reach_the_model(tmp_path: Path) -> None:
     teacher = create_teacher(
         'test_vit', SIZE, 5, checkpoint=str(tmp_path / 'teacher.safetensors'),
         model_kwargs=dict(img_size=32, reg_tokens=2))
-    assert teacher.layout.num_prefix_tokens == 3
+    assert teacher.spec.layout.num_prefix_tokens == 3
 
 
 def test_unknown_argument_of_the_model_is_a_usage_error() -> None:
@@ -357,8 +357,8 @@ def first_convolution(teacher: Teacher) -> torch.Tensor:
 @pytest.mark.parametrize('name', ['test_resnet', 'test_efficientnet', 'test_byobnet'])
 def test_folded_teacher_gives_what_the_model_gives(name: str) -> None:
     model, x = create_settled_model(name), torch.randn(2, *SIZE)
-    folded, plain = Teacher(model, SIZE), Teacher(model, SIZE, fuse=False)
-    assert folded.fused.fused == folded.fused.norms == sum(map(is_batch_norm, plain.model.modules())) > 0
+    folded, plain = Teacher(model, SIZE), Teacher(model, SIZE, fold=False)
+    assert folded.folded.folded == folded.folded.norms == sum(map(is_batch_norm, plain.model.modules())) > 0
     assert not any(map(is_batch_norm, folded.model.modules()))
     outputs = OUTPUTS | {'stages'}
     for actual, expected in zip(folded(x, outputs).tensors(), plain(x, outputs).tensors(), strict=True):
@@ -393,7 +393,7 @@ def test_model_that_needs_another_memory_order_keeps_it() -> None:
     model.layer1 = nn.Sequential(model.layer1, ViewsAsVectors())
     teacher, x = Teacher(model, SIZE), torch.randn(2, *SIZE)
     assert not first_convolution(teacher).is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(teacher(x).logits, Teacher(model, SIZE, fuse=False)(x).logits)
+    torch.testing.assert_close(teacher(x).logits, Teacher(model, SIZE, fold=False)(x).logits)
 
 
 def test_memory_format_of_the_task_reaches_the_teacher() -> None:
@@ -446,9 +446,9 @@ def test_own_precision_is_not_cast_again_by_autocast() -> None:
 def test_images_are_normalised_before_they_are_rounded() -> None:
     teacher = Teacher(create_model(), SIZE, dtype=torch.bfloat16)
     x = torch.randn(2, *SIZE)
-    assert teacher.renormalize
-    expected = (x * teacher.input_scale + teacher.input_shift).bfloat16()
-    assert teacher.input_scale.dtype == torch.float32 and torch.equal(teacher.prepare(x), expected)
+    assert teacher.prepare.renormalize
+    expected = (x * teacher.prepare.scale + teacher.prepare.shift).bfloat16()
+    assert teacher.prepare.scale.dtype == torch.float32 and torch.equal(teacher.prepare(x), expected)
 
 
 def test_nothing_is_kept_that_was_not_asked_for() -> None:
@@ -469,7 +469,7 @@ def test_stages_are_matched_at_the_size_that_each_model_is_fed() -> None:
         create_model(), teacher, kd='sp', kd_kwargs={'sp.stages': 'all'}, input_size=SIZE,
         verbose=False)
     (pairs,) = [method.pairs for method in task.module.methods.values()]
-    student_stages, stages = task.module.reader.spec.stages, task.teacher.stages
+    student_stages, stages = task.module.spec.features.stages, task.teacher.spec.stages
     reductions = [(32 // student_stages[i].shape[1], 128 // stages[j].shape[1]) for i, j in pairs]
     assert reductions == [(4, 4), (8, 8), (16, 16), (32, 32)]
 
@@ -499,7 +499,7 @@ def test_recorded_interpolation_resizes(mode: str) -> None:
     teacher = Teacher(create_model(), SIZE, records=[InputRecord('a file', size=(48, 40), interpolation=mode)])
     x = torch.randn(2, *SIZE)
     antialias = {} if mode == 'nearest' else dict(antialias=True, align_corners=False)
-    expected = F.interpolate(x * teacher.input_scale + teacher.input_shift, (48, 40), mode=mode, **antialias)
+    expected = F.interpolate(x * teacher.prepare.scale + teacher.prepare.shift, (48, 40), mode=mode, **antialias)
     torch.testing.assert_close(teacher.prepare(x), expected)
 
 

@@ -1,5 +1,5 @@
 """Classifier of a timm model: its linear layer, found by structure and measured."""
-from typing import List, Optional
+from typing import Any, List, Optional
 
 import torch
 import torch.nn as nn
@@ -9,11 +9,15 @@ from .inputs import CANNOT_RUN, RawFeature
 from .tracing import Head, call_head, random_like, random_tensors, trace
 
 
+def classifier_heads(model: nn.Module) -> List[Any]:
+    """Return what a model names as its classifier or classifiers, which may be no module; [None] for nothing."""
+    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
+    return list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
+
+
 def classifier_parameters(model: nn.Module) -> List[nn.Parameter]:
     """Return the parameters of a model's classifier or classifiers; none where it does not name them."""
-    classifier = getattr(model, 'get_classifier', lambda: ())()
-    heads = classifier if isinstance(classifier, (tuple, list)) else (classifier,)
-    return [p for head in heads if isinstance(head, nn.Module) for p in head.parameters()]
+    return [p for head in classifier_heads(model) if isinstance(head, nn.Module) for p in head.parameters()]
 
 
 TAP_TOLERANCE = 1e-9  # relative to the logits' spread, in float64
@@ -51,9 +55,7 @@ def classifier_reads_pre_logits(model: nn.Module, feature: RawFeature) -> bool:
 
 def classifier_linear(model: nn.Module) -> Optional[nn.Module]:
     """Return the one linear layer that the classifier is, for methods that reuse its weight; None for other heads."""
-    classifier = model.get_classifier() if hasattr(model, 'get_classifier') else None
-    if isinstance(classifier, (tuple, list)):
-        classifier = classifier[0]
+    classifier = classifier_heads(model)[0]
     if isinstance(classifier, nn.Module):
         linears = [m for m in classifier.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
         if len(linears) == 1:

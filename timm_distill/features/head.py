@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..utils.batch_norm import is_batch_norm
-from .inputs import CANNOT_RUN, RawFeature, private_generator
+from .inputs import CANNOT_RUN, RawFeature, logits_of, private_generator
 from .layouts import FeatureLayout
 from .tracing import Head, call_head, random_like, random_tensors, trace
 
@@ -43,8 +43,7 @@ class HeadInput:
             return classifier(x.reshape(x.shape[0], *self.shape))
         if self.grid is not None:
             x = F.adaptive_avg_pool2d(x, self.grid)
-        output = model.forward_head(_put_back(self.layout, x))
-        return output[0] if isinstance(output, (tuple, list)) else output
+        return logits_of(model.forward_head(_put_back(self.layout, x)))
 
 
 def find_head_input(

@@ -1,6 +1,6 @@
 """Inputs that a model can be measured on: random images, its own size, its patches."""
 from contextlib import contextmanager
-from typing import Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -13,6 +13,12 @@ from ..errors import UsageError
 CANNOT_RUN = (
     RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, IndexError, KeyError, AssertionError)
 RawFeature = Union[torch.Tensor, List[torch.Tensor], Tuple[torch.Tensor, ...]]  # what forward_features returns
+
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """Return the logits of what a model returned: the first where there are several."""
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _random_values(value: torch.Tensor, generator: torch.Generator, positive: bool) -> torch.Tensor:
@@ -91,7 +97,7 @@ def reason_not_to_run(model: nn.Module, input_size: Sequence[int]) -> str:
             output = model(random_images(model, input_size))
     except CANNOT_RUN as e:
         return (' '.join(str(e).split())[:200] or type(e).__name__) + _explain_pooling(model)
-    logits = output[0] if isinstance(output, (tuple, list)) else output
+    logits = logits_of(output)
     if getattr(model, 'num_classes', 1) != 0 and getattr(logits, 'ndim', 2) != 2:
         return f'its logits for an image are {list(logits.shape[1:])}, not one per class{_explain_pooling(model)}'
     return ''

@@ -3,7 +3,7 @@
 Knows shapes alone; which grid a model's tokens form is found in `grids.py`.
 """
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple, cast
 
 import torch
 
@@ -79,10 +79,9 @@ class FeatureLayout:
             return positions
         if not self.ordered:
             return positions.mean(2, keepdim=True)
-        tokens = self.drop_prefix(positions)[:, :, :, 0]  # [B, C', H * W]
-        if self.grid is None or tokens.shape[2] != self.grid[0] * self.grid[1]:
-            raise UsageError(self._explain(tokens.shape[2]))
-        return tokens.unflatten(2, self.grid)
+        if no_map := self.explain(positions):
+            raise UsageError(no_map)
+        return self.drop_prefix(positions)[:, :, :, 0].unflatten(2, cast(GridSize, self.grid))
 
     def drop_prefix(self, positions: torch.Tensor) -> torch.Tensor:
         """Return the patches' tokens of what `to_positions` returned, [B, C', L, 1]. A view."""
@@ -92,7 +91,11 @@ class FeatureLayout:
         """Return a map, [B, C, H, W], as positions without prefix tokens: what `to_map` undoes where there are none."""
         return x.flatten(2).unsqueeze(-1) if self.fmt in ('NLC', 'NCL') else x
 
-    def _explain(self, num_tokens: int) -> str:
+    def explain(self, positions: torch.Tensor) -> str:
+        """Return why the tokens of what `to_positions` returned are no map, '' where they are."""
+        num_tokens = self.drop_prefix(positions).shape[2]
+        if not self.has_tokens or self.grid is not None and num_tokens == self.grid[0] * self.grid[1]:
+            return ''
         if self.grid is None:
             found = f'The model gives {num_tokens} tokens and does not tell on which grid of the input they lie'
         else:

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from ..errors import UsageError
 from .grids import candidate_layouts, patch_grid
-from .inputs import CANNOT_RUN, RawFeature, evaluation_mode, random_images
+from .inputs import CANNOT_RUN, RawFeature, evaluation_mode, logits_of, random_images
 from .layouts import FeatureLayout, GridSize, layout_of_map
 from .spec import Stage
 
@@ -43,8 +43,7 @@ def count_classes(model: nn.Module, input_size: Sequence[int]) -> int:
     """
     with evaluation_mode(model):
         images = random_images(model, input_size)
-        output = model(images)
-        logits = output[0] if isinstance(output, (tuple, list)) else output
+        logits = logits_of(model(images))
         try:
             pre_logits = model.forward_head(model.forward_features(images), pre_logits=True)
         except CANNOT_RUN:

@@ -1,12 +1,13 @@
 """Tracing of a model's head: the layers that a forward calls, and their run on other tensors."""
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 from torch.func import functional_call
 
-from .inputs import RawFeature, _random_values, private_generator
+from .inputs import RawFeature, _random_values, logits_of, private_generator
 
 
 class Head(nn.Module):
@@ -30,7 +31,36 @@ class Head(nn.Module):
             output = self.model.forward_head(feature, pre_logits=True)
         else:
             output = self.model.forward_head(feature)
-        return output[0] if isinstance(output, (tuple, list)) else output
+        return logits_of(output)
+
+
+@contextmanager
+def inputs_of(modules: Sequence[nn.Module]) -> Iterator[List[List[torch.Tensor]]]:
+    """Note the first arguments that modules are given in this context, in order; hooks of their own come after."""
+    inputs: List[List[torch.Tensor]] = [[] for _ in modules]
+
+    def _keep(noted: List[torch.Tensor]) -> Callable:
+        return lambda module, args: noted.append(args[0])
+
+    handles = [m.register_forward_pre_hook(_keep(noted), prepend=True) for m, noted in zip(modules, inputs)]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def mapped_input(layer: nn.Module, map_: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Give a layer what `map_` makes of its first argument. The layer keeps its class, its names and its forward."""
+    def _hook(module: nn.Module, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
+        return map_(args[0]), *args[1:]
+
+    handle = layer.register_forward_pre_hook(_hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)

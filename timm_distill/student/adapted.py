@@ -2,45 +2,23 @@
 
 One module, so that optimizer, DDP, EMA and compile see everything that trains in one forward.
 """
-from contextlib import contextmanager, nullcontext
-from typing import (
-    Any,
-    Callable,
-    ContextManager,
-    Dict,
-    FrozenSet,
-    Iterator,
-    Mapping,
-    Optional,
-    Sequence,
-    Set,
-    Tuple,
-    Union,
-)
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, FrozenSet, Iterator, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
 
-from ..adapters import Adapter, AdapterOutput, Match
+from ..adapters import Adapter
 from ..errors import UsageError
-from ..features.inputs import RawFeature, resize_images
-from ..features.layouts import FeatureLayout
-from ..features.reader import FeatureReader
+from ..features.inputs import logits_of, resize_images
+from ..features.reader import LOGITS, ModelSpec, read
 from ..features.spec import Features
-from ..features.stages import layout_for
-from .dropout import DelayedDropout
-from .merge import (
-    adapt_input,
-    match_inside,
-    merge_error,
-    merged_state_dict,
-    merged_tensors,
-    pop_inside_loss,
-    split_batch_norm_tensors,
-)
+from ..features.stages import has_head
+from .merge import merge_error, merged_state_dict, merged_tensors, split_batch_norm_tensors
+from .paths import path_of
 from .plain import copy_plain_student, create_plain_student
-from .tap import StudentTap, TapSite
+from .tap import StudentTap
 
 LogitHead = Callable[[torch.Tensor], torch.Tensor]
 MethodTerms = Dict[str, Dict[str, torch.Tensor]]  # unweighted terms by method
@@ -55,7 +33,8 @@ class AdaptedStudent(nn.Module):
         tap: Insertion point of the adapters.
         methods: Methods by name, whose own parameters train with the student.
         resize_to: Size (height, width) that the student's input is resized to, None for the size it comes in.
-        reader: What of the student is read beside its logits.
+        spec: What is known of the student; not needed where its logits alone are read.
+        outputs: What the methods read of it.
     """
 
     def __init__(
@@ -65,20 +44,19 @@ class AdaptedStudent(nn.Module):
             tap: Optional[StudentTap] = None,
             methods: Optional[Mapping[str, nn.Module]] = None,
             resize_to: Optional[Tuple[int, int]] = None,
-            reader: Optional[FeatureReader] = None,
+            spec: Optional[ModelSpec] = None,
+            outputs: FrozenSet[str] = LOGITS,
     ):
         super().__init__()
-        inside = tap is not None and bool(tap.inside)
-        self._plain_reader = FeatureReader(student, whole=inside)
-        self.reader = reader or self._plain_reader
+        self._logits_spec = ModelSpec(split=has_head(student) and not (tap is not None and tap.inside))
+        self.spec = spec or self._logits_spec
+        self.outputs = outputs
         self.student = student
         self.adapters = nn.ModuleList(adapters)
         self.tap = tap
         self.methods = nn.ModuleDict(methods or {})
         self.resize_to = resize_to
         self.unweighted: FrozenSet[str] = frozenset()  # methods of weight 0 in the current epoch
-        if tap is not None and tap.inside:
-            adapt_input(student, tap.inside, _InsideAdapter(adapters[0], tap.layout))
 
     def forward(
             self,
@@ -121,75 +99,14 @@ class AdaptedStudent(nn.Module):
     def forward_with_features(self, images: torch.Tensor, teacher: Optional[Features] = None) -> Features:
         """Run the student; with a teacher's features, read what the methods ask for and match the adapters."""
         images = self._resize(images)
-        reader = self._plain_reader if teacher is None else self.reader
-        if self.tap is None and reader.reads_logits_alone:
-            return Features(logits=_first(self.student(images)))
-        if self.tap is not None and self.tap.inside:
-            return self._forward_inside(self.tap, reader, images, teacher)
-        return self._forward_tapped(reader, images, teacher)
-
-    def _forward_inside(
-            self,
-            tap: StudentTap,
-            reader: FeatureReader,
-            images: torch.Tensor,
-            teacher: Optional[Features],
-    ) -> Features:
-        classifier = self.student.get_submodule(tap.inside)
-        with self._delayed_dropout() as dropout:
-            match_inside(classifier, None if teacher is None else teacher.tap, dropout)
-            features, raw = reader.run_trunk(self.student, images)
-            reader.read_feature(features, raw, self.student, images)
-            reader.run_head(self.student, raw, features)
-        loss = pop_inside_loss(classifier)
-        features.matched = () if loss is None else (loss,)
-        return features
-
-    def _forward_tapped(self, reader: FeatureReader, images: torch.Tensor, teacher: Optional[Features]) -> Features:
-        features, raw = reader.run_trunk(self.student, images)
-        at_pre_logits = self.tap is not None and self.tap.point == 'pre_logits'
-        if not at_pre_logits:
-            raw = self._adapt(features, raw, images, teacher)
-        reader.read_feature(features, raw, self.student, images)
-        if not at_pre_logits:
-            reader.run_head(self.student, raw, features)
-            return features
-        with self._delayed_dropout() as dropout:
-            pre_logits = self.student.forward_head(raw, pre_logits=True)
-        pre_logits = dropout(self._adapt(features, pre_logits, images, teacher))  # type: ignore[arg-type]
-        reader.note_pre_logits(features, pre_logits)
-        reader.note_logits(features, self.student.get_classifier()(pre_logits))
-        return features
-
-    def _delayed_dropout(self) -> ContextManager[Callable[[torch.Tensor], torch.Tensor]]:
-        """Skip the dropout behind which the tap is, in training; what the context gives applies it."""
-        if self.tap is None or self.tap.dropout is None or not self.training:
-            return nullcontext(lambda x: x)
-        return DelayedDropout(self.tap.dropout, self.tap.layout.channels)
-
-    def _adapt(
-            self,
-            features: Features,
-            feature: RawFeature,
-            images: torch.Tensor,
-            teacher: Optional[Features],
-    ) -> RawFeature:
-        """Run the adapters on the feature of these images at the tap and note their losses."""
+        outputs = LOGITS if teacher is None else self.outputs
+        if self.tap is None and outputs == LOGITS:
+            return Features(logits=logits_of(self.student(images)))
+        spec = self._logits_spec if outputs == LOGITS else self.spec
         if self.tap is None:
-            return feature
+            return read(self.student, spec, images, outputs)
         target = None if teacher is None else teacher.tap
-        adapted = [
-            adapter(site.layout.to_positions(tensor), None if target is None else self._match(site, images, target))
-            for adapter, site, tensor in zip(self.adapters, self.tap.sites, self.tap.read(feature))
-        ]
-        features.matched = tuple(a.loss for a in adapted if a.loss is not None)
-        outputs = [site.layout.from_positions(a.output) for site, a in zip(self.tap.sites, adapted)]
-        return self.tap.write(feature, outputs)
-
-    def _match(self, site: TapSite, images: torch.Tensor, target: torch.Tensor) -> Match:
-        """Return what a site's adapter is matched with, on the grid that the student gives these images."""
-        layout = layout_for(self.student, site.layout, images, site.index)
-        return Match(target, layout.to_map)
+        return path_of(self.tap)(self.student, spec, images, outputs, self.tap, self.adapters, target).run()
 
     def transform_logits(self, logits: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
         """Apply the methods' maps of the logits, which the task loss and all methods see."""
@@ -226,7 +143,7 @@ class AdaptedStudent(nn.Module):
 
     def merged_copy(self) -> nn.Module:
         """Return a plain timm model with the merged weights, in eval mode."""
-        model = copy_plain_student(self.student, self.tap)
+        model = copy_plain_student(self.student)
         model.load_state_dict(self.merged_state_dict())
         return model
 
@@ -237,8 +154,8 @@ class AdaptedStudent(nn.Module):
             images: Batch to measure that on, [B, C, H, W].
         """
         if not self.adapters or self.tap is None or not self.tap.consumers:
-            return copy_plain_student(self.student, self.tap)
-        return create_plain_student(self.student, self.tap, self._resize(images))
+            return copy_plain_student(self.student)
+        return create_plain_student(self.student, self._resize(images))
 
     def merge_error(self, images: torch.Tensor, plain: Optional[nn.Module] = None) -> float:
         """Return the largest logit difference that merging makes on a batch, relative to the logits' spread.
@@ -320,21 +237,3 @@ class AdaptedStudent(nn.Module):
                 found = 'nothing' if name not in state else f'{list(state[name].shape)}'
                 raise RuntimeError(f"for '{name}' it holds {found}, here it is {list(buffer.shape)}.")
             buffer.copy_(state[name])
-
-
-class _InsideAdapter(nn.Module):
-    """Runs an adapter on a linear layer's input, [B, C] or [B, L, C], and gives its output in that shape."""
-
-    def __init__(self, adapter: Adapter, layout: FeatureLayout):
-        super().__init__()
-        self.adapter = adapter
-        self.layout = layout
-
-    def forward(self, input: torch.Tensor, target: Optional[torch.Tensor]) -> AdapterOutput:
-        match = None if target is None else Match(target, self.layout.to_map)
-        adapted = self.adapter(self.layout.to_positions(input), match)
-        return AdapterOutput(self.layout.from_positions(adapted.output), adapted.loss)
-
-
-def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, (tuple, list)) else output

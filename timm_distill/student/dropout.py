@@ -3,13 +3,14 @@
 Dropout scales what it keeps, so that features behind it have another deviation in training than at inference. A batch
 norm there would keep running statistics that do not fit the features that it meets.
 """
-from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+
+from ..features.tracing import inputs_of
 
 
 class DelayedDropout(TorchFunctionMode):
@@ -99,7 +100,7 @@ def find_dropout_of(output: Callable[[], torch.Tensor]) -> Optional[int]:
 
 def find_dropout_before(module: nn.Module, run: Callable[[], Any]) -> Optional[int]:
     """Return which dropout call gives the input of a module that is run once, None where none does."""
-    with _Recorder() as recorder, _inputs_of(module) as inputs:
+    with _Recorder() as recorder, inputs_of([module]) as (inputs,):
         run()
     return recorder.find(inputs[-1])
 
@@ -109,13 +110,3 @@ def count_dropouts(run: Callable[[], Any]) -> int:
     with _Recorder() as recorder:
         run()
     return sum(rate > 0 for rate in recorder.rates)
-
-
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[List[torch.Tensor]]:
-    inputs: List[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    try:
-        yield inputs
-    finally:
-        handle.remove()

@@ -3,22 +3,19 @@
 Knows a student, its adapters and the tap between them; nothing of methods, teachers or the task.
 """
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Callable, Dict, Iterable, Iterator, Optional, Set, Tuple
+from typing import Dict, Iterable, Iterator, Optional, Set
 
 import torch
 import torch.nn as nn
 from timm.layers import SplitBatchNorm2d
 
-from ..features.inputs import evaluation_mode
-from ..utils._compat import remove_forward_pre_hook
+from ..features.inputs import evaluation_mode, logits_of
 from ..utils.precision import full_float32
 from .folding import fold_affine, named_tensors
 from .tap import StudentTap
 
 # Largest logit difference, relative to the logits' spread, that rounding explains.
 MERGE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_INSIDE = '_adapted_input'
 
 
 @torch.no_grad()
@@ -73,8 +70,8 @@ def merge_error(adapted: nn.Module, plain: nn.Module, images: torch.Tensor) -> f
         Largest logit difference over the logits' spread; nan where logits are not finite.
     """
     with evaluation_mode(adapted), evaluation_mode(plain), full_precision(images.device):
-        expected = _first(adapted(images)).double()
-        actual = _first(plain(images)).double()
+        expected = logits_of(adapted(images)).double()
+        actual = logits_of(plain(images)).double()
     spread = (expected - expected.mean()).abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     return ((actual - expected).abs().max() / spread).item()
 
@@ -84,66 +81,3 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """Run outside autocast and without TF32, whose rounding would hide a wrong merge."""
     with full_float32(), torch.autocast(device.type, enabled=False):
         yield
-
-
-@dataclass
-class _Inside:
-    """An adapter in front of a classifier, what it matches with in a forward and what runs behind it, and its loss."""
-    adapter: nn.Module
-    target: Optional[torch.Tensor] = None
-    behind: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
-    loss: Optional[torch.Tensor] = None
-
-
-def adapt_input(model: nn.Module, name: str, adapter: nn.Module) -> None:
-    """Let a classifier be given what `adapter`, which returns an `AdapterOutput`, makes of its input.
-
-    For models whose own forward alone reaches that input. The layer keeps its class and its forward. The adapter is
-    kept outside the module tree: the names of the student's tensors stay those of the architecture. The hook finds the
-    adapter through the layer that it is called for, so that a deep copy of student and adapter together runs its own.
-    """
-    layer = model.get_submodule(name)
-    layer.__dict__[_INSIDE] = _Inside(adapter)
-    layer.register_forward_pre_hook(_run_adapter)
-
-
-def _run_adapter(layer: nn.Module, args: Tuple[torch.Tensor, ...]) -> Tuple[torch.Tensor, ...]:
-    inside = layer.__dict__[_INSIDE]
-    adapted = inside.adapter(args[0], inside.target)
-    inside.loss = adapted.loss
-    output = adapted.output if inside.behind is None else inside.behind(adapted.output)
-    return (output, *args[1:])
-
-
-def match_inside(
-        layer: nn.Module,
-        target: Optional[torch.Tensor],
-        behind: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
-) -> None:
-    """Set what the adapter in front of a layer matches with, and what runs between the two.
-
-    Args:
-        layer: The layer.
-        target: The teacher's feature, [B, Ct, H, W].
-        behind: Function of the adapter's output.
-    """
-    inside = layer.__dict__[_INSIDE]
-    inside.target, inside.behind = target, behind
-
-
-def pop_inside_loss(layer: nn.Module) -> Optional[torch.Tensor]:
-    """Return the loss of the last forward; nothing of a batch stays behind, so that the module can be copied."""
-    inside = layer.__dict__[_INSIDE]
-    loss, inside.loss, inside.target, inside.behind = inside.loss, None, None, None
-    return loss
-
-
-def plain_input(model: nn.Module, name: str) -> None:
-    """Undo `adapt_input`."""
-    layer = model.get_submodule(name)
-    layer.__dict__.pop(_INSIDE, None)
-    remove_forward_pre_hook(layer, _run_adapter)
-
-
-def _first(logits: torch.Tensor) -> torch.Tensor:
-    return logits[0] if isinstance(logits, (tuple, list)) else logits

@@ -10,17 +10,12 @@ from timm.layers import SplitBatchNorm2d
 
 from ..features.inputs import CANNOT_RUN
 from ..utils._compat import get_model_kwargs
-from .merge import MERGE_TOLERANCE, merge_error, plain_input
-from .tap import StudentTap
+from .merge import MERGE_TOLERANCE, merge_error
 
 _logger = logging.getLogger(__name__)
 
 
-def create_plain_student(
-        student: nn.Module,
-        tap: Optional[StudentTap],
-        images: Optional[torch.Tensor] = None,
-) -> nn.Module:
+def create_plain_student(student: nn.Module, images: torch.Tensor) -> nn.Module:
     """Return a model without adapters that takes the student's plain state dict, with its weights, in eval mode.
 
     The architecture is built again by its timm name and arguments where that is measured to be the student: loading a
@@ -29,12 +24,11 @@ def create_plain_student(
 
     Args:
         student: Student as trained; it stays as it is.
-        tap: Insertion point of its adapters, None where it has none.
-        images: Batch to compare both on, [B, C, H, W]; None for a deep copy.
+        images: Batch to compare both on, [B, C, H, W].
     """
-    copied = copy_plain_student(student, tap)
-    rebuilt = None if images is None else _build_again(student)
-    if rebuilt is None or images is None:
+    copied = copy_plain_student(student)
+    rebuilt = _build_again(student)
+    if rebuilt is None:
         return copied
     try:
         rebuilt.load_state_dict(copied.state_dict())
@@ -48,14 +42,12 @@ def create_plain_student(
     return copied
 
 
-def copy_plain_student(student: nn.Module, tap: Optional[StudentTap]) -> nn.Module:
-    """Return a deep copy of a student without adapters and without what `--split-bn` adds, in eval mode."""
+def copy_plain_student(student: nn.Module) -> nn.Module:
+    """Return a deep copy of a student without what `--split-bn` adds, in eval mode."""
     model = copy.deepcopy(student)
     for module in model.modules():
         if isinstance(module, SplitBatchNorm2d):
             module.aux_bn = nn.ModuleList()  # not used in eval mode
-    if tap is not None and tap.inside:
-        plain_input(model, tap.inside)
     return _without_distilled_training(model).eval()
 
 

@@ -7,7 +7,7 @@ parameters randomised, and both logits are compared in float64. What does not ag
 import copy
 import logging
 from dataclasses import replace
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -21,7 +21,14 @@ from ..features.classifier import (
     last_linear,
 )
 from ..features.grids import candidate_layouts
-from ..features.inputs import CANNOT_RUN, RawFeature, evaluation_mode, private_generator, random_images
+from ..features.inputs import (
+    CANNOT_RUN,
+    RawFeature,
+    evaluation_mode,
+    logits_of,
+    private_generator,
+    random_images,
+)
 from ..features.layouts import FeatureLayout
 from ..features.stages import (
     drops_positions,
@@ -30,7 +37,7 @@ from ..features.stages import (
     last_stage_feature,
     resolve_feature_layout,
 )
-from ..features.tracing import Call, Head, call_head, random_like, random_tensors, trace
+from ..features.tracing import Call, Head, call_head, inputs_of, mapped_input, random_like, random_tensors, trace
 from ..utils.affine import AffineMap
 from ..utils.batch_norm import is_batch_norm
 from .dropout import count_dropouts, find_dropout_before, find_dropout_of
@@ -279,12 +286,8 @@ def _random_affine(channels: int, offset: bool = True) -> AffineMap:
 def _measure_inside(student: nn.Module, images: torch.Tensor) -> StudentTap:
     """Tap the input of a classifier that only the model's own forward reaches."""
     name = _linear_classifier(student, images)
-    inputs: List[torch.Tensor] = []
-    handle = student.get_submodule(name).register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    try:
+    with inputs_of([student.get_submodule(name)]) as (inputs,):
         student(images)
-    finally:
-        handle.remove()
     if len(inputs) != 1 or inputs[0].ndim not in (2, 3):
         raise _NoTap(f'the classifier {name} is not run once on vectors or tokens')
     layout = _vector_layouts(inputs[0])[0][0]
@@ -315,13 +318,13 @@ def _inside_error(student: nn.Module, images: torch.Tensor, site: TapSite) -> fl
     """Compare a random map in front of the classifier with the map folded into it, in a float64 copy."""
     model, images, affine = _exact_copy(student, images, site)
     layout = site.layout
-    unmapped = _logits(model(images))
-    handle = model.get_submodule(site.consumers[0].linear).register_forward_pre_hook(
-        lambda module, args: (layout.from_positions(affine(layout.to_positions(args[0]))), *args[1:]))
-    unmerged = _logits(model(images))
-    handle.remove()
+    unmapped = logits_of(model(images))
+    with mapped_input(
+            model.get_submodule(site.consumers[0].linear),
+            lambda x: layout.from_positions(affine(layout.to_positions(x)))):
+        unmerged = logits_of(model(images))
     model.load_state_dict(fold_affine(model, named_tensors(model), site.consumers, affine), strict=False)
-    return _logit_error(_logits(model(images)), unmerged, unmapped)
+    return _logit_error(logits_of(model(images)), unmerged, unmapped)
 
 
 def _exact_copy(
@@ -367,8 +370,4 @@ def _whole_error(student: nn.Module, images: torch.Tensor, tap: StudentTap, site
     mapped = [site.layout.from_positions(affine(site.layout.to_positions(one.read(raw)[0])))]
     unmapped, unmerged = head(raw), head(one.write(raw, mapped))
     model.load_state_dict(fold_affine(model, named_tensors(model), site.consumers, affine), strict=False)
-    return _logit_error(_logits(model(images)), unmerged, unmapped)
-
-
-def _logits(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, (tuple, list)) else output
+    return _logit_error(logits_of(model(images)), unmerged, unmapped)

@@ -62,7 +62,7 @@ def compute_class_means(
     """
     device = device or next(teacher.parameters()).device
     precise = torch.float32 if device.type == 'mps' else torch.float64
-    sums = torch.zeros(num_classes, teacher.pre_logits_channels, dtype=precise, device=device)
+    sums = torch.zeros(num_classes, teacher.tap_channels('pre_logits'), dtype=precise, device=device)
     counts = torch.zeros(num_classes, 1, dtype=precise, device=device)
     remaining = evaluation_sample_limit(loader)
     state = get_rng_state()

@@ -1,15 +1,20 @@
 """Preprocessing of a teacher's images: mean, standard deviation, size and interpolation, and where each was taken from.
 
-Knows neither models nor files: what they say comes as records, the one that counts most first.
+What files and flags say of it comes as records, the one that counts most first.
 """
+import logging
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, cast
 
 import torch
+import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..errors import UsageError
+from ..features.inputs import reason_not_to_run, resize_images, runnable_size
+
+_logger = logging.getLogger(__name__)
 
 RESIZE_MODES = ('bicubic', 'bilinear', 'nearest')  # of those that timm knows, what resizes tensors
 
@@ -77,6 +82,41 @@ class Preprocessing:
         return '; '.join(', '.join(items) + (f' ({source})' if source else '') for source, items in by_source.items())
 
 
+def model_record(model: nn.Module) -> InputRecord:
+    """Return what a model's `pretrained_cfg` says; its size is left out, as many models take any."""
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    return InputRecord(
+        'its pretrained_cfg', config.get('mean'), config.get('std'), interpolation=config.get('interpolation'))
+
+
+def resolve_size(
+        model: nn.Module,
+        input_size: Sequence[int],
+        records: Sequence[InputRecord],
+) -> Tuple[Optional[Tuple[int, int]], str]:
+    """Return the size that a teacher's images are resized to, None where it runs at the student's; and who says so.
+
+    Raises:
+        UsageError: If the model runs neither at the student's input size nor at its own, or not at that of a record.
+    """
+    name, student_size = type(model).__name__, (input_size[1], input_size[2])
+    said = first_record([*records, InputRecord('')], 'size')
+    if said.size is not None:
+        size = (int(said.size[0]), int(said.size[1]))
+        reason = reason_not_to_run(model, (input_size[0], *size))
+        if reason:
+            raise UsageError(
+                f'The teacher {name} cannot run at {size[0]}x{size[1]} ({said.source}): {reason}. '
+                'Change --teacher-img-size, --in-chans or --teacher-kwargs img_size=N.')
+        return (None if size == student_size else size), said.source
+    own_size, reason = runnable_size(model, input_size)
+    if reason:
+        raise UsageError(
+            f'The teacher {name} cannot run on the input {list(input_size)}: '
+            f'{reason}. Change --img-size, --in-chans or --teacher-img-size.')
+    return own_size, "the student's size" if own_size is None else 'the size that it was built for'
+
+
 def resolve_preprocessing(
         records: Sequence[InputRecord],
         input_size: Sequence[int],
@@ -139,10 +179,54 @@ def renormalization(
     return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
 
 
-def is_same_normalization(preprocessing: Preprocessing, mean: Sequence[float], std: Sequence[float]) -> bool:
-    """Whether a model's images have the teacher's mean and standard deviation."""
-    scale, shift = renormalization(preprocessing, mean, std)
-    return bool(((scale - 1).abs() < 1e-6).all() and (shift.abs() < 1e-6).all())
+class Preparation(nn.Module):
+    """Map from the student's normalised images, [B, C, H, W], to the teacher's.
+
+    Args:
+        preprocessing: Of the teacher.
+        student_mean: Normalisation of the student's images, per channel.
+        student_std: Likewise.
+        resize_to: Size (height, width) of the teacher's images, None where it is the student's.
+        like: A tensor on the teacher's device and in its precision.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(
+            self,
+            preprocessing: Preprocessing,
+            student_mean: Sequence[float],
+            student_std: Sequence[float],
+            resize_to: Optional[Tuple[int, int]],
+            like: torch.Tensor,
+    ):
+        super().__init__()
+        scale, shift = renormalization(preprocessing, student_mean, student_std)
+        self.renormalize = bool((scale != 1).any() or (shift != 0).any())
+        self.dtype = like.dtype
+        self.resize_to = resize_to
+        self.interpolation = preprocessing.interpolation
+        precise = torch.promote_types(like.dtype, torch.float32)  # images are rounded once, after this
+        self.register_buffer('scale', scale.to(like.device, precise), persistent=False)
+        self.register_buffer('shift', shift.to(like.device, precise), persistent=False)
+        if bool(((scale - 1).abs() >= 1e-6).any() or (shift.abs() >= 1e-6).any()):
+            _warn_of_assumptions(preprocessing, student_mean, student_std)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.renormalize:
+            images = images * self.scale + self.shift
+        images = images.to(self.dtype)
+        return images if self.resize_to is None else resize_images(images, self.resize_to, self.interpolation)
+
+
+def _warn_of_assumptions(own: Preprocessing, student_mean: Sequence[float], student_std: Sequence[float]) -> None:
+    """Warn of a normalisation that is not the student's and that nobody said."""
+    if set(own.assumed) & {'mean', 'std'}:
+        student = ' and '.join(' '.join(f'{v:.4g}' for v in values) for values in (student_mean, student_std))
+        _logger.warning(
+            'Nothing says with which mean and standard deviation the teacher was trained, and a wrong one costs '
+            f"its accuracy: its images get {own}; the student's {student}. Give --teacher-mean and --teacher-std.")
 
 
 def per_channel(values: Sequence[float], channels: int) -> torch.Tensor:

@@ -3,13 +3,21 @@
 A model that does not fit a device is sharded: each process keeps its share of the parameters and gathers those of one
 part of the model at a time, when that part runs. Parts are found by size, not by name.
 """
+import logging
 import os
-from typing import Any, List
+from typing import Any, List, Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..errors import UsageError
+from ..features.classifier import classifier_linear, last_linear
+from ..features.inputs import CANNOT_RUN, random_images
+from ..features.reader import ModelReader
+
+_logger = logging.getLogger(__name__)
 
 _LARGEST, _SMALLEST = 1 / 8, 1 / 200  # of the model's parameters: what is gathered at once, and what is worth it
 
@@ -58,6 +66,44 @@ def create_mesh(device: torch.device) -> DeviceMesh:
     if per_node == world_size or world_size % per_node:
         return init_device_mesh(device.type, (world_size,))
     return init_device_mesh(device.type, (world_size // per_node, per_node), mesh_dim_names=('replicate', 'shard'))
+
+
+@torch.no_grad()
+def shard_reader(reader: ModelReader, input_size: Sequence[int], device: torch.device) -> None:
+    """Spread the parameters of a frozen model over the processes, in place, and move it to the device.
+
+    Args:
+        reader: Reads the model, whatever is read of it.
+        input_size: What the model is fed, (channels, height, width).
+        device: Where processes compute.
+
+    Raises:
+        UsageError: If the sharded model does not give what it gave before.
+    """
+    name = type(reader.model).__name__
+    if not dist.is_initialized():
+        raise UsageError('--teacher-fsdp spreads the teacher over processes: start them with torchrun.')
+    for parameter in reader.parameters():
+        parameter.data = parameter.data.contiguous()  # shards know no other memory order
+    images = random_images(reader.model, input_size)
+    expected = reader(images, reader.spec.outputs).tensors()
+    classifier = classifier_linear(reader.model) or last_linear(reader.model, images)
+    parts = find_parts(reader.model, [] if classifier is None else [classifier])
+    shard(reader, parts, device)
+    try:
+        actual = reader(images.to(device), reader.spec.outputs).tensors()
+        wrong = max(((a.cpu() - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected))
+    except CANNOT_RUN as e:
+        raise UsageError(
+            f'--teacher-fsdp: the teacher {name} does not run in shards: '
+            f'{" ".join(str(e).split())[:200]}. Leave it out.') from e
+    if not wrong <= 1e-2:  # another device rounds otherwise
+        raise UsageError(
+            f'--teacher-fsdp: the teacher {name} gives other outputs in shards '
+            f'(relative difference {wrong:.2g}). Leave it out.')
+    _logger.info(
+        f'Teacher: {count_local_parameters(reader.model):,} of its parameters on this process, gathered in '
+        f'{len(parts)} parts.')
 
 
 def shard(root: nn.Module, parts: List[nn.Module], device: torch.device) -> None:

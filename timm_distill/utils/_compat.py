@@ -2,7 +2,7 @@
 
 Whatever a new version of either renames is mended here.
 """
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -17,7 +17,7 @@ __all__ = [
     'BatchNormBase', 'TorchDispatchMode', 'allow_retained_graphs', 'feature_take_indices', 'foreach_add_',
     'foreach_copy_', 'foreach_div_', 'foreach_mul_', 'foreach_sub', 'get_grad_scaler', 'get_learning_rates',
     'get_model_kwargs', 'has_started', 'ignore_in_ddp', 'list_non_persistent_buffers', 'masks_updates',
-    'remove_forward_pre_hook', 'replace_dataset', 'tree_leaves', 'writes_to_arguments',
+    'replace_dataset', 'tree_leaves', 'writes_to_arguments',
 ]
 
 # One kernel for a list of tensors, as torch's own optimizers run them; torch has no public one.
@@ -58,13 +58,6 @@ def list_non_persistent_buffers(module: nn.Module) -> List[str]:
     Comparing names with the state dict would gather the weights of a sharded model, which takes all processes.
     """
     return sorted(module._non_persistent_buffers_set)
-
-
-def remove_forward_pre_hook(module: nn.Module, hook: Callable) -> None:
-    """Remove a hook by its function; a handle removes it of the module that was registered with, never of a copy."""
-    for key, registered in list(module._forward_pre_hooks.items()):
-        if registered is hook:
-            del module._forward_pre_hooks[key]
 
 
 def has_started(loader: torch.utils.data.DataLoader) -> bool:
