@@ -1,12 +1,61 @@
 """Exceptions that a user can cause, apart from those that are bugs.
 
-The scripts print a `UsageError` as one line and exit with code 2; anything else keeps its traceback.
+The scripts print a `UsageError` as one line and exit with code 2; anything else keeps its traceback. Messages name a
+setting by its flag; functions that are called from Python spell it as their argument.
 """
-from typing import Any, Dict, Optional
+import re
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, TypeVar
+
+_Function = TypeVar('_Function', bound=Callable)
+_FLAG = re.compile(r'(?<![\w-])--(no-)?([a-z][a-z0-9-]*)(?: ([A-Z]+\b|\'[^\']*\'))?')  # --no-flag, --flag VALUE
+_spelled_by_caller = ContextVar('spelled_by_caller', default=False)
 
 
 class UsageError(ValueError):
     """A wrong name, value, file or combination: names the value, what is allowed and the flag to change."""
+
+
+@contextmanager
+def flags_in_messages() -> Iterator[None]:
+    """Leave the flags in the messages of what is called in this context, for callers whose settings are flags."""
+    token = _spelled_by_caller.set(True)
+    try:
+        yield
+    finally:
+        _spelled_by_caller.reset(token)
+
+
+def arguments_in_messages(names: Mapping[str, str]) -> Callable[[_Function], _Function]:
+    """Return a decorator that spells flags in the messages of a function's usage errors as Python arguments.
+
+    Args:
+        names: Arguments by flag, without dashes in front, where they are not the flag with underscores.
+    """
+    def _decorate(function: Any) -> Any:
+        @wraps(function)
+        def _call(*args: Any, **kwargs: Any) -> Any:
+            if _spelled_by_caller.get():
+                return function(*args, **kwargs)
+            try:
+                with flags_in_messages():  # of functions that this one calls: their arguments are not the caller's
+                    return function(*args, **kwargs)
+            except UsageError as e:
+                e.args = (spell_arguments(str(e), names),)
+                raise
+        return _call
+    return _decorate
+
+
+def spell_arguments(message: str, names: Mapping[str, str]) -> str:
+    """Return a message with its flags spelled as arguments: `--no-x` is `x=False`, `--x FILE` is `x=FILE`."""
+    def _spell(match: 're.Match[str]') -> str:
+        negated, flag, value = match.groups()
+        name = names.get(flag, flag.replace('-', '_'))
+        return f'{name}=False' if negated else f'{name}={value}' if value else name
+    return _FLAG.sub(_spell, message)
 
 
 class LostStateError(RuntimeError):

@@ -4,18 +4,18 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
 
-import timm
 import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .adapters import Adapter, create_adapter
-from .errors import UsageError
+from .errors import UsageError, arguments_in_messages
 from .features.inputs import count_flops, evaluation_mode, random_images, runnable_size
 from .features.spec import PairSpec
 from .features.stages import count_classes
 from .methods import DistillMethod
 from .methods._composition import Composition, Recipe, create_composition
+from .models.named import create_model
 from .student.adapted import AdaptedStudent
 from .student.inspection import inspect_student
 from .student.tap import StudentTap
@@ -48,6 +48,7 @@ class DataSpec:
         num_samples: Images of the training set, for methods that keep something of each; as many as `sample_labels`
             by default.
         sample_labels: Label of every image of the training set by index, [N], for methods that choose among them.
+        fits: The student is known to run at `input_size`, which is not measured again.
     """
     input_size: Optional[Sequence[int]] = None
     mean: Optional[Sequence[float]] = None
@@ -55,8 +56,12 @@ class DataSpec:
     num_classes: Optional[int] = None
     num_samples: Optional[int] = None
     sample_labels: Optional[torch.Tensor] = None
+    fits: bool = False
 
 
+@arguments_in_messages({
+    'model': 'student', 'model-kwargs': 'student_kwargs', 'initial-checkpoint': 'student_kwargs',
+    'img-size': 'input_size', 'in-chans': 'input_size', 'list-kd': 'list_methods()'})
 def create_distill_task(
         student: Union[str, nn.Module],
         teacher: Union[str, nn.Module, Teacher, None] = None,
@@ -117,8 +122,12 @@ def create_distill_task(
             student_std=data.std or config.get('std', IMAGENET_DEFAULT_STD),
             autocast='teacher_dtype' not in teacher_options,
             by_name=dict(num_classes=int(getattr(model, 'num_classes', 0)), verbose=verbose))
-        _check_class_counts(model, teacher_model, methods, input_size)
-    module = _adapt_student(model, teacher_model, methods, input_size, recipe.kd_tap, verbose)
+    resize_to = None if data.fits else _student_size(model, input_size)
+    own_input = (input_size[0], *(resize_to or input_size[1:]))
+    if teacher_model is not None:
+        _check_class_counts(model, teacher_model, methods, own_input)
+    module = _adapt_student(model, teacher_model, methods, own_input, recipe.kd_tap, verbose)
+    module.resize_to = resize_to
     _start_adapters(module, student, student_kwargs, student_pretrained, verbose)
     if teacher_model is not None:
         if verbose:
@@ -148,9 +157,7 @@ def _split_options(options: Mapping[str, Any]) -> Tuple[Dict[str, Any], ...]:
 def _create_student(student: Union[str, nn.Module], num_classes: Optional[int], kwargs: Optional[Dict]) -> nn.Module:
     if isinstance(student, nn.Module):
         return student
-    if not timm.is_model(student):
-        raise UsageError(f"Unknown student '{student}'. --student takes a timm architecture (timm.list_models()).")
-    return timm.create_model(student, num_classes=num_classes, **(kwargs or {}))
+    return create_model(student, 'student', '--model-kwargs', num_classes=num_classes, **(kwargs or {}))
 
 
 def _resolve_teacher(
@@ -183,10 +190,7 @@ def _check_class_counts(
     on_logits = [name for name, method in methods.items() if method.needs_equal_classes()]
     if not on_logits:
         return
-    size, reason = runnable_size(student, input_size)
-    if reason:
-        return  # said where the student is adapted
-    student_classes = count_classes(student, (input_size[0], *(size or input_size[1:])))
+    student_classes = count_classes(student, input_size)
     if teacher.num_classes != student_classes:
         raise UsageError(
             f'--kd {"+".join(on_logits)} compares logits, but the teacher has {_describe_classes(teacher.num_classes)} '
@@ -220,8 +224,6 @@ def _adapt_student(
         kd_tap: str,
         verbose: bool,
 ) -> AdaptedStudent:
-    resize_to = _student_size(student, input_size)
-    own_input = (input_size[0], *(resize_to or input_size[1:]))
     adapting = {name: method for name, method in methods.items() if method.adapter}
     if len(adapting) > 1:
         raise UsageError(f"--kd {'+'.join(adapting)}: only one of these can put an adapter on the student's path.")
@@ -229,16 +231,16 @@ def _adapt_student(
     if not adapting or teacher is None:
         if kd_tap != 'auto':
             _logger.warning(f'--kd-tap {kd_tap} is ignored: no method of --kd uses an adapter.')
-        spec = inspect_student(student, own_input, outputs)
-        return AdaptedStudent(student, methods=methods, resize_to=resize_to, spec=spec, outputs=outputs)
+        spec = inspect_student(student, input_size, outputs)
+        return AdaptedStudent(student, methods=methods, spec=spec, outputs=outputs)
     (method,) = adapting.values()
-    tap = resolve_student_tap(student, own_input, kd_tap)
+    tap = resolve_student_tap(student, input_size, kd_tap)
     if 'head' in outputs and tap.point == 'pre_logits':
         others = [name for name, m in methods.items() if 'head' in m.student_outputs]
         raise UsageError(
             f"--kd {'+'.join(others)} runs the student's head on its last feature map, and the adapter of "
             f"--kd {'+'.join(adapting)} sits inside of that head ({tap}). Use --kd-tap side, or leave one of them out.")
-    spec = inspect_student(student, own_input, outputs, tap)
+    spec = inspect_student(student, input_size, outputs, tap)
     adapters = [
         create_adapter(
             str(method.adapter),
@@ -251,7 +253,7 @@ def _adapt_student(
     ]
     if verbose:
         _log_adapters(tap, adapters)
-    return AdaptedStudent(student, adapters, tap, methods, resize_to, spec, outputs)
+    return AdaptedStudent(student, adapters, tap, methods, spec=spec, outputs=outputs)
 
 
 def _start_adapters(

@@ -97,10 +97,10 @@ def test_half_precision_and_autocast_run(run, capsys):
 
 
 @pytest.mark.parametrize('more, message', [
-    (['--model', 'test_resnett'], 'similar ones: test_resnet'),
+    (['--model', 'test_resnett'], "Unknown model 'test_resnett' (did you mean test_resnet"),
     (['--model', 'test_vit'], '--model test_vit'),
     (['--checkpoint', 'missing.pth'], 'missing.pth'),
-    (['--checkpoint', __file__], 'cannot be read'),
+    (['--checkpoint', __file__], 'Cannot read'),
     (['--data-dir', 'no-such-folder'], 'no-such-folder'),
     (['--num-classes', '5'], '--num-classes'),
     (['--device', 'nonsense'], '--device'),

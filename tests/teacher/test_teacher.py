@@ -22,7 +22,7 @@ from timm_distill.teacher.teacher import hash_weights
 from timm_distill.utils.batch_norm import is_batch_norm
 
 SIZE = (3, 32, 32)
-UNREADABLE = 'Cannot read .* check --teacher-checkpoint|is refused: .* Check --teacher-checkpoint'
+UNREADABLE = 'Cannot read .* check checkpoint|is refused: .* Check checkpoint'
 OUTPUTS = frozenset({'logits', 'feature', 'pre_logits'})
 SWIN = dict(img_size=32, window_size=1, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 ARCHITECTURES = [
@@ -241,7 +241,7 @@ def test_wrong_architecture_says_what_does_not_fit(tmp_path: Path) -> None:
     save_random_teacher(tmp_path / 'vit.safetensors', 'test_vit')
     with pytest.raises(UsageError) as error:
         create_teacher('test_resnet', SIZE, 5, checkpoint=str(tmp_path / 'vit.safetensors'))
-    for part in ('--teacher-checkpoint', 'vit.safetensors', "'test_resnet'", 'missing', 'unexpected', '--teacher'):
+    for part in ('checkpoint', 'vit.safetensors', "'test_resnet'", 'missing', 'unexpected', 'model_kwargs'):
         assert part in str(error.value)
 
 
@@ -271,7 +271,7 @@ def test_garbage_is_a_usage_error(content: bytes, suffix: str, tmp_path: Path) -
 @pytest.mark.parametrize('content', [[1, 2], 'text', {'weights': 3}, {'state_dict': [1]}, torch.zeros(2)])
 def test_file_that_holds_something_else_is_a_usage_error(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / 'teacher.pth')
-    with pytest.raises(UsageError, match='--teacher-checkpoint'):
+    with pytest.raises(UsageError, match='checkpoint'):
         create_teacher('test_resnet', SIZE, 5, checkpoint=str(tmp_path / 'teacher.pth'))
 
 
@@ -302,7 +302,7 @@ def test_unknown_name_lists_similar_ones() -> None:
 
 def test_architecture_without_pretrained_weights_is_a_usage_error() -> None:
     name = next(name for name in timm.list_models() if not timm.is_model_pretrained(name))
-    with pytest.raises(UsageError, match='--teacher-checkpoint FILE, or --no-teacher-pretrained'):
+    with pytest.raises(UsageError, match='checkpoint=FILE, or pretrained=False'):
         create_teacher(name, SIZE, 5)
 
 
@@ -330,7 +330,7 @@ def test_more_arguments_reach_the_model(tmp_path: Path) -> None:
 
 
 def test_unknown_argument_of_the_model_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match='--teacher-kwargs'):
+    with pytest.raises(UsageError, match='model_kwargs'):
         create_teacher('test_resnet', SIZE, 5, pretrained=False, model_kwargs=dict(no_such_option=1))
 
 
@@ -563,7 +563,7 @@ def test_model_without_a_classifier_has_no_classes(name: str) -> None:
 
 def test_srrl_refuses_a_teacher_without_classes_and_fm_takes_it() -> None:
     teacher = Teacher(create_model(num_classes=0), SIZE)
-    with pytest.raises(UsageError, match='--kd fm'):
+    with pytest.raises(UsageError, match='kd fm'):
         create_distill_task(create_model(), teacher, kd='srrl', input_size=SIZE, verbose=False)
     task = create_distill_task(create_model(), teacher, kd='fm', input_size=SIZE, verbose=False)
     assert task(torch.randn(4, *SIZE), torch.arange(4))['fm_loss'] > 0

@@ -98,7 +98,7 @@ def test_flags_count_more_than_the_file_and_a_contradiction_is_said(
 @pytest.mark.parametrize('mean', ['abc', ['x', 'y', 'z'], [float('nan')], [], {'a': 1}])
 def test_normalisation_that_is_none_is_a_usage_error_unless_a_flag_replaces_it(mean: Any, tmp_path: Path) -> None:
     path = save_run(tmp_path, args=flags(mean=mean))
-    with pytest.raises(UsageError, match=r'mean .*the args in last.pth.tar.*--teacher-mean'):
+    with pytest.raises(UsageError, match=r'mean .*the args in last.pth.tar.*give mean'):
         create_teacher('test_resnet', SIZE, 5, path)
     assert create_teacher('test_resnet', SIZE, 5, path, mean=MEAN).preprocessing.mean == MEAN
 
@@ -134,7 +134,7 @@ def test_raw_or_averaged_weights_are_taken_as_told(weights: Optional[str], expec
 
 def test_averaged_weights_that_are_not_there_are_a_usage_error(tmp_path: Path) -> None:
     path = save_run(tmp_path)
-    with pytest.raises(UsageError, match='no averaged weights: give --teacher-weights raw'):
+    with pytest.raises(UsageError, match='no averaged weights: give weights raw'):
         create_teacher('test_resnet', SIZE, 5, path, weights='ema')
     assert create_teacher('test_resnet', SIZE, 5, path, weights='raw').num_classes == 5
 

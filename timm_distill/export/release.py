@@ -20,8 +20,10 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict, save_for_hf
 
 from ..checkpoint.file import flush, put_in_place, read_checkpoint, respect_umask, write_checkpoint, written_at_once
-from ..checkpoint.run_files import is_unmerged, nonfinite_tensors
+from ..checkpoint.run_files import nonfinite_tensors
+from ..checkpoint.weights import refuse_unmerged
 from ..errors import UsageError
+from ..models.named import create_model, is_hub
 from ..utils.text import printable
 from .model_card import create_model_card
 
@@ -102,10 +104,7 @@ def _metrics(state: Dict[str, Any]) -> Dict[str, Any]:
 
 def _read(checkpoint: str) -> Dict[str, Any]:
     state = read_checkpoint(checkpoint, 'CHECKPOINT')
-    if is_unmerged(state, checkpoint):
-        raise UsageError(
-            f'{checkpoint} holds the raw tensors of a student that could not be merged, whose logits are '
-            'others than those it was trained to: give another checkpoint of the run.')
+    refuse_unmerged(state, checkpoint, 'CHECKPOINT')
     if not isinstance(state.get('args'), argparse.Namespace) or 'state_dict' not in state:
         raise UsageError(
             f'{checkpoint} holds no flags of a run: give a last.pth.tar, model_best.pth.tar or '
@@ -116,9 +115,9 @@ def _read(checkpoint: str) -> Dict[str, Any]:
 def _create_model(args: argparse.Namespace) -> nn.Module:
     """Create the student as the run did, without its initial weights."""
     kwargs = _student_kwargs(args)
-    if args.model.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
+    if is_hub(args.model):
         kwargs['pretrained'] = False
-    return timm.create_model(args.model, **kwargs)
+    return create_model(args.model, 'student', '--model-kwargs', **kwargs)
 
 
 def _student_kwargs(args: argparse.Namespace) -> Dict[str, Any]:

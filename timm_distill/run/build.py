@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 
 from ..data import DataLoaders, IndexedDataset, create_loaders, create_train_loss, read_labels
-from ..errors import UsageError
+from ..errors import UsageError, flags_in_messages
 from ..factory import DataSpec, create_distill_task
 from ..features.inputs import CANNOT_RUN, find_patch_size, random_images
 from ..methods import Recipe
@@ -92,18 +92,19 @@ def build_task(
     if args.rank == 0:
         parameters = sum(p.numel() for p in student.parameters())
         _logger.info(f'Student {safe_model_name(args.model)}: {parameters:,} parameters.')
-    task = create_distill_task(
-        student,
-        **distill_kwargs(args, data_config),
-        criterion=create_train_loss(args, device, args.num_classes),
-        num_samples=len(dataset) if indexed else None,
-        sample_labels=read_labels(dataset) if indexed else None,
-        student_pretrained=comes_with_weights(args),
-        teacher_device=torch.device('cpu') if args.teacher_fsdp else None,
-        device=device,
-        dtype=precision.model_dtype,
-        verbose=args.rank == 0,
-    )
+    with flags_in_messages():
+        task = create_distill_task(
+            student,
+            **distill_kwargs(args, data_config),
+            criterion=create_train_loss(args, device, args.num_classes),
+            num_samples=len(dataset) if indexed else None,
+            sample_labels=read_labels(dataset) if indexed else None,
+            student_pretrained=comes_with_weights(args),
+            teacher_device=torch.device('cpu') if args.teacher_fsdp else None,
+            device=device,
+            dtype=precision.model_dtype,
+            verbose=args.rank == 0,
+        )
     check_task(args, task)
     if args.channels_last:
         task.to(memory_format=torch.channels_last)
@@ -125,7 +126,7 @@ def distill_kwargs(args: argparse.Namespace, data_config: Dict[str, Any]) -> Dic
         'teacher_std', 'teacher_img_size')
     return dict(
         kd=Recipe(**recipe, num_epochs=count_epochs(args)),
-        data=DataSpec(data_config['input_size'], data_config['mean'], data_config['std']),
+        data=DataSpec(data_config['input_size'], data_config['mean'], data_config['std'], fits=True),
         teacher_dtype=resolve_dtype(args.teacher_dtype),
         **{name: getattr(args, name) for name in names},
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from timm.data import resolve_data_config
 
-from ..errors import UsageError
+from ..errors import UsageError, flags_in_messages
 from ..pair import check_pair
 from .build import distill_kwargs
 from .device import resolve_device_name
@@ -19,11 +19,12 @@ def dry_run(args: argparse.Namespace) -> None:
         UsageError: If the pair does not work.
     """
     device = torch.device(resolve_device_name(args.device))
-    args.pretrained, args.rank = False, 0
+    args = argparse.Namespace(**{**vars(args), 'pretrained': False, 'rank': 0})
     student = build_student(args)
     data_config = fit_input_size(args, student, resolve_data_config(vars(args), model=student))
-    report = check_pair(
-        student=student, device=device, num_samples=args.train_num_samples, **distill_kwargs(args, data_config))
+    with flags_in_messages():
+        report = check_pair(
+            student=student, device=device, num_samples=args.train_num_samples, **distill_kwargs(args, data_config))
     if not report.ok:
         raise UsageError(report.reason)
     print(replace(report, student=args.model))

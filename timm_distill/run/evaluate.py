@@ -2,9 +2,7 @@
 
 The model is built by timm alone.
 """
-import difflib
 import logging
-import os
 from argparse import Namespace
 from collections import OrderedDict
 from typing import Any, Dict, List, Optional, Tuple, cast
@@ -14,15 +12,15 @@ import torch.nn as nn
 from timm import utils
 from timm.data import RealLabelsImagenet, resolve_data_config
 from timm.layers import apply_test_time_pool, set_fast_norm
-from timm.models import create_model, get_pretrained_cfg, is_model, list_models, load_state_dict, reparameterize_model
+from timm.models import get_pretrained_cfg, reparameterize_model
 from torch.utils.data import Dataset
 
-from ..checkpoint.file import read_metadata
-from ..checkpoint.run_files import is_unmerged
+from ..checkpoint.weights import read_weights
 from ..data import create_eval_dataset, create_eval_loader
 from ..engine.evaluate import ComputeSpec, evaluate, evaluator_class
 from ..errors import UsageError
 from ..features.inputs import find_patch_size
+from ..models.named import check_name, create_model
 from .device import enable_fast_math, resolve_device_name, resolve_precision
 
 _logger = logging.getLogger(__name__)
@@ -67,51 +65,26 @@ def evaluate_model(args: Namespace) -> Dict[str, Any]:
 
 def build_model(args: Namespace) -> nn.Module:
     """Create the model with the weights of --checkpoint, or else with its pretrained ones."""
-    if not args.model.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not is_model(args.model):
-        similar = ', '.join(difflib.get_close_matches(args.model, list_models())) or 'none'
-        raise UsageError(f"--model '{args.model}' is not a timm model, similar ones: {similar}")
-    state_dict = read_weights(args.checkpoint, args.use_ema) if args.checkpoint else None
+    check_name(args.model, 'model')
+    state_dict = None
+    if args.checkpoint:
+        kind = None if args.use_ema else 'raw'
+        state_dict = read_weights(args.checkpoint, '--checkpoint', kind, 'give --use-ema').state_dict
     num_classes = args.num_classes
     if num_classes is None and state_dict is not None:
         num_classes = infer_num_classes(args.model, state_dict)
-    try:
-        model = create_model(
-            args.model,
-            pretrained=args.pretrained or state_dict is None,
-            num_classes=num_classes,
-            in_chans=args.in_chans or (args.input_size[0] if args.input_size else 3),
-            global_pool=args.gp,
-            scriptable=args.torchscript,
-            **args.model_kwargs,
-        )
-    except Exception as e:  # a hub, a file and a constructor each raise their own errors
-        raise UsageError(f"--model '{args.model}' cannot be built with these flags: {' '.join(str(e).split())}") from e
+    model = create_model(
+        args.model, 'model', '--model-kwargs',
+        pretrained=args.pretrained or state_dict is None,
+        num_classes=num_classes,
+        in_chans=args.in_chans or (args.input_size[0] if args.input_size else 3),
+        global_pool=args.gp,
+        scriptable=args.torchscript,
+        **args.model_kwargs,
+    )
     if state_dict is not None:
         load_weights(model, state_dict, args)
     return reparameterize_model(model) if args.reparam else model
-
-
-def read_weights(path: str, use_ema: bool) -> Dict[str, torch.Tensor]:
-    """Read a state dict, without running code from the file."""
-    if not os.path.isfile(path):
-        raise UsageError(f"--checkpoint '{path}' is not a file")
-    _refuse_unmerged(path)
-    try:
-        return load_state_dict(path, use_ema)
-    except Exception as e:  # each file format fails in its own ways
-        reason = str(e).split('\n')[0] or type(e).__name__
-        raise UsageError(f"--checkpoint '{path}' cannot be read, it is damaged or no checkpoint: {reason}") from e
-
-
-def _refuse_unmerged(path: str) -> None:
-    try:
-        content = {} if path.endswith('.safetensors') else read_metadata(path)
-    except UsageError:  # timm, which reads it next, has a reason of its own
-        return
-    if is_unmerged(content, path):
-        raise UsageError(
-            f"--checkpoint '{path}' holds the raw tensors of a student that could not be merged, whose "
-            'logits are others than those it was trained to: give another checkpoint of the run')
 
 
 def infer_num_classes(name: str, state_dict: Dict[str, torch.Tensor]) -> Optional[int]:

@@ -4,13 +4,13 @@ import logging
 import os
 from typing import Any, Dict
 
-import timm
 import torch
 import torch.nn as nn
 from timm.layers import convert_splitbn_model
 
 from ..errors import UsageError
 from ..features.inputs import runnable_size
+from ..models.named import create_model
 
 _logger = logging.getLogger(__name__)
 
@@ -19,16 +19,8 @@ def build_student(args: argparse.Namespace) -> nn.Module:
     """Create the student as timm's script creates its model."""
     if args.initial_checkpoint and not os.path.isfile(args.initial_checkpoint):
         raise UsageError(f'--initial-checkpoint {args.initial_checkpoint}: there is no such file.')
-    if not args.model.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(args.model):
-        similar = timm.list_models(f'*{args.model[:6]}*')[:5]
-        hint = f' (similar: {", ".join(similar)})' if similar else ''
-        raise UsageError(f"Unknown student '{args.model}'{hint}. --student takes a timm architecture.")
-    try:
-        student = timm.create_model(args.model, **_student_kwargs(args))
-    except Exception as e:  # a hub, a file and a constructor each raise their own errors
-        raise UsageError(
-            f"The student '{args.model}' cannot be built with these --pretrained, --initial-checkpoint, "
-            f'--model-kwargs: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
+    student = create_model(
+        args.model, 'student', '--pretrained, --initial-checkpoint, --model-kwargs', **_student_kwargs(args))
     if args.pretrained_path and not args.pretrained:
         _logger.warning(
             f'--pretrained-path {args.pretrained_path} is not read without --pretrained, as in timm: the '

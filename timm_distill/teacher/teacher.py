@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from ..errors import arguments_in_messages
 from ..features.classifier import classifier_linear
 from ..features.head import HeadInput
 from ..features.inspection import inspect
@@ -145,7 +146,7 @@ class Teacher(nn.Module):
         Returns:
             The outputs asked for. They have the images' dtype, or autocast's where it is enabled.
         """
-        self.reader.eval()  # whoever may have called train() on a part of it
+        self.eval()  # whoever may have called train() on a part of it
         return self._run(images, outputs)
 
     @torch.no_grad()  # not inference mode: its tensors cannot be saved for the backward pass of a loss
@@ -213,6 +214,10 @@ def hash_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@arguments_in_messages({
+    'teacher': 'name', 'teacher-kwargs': 'model_kwargs', 'img-size': 'input_size', 'in-chans': 'input_size',
+    **{f'teacher-{name}': name.replace('-', '_') for name in (
+        'checkpoint', 'pretrained', 'weights', 'mean', 'std', 'img-size')}})
 def create_teacher(
         name: str,
         input_size: Sequence[int],

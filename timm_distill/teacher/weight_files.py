@@ -1,6 +1,6 @@
 """Weights from a file, and what the file says of the images that they were trained on.
 
-Loading is weights-only; whatever is missing, unreadable or no weights is one clear error.
+Whatever is missing, unreadable or no weights is one clear error.
 """
 import argparse
 import json
@@ -9,16 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from timm.models import clean_state_dict
 
-from ..checkpoint.file import read_checkpoint
-from ..checkpoint.run_files import is_unmerged, nonfinite_tensors
+from ..checkpoint.run_files import nonfinite_tensors
+from ..checkpoint.weights import read_weights
 from ..errors import UsageError
 from .preprocessing import InputRecord
 
-_RAW_KEYS, _EMA_KEYS = ('state_dict', 'model'), ('state_dict_ema', 'model_ema')  # as timm reads them
 _READ_ELSEWHERE = ('img_size', 'in_chans', 'num_classes')
 _HUB_FILES = ('model.safetensors', 'pytorch_model.bin')  # lie beside a config.json that describes them
 
@@ -61,15 +57,10 @@ def read_weight_file(path: str, flag: str, weights: Optional[str] = None) -> Wei
     Raises:
         UsageError: If the file is missing, unreadable, would run code, holds no finite weights, or not those asked for.
     """
-    content = _read(path, flag)
-    if is_unmerged(content, path):
-        raise UsageError(
-            f'{flag} {path} holds a student that was written because it could not be merged: its adapter '
-            'is not in its weights. Give another checkpoint of its run.')
-    entry = _choose_entry(content, path, flag, weights)
-    state_dict = content[entry] if entry else content
-    _check_tensors(state_dict, path, flag)
-    nonfinite = nonfinite_tensors(state_dict, constant=None)
+    other = 'raw' if weights == 'ema' else 'ema'
+    file = read_weights(path, flag, weights, f'give --teacher-weights {other}, or leave it out')
+    content, entry = file.content, file.entry
+    nonfinite = nonfinite_tensors(file.state_dict, constant=None)
     if nonfinite:
         raise UsageError(
             f'{flag} {path}: {len(nonfinite)} of its tensors are not finite ({", ".join(nonfinite[:3])}): '
@@ -85,8 +76,7 @@ def read_weight_file(path: str, flag: str, weights: Optional[str] = None) -> Wei
     ]
     follows_defaults = f'the args in {name}' if {'mean', 'std', 'img_size', 'interpolation'} <= args.keys() else ''
     return WeightFile(
-        clean_state_dict(state_dict), entry, tuple(records), follows_defaults, _model_kwargs(args),
-        str(args.get('model', '')))
+        file.state_dict, entry, tuple(records), follows_defaults, _model_kwargs(args), str(args.get('model', '')))
 
 
 def _model_kwargs(args: Mapping[str, Any]) -> Dict[str, Any]:
@@ -95,45 +85,6 @@ def _model_kwargs(args: Mapping[str, Any]) -> Dict[str, Any]:
     given = args.get('model_kwargs')
     kwargs = {**flags, **(given if isinstance(given, dict) else {})}
     return {name: value for name, value in kwargs.items() if value is not None and name not in _READ_ELSEWHERE}
-
-
-def _read(path: str, flag: str) -> Dict[str, Any]:
-    if not os.path.isfile(path):
-        raise UsageError(f'{flag} {path}: there is no such file.')
-    if not path.endswith('.safetensors'):
-        return read_checkpoint(path, flag)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as e:
-        reason = ' '.join(str(e).split())[:200]
-        raise UsageError(f'Cannot read {path!r} as safetensors ({reason}), check {flag}.') from e
-
-
-def _choose_entry(content: Mapping[str, Any], path: str, flag: str, weights: Optional[str]) -> str:
-    """Return the entry with the weights, '' where the content is the weights."""
-    present = {
-        kind: next((key for key in keys if content.get(key) is not None), '')
-        for kind, keys in (('raw', _RAW_KEYS), ('ema', _EMA_KEYS))
-    }
-    if weights is not None and not present[weights] and (present['raw'] or present['ema'] or weights == 'ema'):
-        other = 'raw' if weights == 'ema' else 'ema'
-        raise UsageError(
-            f'{flag} {path} holds no {"averaged" if weights == "ema" else "raw"} weights: '
-            f'give --teacher-weights {other}, or leave it out.')
-    return present[weights] if weights is not None else present['ema'] or present['raw']
-
-
-def _check_tensors(state_dict: Any, path: str, flag: str) -> None:
-    if not isinstance(state_dict, dict) or not state_dict:
-        raise UsageError(f'{flag} {path} holds no weights: a {type(state_dict).__name__} instead of tensors by name.')
-    wrong = [
-        (name, value) for name, value in state_dict.items()
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor)]
-    if wrong:
-        name, value = wrong[0]
-        raise UsageError(
-            f'{flag} {path} holds no plain weights: its {str(name)[:80]!r} is a {type(value).__name__}, '
-            f'not a tensor ({len(wrong)} of {len(state_dict)} entries).')
 
 
 def _read_hub_config(path: str) -> Optional[Dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 Whatever is missing, unreadable or of another architecture is one clear error; nothing is re-initialised silently.
 """
-import difflib
 import logging
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from timm.models import resolve_model_input_args
 
 from ..errors import UsageError
 from ..features.inputs import CANNOT_RUN
+from ..models.named import cannot_build, check_name, create_model, is_hub
 from ..utils.random import unchanged_randomness
 from .preprocessing import InputRecord, is_same
 from .weight_files import WeightFile, read_weight_file, recorded_size
@@ -23,7 +23,7 @@ from .weight_files import WeightFile, read_weight_file, recorded_size
 _logger = logging.getLogger(__name__)
 
 _FLAG = '--teacher-checkpoint'
-_HUB_PREFIXES = ('hf-hub:', 'hf_hub:', 'local-dir:')
+_ARGUMENTS, _OTHER_WEIGHTS = '--teacher-kwargs', '--teacher-checkpoint FILE, or --no-teacher-pretrained'
 _CLASS_COUNTS = (7, 8)  # any two: what differs between models of both is the classifier
 
 
@@ -53,7 +53,7 @@ class TeacherSource:
     @property
     def is_hub(self) -> bool:
         """Whether the name stands for weights with a config of their own."""
-        return self.name.startswith(_HUB_PREFIXES)
+        return is_hub(self.name)
 
     def flag_records(self) -> List[InputRecord]:
         """Return what the user says of the input."""
@@ -83,7 +83,7 @@ def load_teacher_model(
     Raises:
         UsageError: If the name is unknown, or the weights are missing, unreadable or of another architecture.
     """
-    _check_name(source.name)
+    check_name(source.name, 'teacher')
     kwargs = {'in_chans': in_chans, **(source.model_kwargs or {})}
     if source.checkpoint:
         return _load_checkpoint_teacher(source, kwargs, verbose)
@@ -95,33 +95,8 @@ def load_teacher_model(
         _logger.warning(
             f'The teacher {source.name} has random weights (--no-teacher-pretrained): there is nothing to '
             'learn from it. Give it weights with --teacher-checkpoint FILE.')
-    return _create_model(source.name, **{'num_classes': num_classes, **kwargs}), source.flag_records()
-
-
-def _check_name(name: str) -> None:
-    if not name.startswith(_HUB_PREFIXES) and not timm.is_model(name):
-        raise UsageError(
-            f"Unknown teacher '{name}'{_similar_models(name)}. --teacher takes a timm architecture, "
-            'hf-hub:REPO or local-dir:FOLDER.')
-
-
-def _create_model(name: str, **kwargs: Any) -> nn.Module:
-    try:
-        return timm.create_model(name, **kwargs)
-    except (TypeError, AttributeError, AssertionError) as e:
-        raise UsageError(f"The teacher '{name}' does not take these --teacher-kwargs: {e}") from e
-    except Exception as e:  # a hub's or folder's config that is missing, unreadable or of no model
-        if kwargs.get('pretrained'):
-            raise
-        reason = ' '.join(str(e).split())[:200]
-        raise UsageError(
-            f"The teacher '{name}' cannot be built ({type(e).__name__}: {reason}): change --teacher or "
-            '--teacher-kwargs.') from e
-
-
-def _similar_models(name: str) -> str:
-    similar = timm.list_models(f'*{name}*')[:3] or difflib.get_close_matches(name, timm.list_models(), n=3)
-    return f' (did you mean {", ".join(similar)}?)' if similar else ''
+    kwargs = {'num_classes': num_classes, **kwargs}
+    return create_model(source.name, 'teacher', _ARGUMENTS, **kwargs), source.flag_records()
 
 
 def _with_size(source: TeacherSource, kwargs: Dict[str, Any], size: Optional[Tuple[int, int]]) -> Dict[str, Any]:
@@ -141,7 +116,7 @@ def _with_size(source: TeacherSource, kwargs: Dict[str, Any], size: Optional[Tup
     try:
         resolved = resolve_model_input_args(source.name, {'img_size': size}, **kwargs)
     except Exception as e:  # a hub, a folder and timm's own checks each raise their own errors
-        raise _not_loaded(source.name, e) from e
+        raise cannot_build(source.name, 'teacher', _ARGUMENTS, e) from e
     return {**kwargs, 'img_size': resolved['img_size']} if 'img_size' in resolved else kwargs
 
 
@@ -159,28 +134,16 @@ def _pretrained_record(model: nn.Module, source: TeacherSource) -> InputRecord:
         config.get('interpolation'), trained_size=size)
 
 
-def _not_loaded(name: str, error: Exception) -> UsageError:
-    reason = str(error).splitlines()[0] if str(error) else 'no message'
-    return UsageError(
-        f"The pretrained weights of the teacher '{name}' could not be loaded ({type(error).__name__}: "
-        f'{reason}). Give --teacher-checkpoint FILE, or --no-teacher-pretrained.')
-
-
 def _load_pretrained_teacher(name: str, kwargs: Dict[str, Any]) -> nn.Module:
     if 'num_classes' in kwargs:
         raise UsageError(
             f'--teacher-kwargs num_classes={kwargs["num_classes"]} would re-initialise the head of the '
             f"pretrained teacher '{name}'. Leave it out, or give --teacher-checkpoint FILE.")
-    if not name.startswith(_HUB_PREFIXES) and not timm.is_model_pretrained(name):
+    if not is_hub(name) and not timm.is_model_pretrained(name):
         raise UsageError(
             f"timm has no pretrained weights for the teacher '{name}'. Give --teacher-checkpoint FILE, or "
             '--no-teacher-pretrained to distil from random weights.')
-    try:
-        return _create_model(name, pretrained=True, **kwargs)
-    except UsageError:
-        raise
-    except Exception as e:  # the hub raises errors of many libraries: connection, missing file, wrong keys
-        raise _not_loaded(name, e) from e
+    return create_model(name, 'teacher', f'{_ARGUMENTS}, or give {_OTHER_WEIGHTS}', pretrained=True, **kwargs)
 
 
 # Weights of a file
@@ -194,7 +157,8 @@ def _load_checkpoint_teacher(
     kwargs = _with_file_kwargs(source, file, kwargs, verbose)
     kwargs = _with_size(source, kwargs, file.size)
     state_dict, num_classes = fit_weights(source.name, file.state_dict, kwargs, source.checkpoint)
-    model = _create_model(source.name, **{**kwargs, **({} if num_classes is None else {'num_classes': num_classes})})
+    kwargs = {**kwargs, **({} if num_classes is None else {'num_classes': num_classes})}
+    model = create_model(source.name, 'teacher', _ARGUMENTS, **kwargs)
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as e:
@@ -316,7 +280,7 @@ def _shapes(name: str, kwargs: Mapping[str, Any]) -> Dict[str, Tuple[int, ...]]:
         with torch.device('meta'):
             model = timm.create_model(name, **kwargs)
     except (*CANNOT_RUN, OSError):  # computes with its weights while it is built, or cannot be built at all
-        model = _create_model(name, **kwargs)
+        model = create_model(name, 'teacher', _ARGUMENTS, **kwargs)
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
