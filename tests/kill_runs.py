@@ -12,7 +12,7 @@ from typing import Any, List, Optional, Sequence
 
 import train_distill
 from timm_distill.checkpoint import file as storage
-from timm_distill.checkpoint import saver as checkpoint
+from timm_distill.checkpoint import run_files, saver
 from timm_distill.run import recorder
 
 # Moments that a random time hardly meets: what runs before the process kills itself.
@@ -60,7 +60,7 @@ def _die_at(moment: str, count: int) -> None:
             return write(self, data)
         storage._WatchedFile.write = write_and_die  # type: ignore[method-assign]
     elif moment in ('before the name', 'behind the name'):
-        put = checkpoint.put_in_place
+        put = storage.put_in_place
 
         def put_and_die(source: str, target: str) -> None:
             reached = _reached()
@@ -69,7 +69,7 @@ def _die_at(moment: str, count: int) -> None:
             put(source, target)
             if reached:
                 _die()
-        checkpoint.put_in_place = put_and_die
+        saver.put_in_place = run_files.put_in_place = put_and_die
     else:
         summarize = recorder.Recorder.summarize
 

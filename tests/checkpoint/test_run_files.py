@@ -15,11 +15,11 @@ import torch
 from stub_task import create_saver, create_task, save_epochs, train_step
 
 from timm_distill.checkpoint import lock as locking
+from timm_distill.checkpoint.choice import find_newest, find_rollback, resolve_resume
 from timm_distill.checkpoint.file import read_checkpoint, write_checkpoint
 from timm_distill.checkpoint.lock import LOCK_NAME, FolderLock
-from timm_distill.checkpoint.resume import find_newest, find_rollback, resolve_resume
+from timm_distill.checkpoint.rank_state import get_rank_state
 from timm_distill.checkpoint.run_files import list_run_files, nonfinite_tensors, own_files, remove_temporary, used_by
-from timm_distill.checkpoint.saver import get_rank_state
 from timm_distill.errors import UsageError
 from timm_distill.run.folder import check_unused, create_folder, open_run
 

@@ -21,15 +21,10 @@ from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, NativeScaler
 
 import timm_distill.checkpoint.file
+from timm_distill.checkpoint.choice import find_newest, resolve_resume
 from timm_distill.checkpoint.file import DamagedFileError, read_checkpoint, verify, write_checkpoint
-from timm_distill.checkpoint.resume import (
-    check_same_run,
-    find_newest,
-    resolve_resume,
-    restore_rank,
-    resume_task,
-)
-from timm_distill.checkpoint.saver import get_rank_state
+from timm_distill.checkpoint.rank_state import get_rank_state, restore_rank
+from timm_distill.checkpoint.resume import check_same_run, resume_task
 from timm_distill.errors import MergeError, UsageError
 from timm_distill.utils.random import get_rng_state, set_rng_state
 

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 import train_distill
+from timm_distill.checkpoint.choice import find_newest
 from timm_distill.checkpoint.file import read_checkpoint
-from timm_distill.checkpoint.resume import find_newest
 from timm_distill.engine.train import NonFiniteLossError
 from timm_distill.errors import UsageError
 from timm_distill.export.release import load_release

@@ -1,14 +1,26 @@
-"""Optimizer state in full: its `state_dict`, and what some of timm's optimizers and averages keep beside it.
+"""State of optimizers, schedules and averages in full: their `state_dict`, and what some of timm's keep beside it.
 
 AdaHessian draws from a generator of its own and keeps a trace on each parameter, the average of bfloat16 weights rounds
 with a generator of its own: without these a resumed run is another one.
 """
+import logging
 import random
 from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
+from timm.scheduler.plateau_lr import PlateauLRScheduler
+from timm.scheduler.scheduler import Scheduler
 
-__all__ = ['get_hidden_state', 'load_optimizer_state', 'set_hidden_state']
+from ..errors import UsageError
+
+_logger = logging.getLogger(__name__)
+
+__all__ = [
+    'get_hidden_state', 'get_scheduler_state', 'load_optimizer', 'load_optimizer_state', 'load_scheduler_state',
+    'set_hidden_state',
+]
+
+_PLATEAU_COUNTERS = ('best', 'last_epoch', 'num_bad_epochs', 'cooldown_counter')
 
 
 def get_hidden_state(holder: Any) -> Dict[str, Any]:
@@ -94,3 +106,54 @@ def _restored_generator(generator: Any, saved: Any) -> Any:
 def _is_available(device: torch.device) -> bool:
     accelerator = torch.accelerator.current_accelerator()
     return device.type == 'cpu' or accelerator is not None and accelerator.type == device.type
+
+
+def _group_keys(group: Dict[str, Any]) -> List[str]:
+    # switches (bool or None) come and go with torch versions, the numbers belong to the kind of optimizer; 'step' is
+    # counted by some from their first update on
+    return sorted(
+        k for k, v in group.items()
+        if k not in ('params', 'initial_lr', 'lr_scale', 'param_names', 'step')
+        and isinstance(v, (float, int, tuple, list)) and not isinstance(v, bool))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Dict[str, Any], path: str) -> None:
+    """Load the state of an optimizer from the checkpoint `path`.
+
+    Raises:
+        UsageError: If it is of another kind, or of other parameters.
+    """
+    groups, saved_groups = optimizer.param_groups, state['param_groups']
+    sizes, saved_sizes = [len(g['params']) for g in groups], [len(g['params']) for g in saved_groups]
+    advice = 'pass the flags of that run, or --no-resume-opt to start the optimizer afresh.'
+    if sizes != saved_sizes:
+        raise UsageError(f'The optimizer in {path!r} has groups of {saved_sizes} parameters, here {sizes}: {advice}')
+    for group, saved_group in zip(groups, saved_groups):
+        keys, saved_keys = _group_keys(group), _group_keys(saved_group)
+        if keys != saved_keys:
+            raise UsageError(
+                f'The optimizer in {path!r} is of another kind, it has {saved_keys} and here it is {keys}: {advice}')
+    load_optimizer_state(optimizer, state)
+
+
+def get_scheduler_state(lr_scheduler: Scheduler) -> Dict[str, Any]:
+    """Return what a scheduler remembers."""
+    state = lr_scheduler.state_dict()
+    if isinstance(lr_scheduler, PlateauLRScheduler):
+        state.update({name: getattr(lr_scheduler.lr_scheduler, name) for name in _PLATEAU_COUNTERS})
+        state['restore_lr'] = lr_scheduler.restore_lr
+    return state
+
+
+def load_scheduler_state(lr_scheduler: Scheduler, state: Dict[str, Any]) -> None:
+    """Restore what a scheduler remembers. What it was configured with is left to the flags of this run."""
+    if isinstance(lr_scheduler, PlateauLRScheduler):
+        for name in _PLATEAU_COUNTERS:
+            setattr(lr_scheduler.lr_scheduler, name, state.get(name, getattr(lr_scheduler.lr_scheduler, name)))
+        lr_scheduler.restore_lr = state.get('restore_lr')
+        return
+    # all other timm schedules are functions of the epoch or update alone
+    new = lr_scheduler.state_dict()
+    changed = [f'{k} {state[k]} -> {new[k]}' for k in new if k != 'metric' and k in state and state[k] != new[k]]
+    if changed:
+        _logger.warning(f"The learning rate schedule differs from the checkpoint's: {', '.join(changed)}.")

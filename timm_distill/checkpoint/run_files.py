@@ -16,14 +16,14 @@ import torch
 import torch.nn as nn
 
 from ..errors import UsageError
-from .file import read_metadata
+from .file import flush, put_in_place, read_metadata
 
 _logger = logging.getLogger(__name__)
 
 __all__ = [
     'EXTENSION', 'PREVIOUS', 'RunFile', 'checkpoint_progress', 'constant_infinities', 'describe_checkpoint',
-    'is_run_name', 'is_temporary', 'is_unmerged', 'list_run_files', 'nonfinite_tensors', 'own_files', 'remove_run',
-    'remove_temporary', 'set_aside', 'used_by', 'weights_of',
+    'duplicate', 'is_temporary', 'is_unmerged', 'list_run_files', 'nonfinite_tensors', 'own_files', 'remove_run',
+    'remove_temporary', 'set_aside', 'set_others_aside', 'used_by', 'weights_of',
 ]
 
 EXTENSION = '.pth.tar'
@@ -172,6 +172,23 @@ def is_run_name(name: str) -> bool:
     return _OWN_NAMES.fullmatch(name) is not None
 
 
+def duplicate(src: str, dst: str) -> None:
+    """Give a file a second name, or a copy where the file system has no such names; `dst` is replaced in one step."""
+    tmp = dst + '.tmp'
+    if os.path.exists(tmp):  # left by a kill
+        os.remove(tmp)
+    try:
+        if not is_run_name(os.path.basename(src)):
+            raise NotImplementedError('a file of the user, who may write into it')
+        os.link(src, tmp)
+    except (OSError, NotImplementedError):
+        shutil.copy2(src, tmp)
+        flush(tmp)
+    put_in_place(tmp, dst)
+    if os.path.exists(tmp):  # replacing a name by another name of the same file does nothing
+        os.remove(tmp)
+
+
 def set_aside(path: str, reason: str) -> str:
     """Rename a file that is no part of the run, so that nothing counts or replaces it; returns the new path."""
     target, count = f'{path}.{reason}', 1
@@ -180,6 +197,24 @@ def set_aside(path: str, reason: str) -> str:
         target = f'{path}.{reason}-{count}'
     os.rename(path, target)
     return target
+
+
+def set_others_aside(folder: str, start: RunFile) -> Tuple[List[RunFile], int]:
+    """Rename what is no part of the course of a run up to `start`; return what is, the newest first, and the number of
+    its newest save."""
+    unreadable: List[str] = []
+    files = list_run_files(folder, unreadable)
+    own = [file for file in files if file.run_id == start.run_id]
+    later = [file for file in own if file.order > start.order]
+    others = [
+        ('damaged', unreadable), ('other-run', [file.path for file in files if file not in own]),
+        ('abandoned', [file.path for file in later])]
+    moved = [os.path.basename(set_aside(path, reason)) for reason, paths in others for path in paths]
+    if moved:
+        _logger.warning(
+            f'{folder}: the run goes on from {start.name}. What is no part of it was renamed, nothing was removed: '
+            f"{', '.join(moved)}.")
+    return [file for file in own if file not in later], max([start.save, *(file.save for file in own)])
 
 
 def nonfinite_tensors(entries: Mapping[str, Any], constant: Optional[Iterable[str]] = ()) -> List[str]:

@@ -12,92 +12,41 @@ from dataclasses import replace
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
-import torch.distributed as dist
-from timm.scheduler.plateau_lr import PlateauLRScheduler
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import CheckpointSaver, unwrap_model
+from timm.utils import CheckpointSaver
 
 from ..errors import MergeError
-from ..utils.random import get_rng_state, unchanged_randomness
+from ..utils.random import unchanged_randomness
 from .file import (
     DISK_FULL,
     checkpoint_size,
     describe_space,
-    flush,
     put_in_place,
     why_unwritten,
     write_checkpoint,
 )
-from .optimizer_state import get_hidden_state
+from .optimizer_state import get_hidden_state, get_scheduler_state
+from .rank_state import get_rank_state
 from .run_files import (
     PREVIOUS,
     RunFile,
     constant_infinities,
     describe_checkpoint,
-    is_run_name,
-    list_run_files,
+    duplicate,
     nonfinite_tensors,
     remove_temporary,
-    set_aside,
+    set_others_aside,
     weights_of,
 )
 
 _logger = logging.getLogger(__name__)
 
-__all__ = ['PLATEAU_COUNTERS', 'DistillCheckpointSaver', 'gather_rank_states', 'get_rank_buffers', 'get_rank_state']
+__all__ = ['DistillCheckpointSaver']
 
 _COUNTS = {  # attributes of the saver and their names in the 'run' entry
     'streak': 'streak', 'num_rollbacks': 'rollbacks', 'rollback_origin': 'rollback_origin',
     'rollback_end': 'rollback_end', 'copy_of': 'copy_of',
 }
-PLATEAU_COUNTERS = ('best', 'last_epoch', 'num_bad_epochs', 'cooldown_counter')
-
-
-def get_rank_buffers(task: Any) -> Dict[str, Dict[str, torch.Tensor]]:
-    """Return the persistent buffers of the trained module and of its EMA, which each rank counts on its own batches."""
-    modules = {'module': task.get_trainable_module(), 'ema': task.get_trainable_module(ema=True)}
-    return {key: _persistent_buffers(unwrap_model(module)) for key, module in modules.items() if module is not None}
-
-
-def _persistent_buffers(module: torch.nn.Module) -> Dict[str, torch.Tensor]:
-    parameters = {name for name, _ in module.named_parameters()}
-    return {name: tensor for name, tensor in module.state_dict().items() if name not in parameters}
-
-
-def get_rank_state(task: Any, loaders: Any, position: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-    """Return what only this rank knows: random generators, loader processes, running statistics and position.
-
-    Args:
-        task: Its buffers are saved, except those of rank 0, which the student's weights hold.
-        loaders: Anything whose `state_dict` says where its random generators stand, None for none.
-        position: Inside the epoch, None at its end.
-    """
-    state = {'rng': get_rng_state(), 'position': position}
-    if loaders is not None:
-        state['loaders'] = loaders.state_dict()
-    if dist.is_initialized() and dist.get_rank() > 0:
-        state['buffers'] = {
-            key: {name: tensor.detach().cpu() for name, tensor in buffers.items()}
-            for key, buffers in get_rank_buffers(task).items()
-        }
-    return state
-
-
-def gather_rank_states(state: Dict[str, Any]) -> List[Dict[str, Any]]:
-    """Return the states of all ranks; all of them call this together."""
-    if not dist.is_initialized():
-        return [state]
-    states: List[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(states, state)
-    return states
-
-
-def _scheduler_state(lr_scheduler: Scheduler) -> Dict[str, Any]:
-    state = lr_scheduler.state_dict()
-    if isinstance(lr_scheduler, PlateauLRScheduler):
-        state.update({name: getattr(lr_scheduler.lr_scheduler, name) for name in PLATEAU_COUNTERS})
-        state['restore_lr'] = lr_scheduler.restore_lr
-    return state
 
 
 class DistillCheckpointSaver(CheckpointSaver):
@@ -287,7 +236,7 @@ class DistillCheckpointSaver(CheckpointSaver):
         remove_temporary(self.checkpoint_dir)
         start = describe_checkpoint(source, checkpoint)
         self._load_run_state(checkpoint.get('run') or {}, start)
-        files = self._set_others_aside(start)
+        files, self.num_saves = set_others_aside(self.checkpoint_dir, start)
         names = {file.name for file in files}
         self._last_is_good = not any(file.diverged for file in files if file.path == self.last_path)
         state = checkpoint['saver']
@@ -321,23 +270,6 @@ class DistillCheckpointSaver(CheckpointSaver):
             setattr(self, attribute, int(run.get(key, 0)))
         self.diverged, self.finite = start.diverged, bool(run.get('finite', True))
 
-    def _set_others_aside(self, start: RunFile) -> List[RunFile]:
-        """Rename what is no part of the course up to `start`; returns what is, the newest first."""
-        unreadable: List[str] = []
-        files = list_run_files(self.checkpoint_dir, unreadable)
-        self.num_saves = max([start.save, *(file.save for file in files if file.run_id == start.run_id)])
-        own = [file for file in files if file.run_id == start.run_id]
-        later = [file for file in own if file.order > start.order]
-        others = [
-            ('damaged', unreadable), ('other-run', [file.path for file in files if file not in own]),
-            ('abandoned', [file.path for file in later])]
-        moved = [os.path.basename(set_aside(path, reason)) for reason, paths in others for path in paths]
-        if moved:
-            _logger.warning(
-                f"{self.checkpoint_dir}: the run goes on from {start.name}. What is no part of it was "
-                f"renamed, nothing was removed: {', '.join(moved)}.")
-        return [file for file in own if file not in later]
-
     def _restore_best(self) -> None:
         """Make `model_best` the file that the history calls the best, where it was that of an abandoned course."""
         best = self._checkpoint_path(self.best_epoch)
@@ -353,7 +285,7 @@ class DistillCheckpointSaver(CheckpointSaver):
         if self.amp_scaler is not None:
             state[self.amp_scaler.state_dict_key] = self.amp_scaler.state_dict()
         if self.lr_scheduler is not None:
-            state['lr_scheduler'] = _scheduler_state(self.lr_scheduler)
+            state['lr_scheduler'] = get_scheduler_state(self.lr_scheduler)
         if metric is not None and math.isfinite(metric):
             state['metric'] = metric
         ranked = not recovery and self._earns_place(metric)
@@ -425,16 +357,4 @@ class DistillCheckpointSaver(CheckpointSaver):
         put_in_place(src, dst)
 
     def _duplicate(self, src: str, dst: str) -> None:
-        tmp = dst + '.tmp'
-        if os.path.exists(tmp):  # left by a kill
-            os.remove(tmp)
-        try:
-            if not is_run_name(os.path.basename(src)):
-                raise NotImplementedError('a file of the user, who may write into it')
-            os.link(src, tmp)
-        except (OSError, NotImplementedError):
-            shutil.copy2(src, tmp)
-            flush(tmp)
-        self._replace(tmp, dst)
-        if os.path.exists(tmp):  # replacing a name by another name of the same file does nothing
-            os.remove(tmp)
+        duplicate(src, dst)

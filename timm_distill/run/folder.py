@@ -6,8 +6,8 @@ from typing import Any, Dict, Optional
 
 from timm.utils.distributed import world_info_from_env
 
+from ..checkpoint.choice import belongs_to, resolve_resume
 from ..checkpoint.lock import FolderLock
-from ..checkpoint.resume import belongs_to, resolve_resume
 from ..checkpoint.run_files import remove_run, used_by
 from ..errors import UsageError
 from ..utils.text import model_file_name

@@ -8,7 +8,8 @@ import torch
 import torch.nn as nn
 from timm.scheduler import PlateauLRScheduler
 
-from ..checkpoint.resume import done_batches, restore_rank, resume_task
+from ..checkpoint.rank_state import restore_rank
+from ..checkpoint.resume import done_batches, resume_task
 from ..data import create_pass_loader
 from ..report.predictions import PredictionRecorder
 from ..teacher.class_means import cached_class_means, class_means_key, compute_class_means, load_class_means

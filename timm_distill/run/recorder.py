@@ -11,11 +11,13 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from ..checkpoint.choice import belongs_to, find_newest, find_rollback
 from ..checkpoint.file import describe_space, read_checkpoint, why_unwritten, write_checkpoint, write_text
 from ..checkpoint.lock import LOCK_NAME, FolderLock
-from ..checkpoint.resume import belongs_to, done_batches, find_newest, find_rollback, resume_task
+from ..checkpoint.rank_state import gather_rank_states, get_rank_state
+from ..checkpoint.resume import done_batches, resume_task
 from ..checkpoint.run_files import remove_temporary
-from ..checkpoint.saver import DistillCheckpointSaver, gather_rank_states, get_rank_state
+from ..checkpoint.saver import DistillCheckpointSaver
 from ..engine.meters import NonFiniteLossError
 from ..errors import LostStateError, UsageError
 from ..export.release import export_hub, load_release, push_to_hub
