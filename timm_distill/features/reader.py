@@ -23,7 +23,7 @@ MAPS = frozenset({'feature', 'stages'})
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What is known of how a model is read.
+    """Specification of what a model gives and how it is read.
 
     Attributes:
         split: Whether it runs as `forward_features` and `forward_head`; else whole, and its one feature are its
