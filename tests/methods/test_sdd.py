@@ -176,10 +176,10 @@ def test_a_map_without_the_regions_is_refused() -> None:
         models = {'student': KINDS['cnn'](), 'teacher': KINDS['cnn'](), side: coarse}
         with pytest.raises(UsageError, match=f'sdd.scales=1,2,4: the last map of the {side} is 2x2') as error:
             create_distill_task(**models, kd='sdd:kd', input_size=SIZE, verbose=False)
-        assert '--kd-kwargs sdd.scales=1,2' in str(error.value)
+        assert 'kd_kwargs sdd.scales=1,2' in str(error.value)
         create_distill_task(
             **models, kd='sdd:kd', kd_kwargs={'sdd.scales': '1,2'}, input_size=SIZE, verbose=False)
-    with pytest.raises(UsageError, match='is 1x1 and has no 2x2 regions. Use a larger --img-size[.]'):
+    with pytest.raises(UsageError, match='is 1x1 and has no 2x2 regions. Use a larger input_size[.]'):
         create_distill_task(
             coarse, coarse, kd='sdd:kd', kd_kwargs={'sdd.scales': '1,2'}, input_size=(3, 32, 32), verbose=False)
 
@@ -210,7 +210,7 @@ def test_a_head_that_is_not_linear_is_said_in_one_message(caplog: pytest.LogCapt
 
 
 def test_other_classes_are_refused() -> None:
-    with pytest.raises(UsageError, match='--kd sdd:kd compares logits, but the teacher has 7 classes'):
+    with pytest.raises(UsageError, match='kd sdd:kd compares logits, but the teacher has 7 classes'):
         create_distill_task(
             KINDS['cnn'](), timm.create_model('test_resnet', num_classes=7), 'sdd:kd', input_size=SIZE, verbose=False)
 
@@ -282,7 +282,7 @@ def test_beside_norm_it_reads_the_adapted_student_and_merges_exactly() -> None:
 def test_an_adapter_inside_of_the_head_is_refused_and_beside_it_works() -> None:
     student = create_model('test_convnext', output_stride=16)
     models = dict(student=student, teacher=KINDS['cnn'](), kd='norm+sdd:kd', input_size=SIZE)
-    with pytest.raises(UsageError, match='sits inside of that head .*--kd-tap side'):
+    with pytest.raises(UsageError, match='sits inside of that head .*kd_tap side'):
         create_distill_task(**models, verbose=False)
     task = create_distill_task(**models, kd_tap='side', kd_kwargs={'norm.segments': 2}, verbose=False)
     assert torch.isfinite(task(*create_batch())['loss'])
