@@ -15,8 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from timm_distill import DistillTask, UsageError, create_adapter, create_distill_task
 from timm_distill.adapters import AdapterOutput, Match
-from timm_distill.adapters.norm import matmul as products
-from timm_distill.adapters.norm.transform import NToOneTransform
+from timm_distill.adapters.norm.transform import FORMS, NToOneTransform
 from timm_distill.features.layouts import FeatureLayout
 
 CS, CT, SEGMENTS = 6, 5, 3
@@ -171,18 +170,9 @@ def test_both_forms_are_equal_for_any_number_of_segments(segments: int) -> None:
 @pytest.mark.parametrize('batch_norm', [True, False])
 def test_parts_do_not_change_the_result(
         batch_norm: bool, part_size: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('timm_distill.adapters.norm.blocks._PART_SIZE', part_size)
+    monkeypatch.setattr('timm_distill.adapters.norm.expansion._PART_SIZE', part_size)
     for segments in (1, 3, 4):
         assert_forms_equal(*create_batch(GRIDS[name]), batch_norm=batch_norm, segments=segments)
-
-
-@pytest.mark.parametrize('part_size', [1, 10 ** 9])
-@each_grid
-def test_products_as_convolutions_do_not_change_the_result(
-        grid: Grid, part_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('timm_distill.adapters.norm.blocks._PART_SIZE', part_size)
-    monkeypatch.setattr(products, '_use_onednn', lambda x: True)
-    assert_forms_equal(*create_batch(grid))
 
 
 def test_running_statistics_are_equal_over_several_batches_and_then_serve_the_eval_mode() -> None:
@@ -591,11 +581,12 @@ def test_training_goes_on_in_the_other_form() -> None:
 
 def chosen_form(adapter: NToOneTransform, grid: Grid, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the form that a forward takes."""
-    chosen = ['moments']
-    expand_contract = adapter.expand_contract
-    monkeypatch.setattr(adapter, 'expand_contract', lambda x: [expand_contract(x), chosen.append('direct')][0])
-    adapter(*create_batch(grid))
-    return chosen[-1]
+    chosen = []
+    with monkeypatch.context() as patch:
+        for name, form in tuple(FORMS.items()):
+            patch.setitem(FORMS, name, lambda *args, name=name, form=form: [form(*args), chosen.append(name)][0])
+        adapter(*create_batch(grid))
+    return chosen[0]
 
 
 def test_auto_takes_the_direct_form_for_few_positions_and_moments_for_many(monkeypatch: pytest.MonkeyPatch) -> None:

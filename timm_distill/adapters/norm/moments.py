@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ...utils.precision import full_float32
-from .matmul import gram, image_parts, matmul_nt, matmul_tn, row_products, split_exactly, to_rows
+from .matmul import image_parts, matmul_tn, row_products, split_exactly, to_rows
 
 
 class Moments(NamedTuple):
@@ -87,27 +87,14 @@ class _CovarianceFunction(Function):
     def forward(ctx: Any, centred: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(centred)
         with full_float32():
-            return gram(centred).div_(centred.shape[0])
+            return (centred.t() @ centred).div_(centred.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         centred, = ctx.saved_tensors
         with full_float32():
-            return matmul_nt(centred, (grad + grad.t()).div_(centred.shape[0]))
-
-
-class ResidualSpread(NamedTuple):
-    """Variance of the teacher that a linear map leaves, with gradients.
-
-    Attributes:
-        spread: E||d||^2 with d = W x - (t - E[t]), scalar.
-        grad_centred: Its gradient to x, 2 d W / P, [P, Cs]; None if not asked for.
-        grad_weight: That to W, 2 E[d x^T], [Ct, Cs]; None if not asked for.
-    """
-    spread: torch.Tensor
-    grad_centred: Optional[torch.Tensor]
-    grad_weight: Optional[torch.Tensor]
+            return centred @ (grad + grad.t()).div_(centred.shape[0])
 
 
 def residual_spread(
@@ -115,9 +102,8 @@ def residual_spread(
         weight: torch.Tensor,
         teacher: torch.Tensor,
         teacher_mean: torch.Tensor,
-        gradients: bool = True,
-) -> ResidualSpread:
-    """Return E||W x - (t - E[t])||^2 and its gradients.
+) -> torch.Tensor:
+    """Return the variance of the teacher that a linear map leaves, E||W x - (t - E[t])||^2, in float64.
 
     The difference is taken position by position, some images at a time: it is wider than its gradients and not kept.
     Where it is small, W x cancels the teacher, so that its largest part is summed up without any rounding.
@@ -127,37 +113,48 @@ def residual_spread(
         weight: W, [Ct, Cs].
         teacher: Teacher's feature map, [B, Ct, H, W], with B * H * W = P, of any precision.
         teacher_mean: E[t], [Ct].
-        gradients: Compute them.
     """
-    count, positions = len(centred), teacher[0, 0].numel()
-    mean, transposed = teacher_mean.to(centred.dtype), weight.t().contiguous()
-    high, low = split_exactly(weight)  # the products of high parts are exact
-    total = torch.zeros((), dtype=torch.float64, device=centred.device)
-    grad_centred = torch.empty_like(centred) if gradients else None
-    grad_weight = torch.zeros_like(weight) if gradients else None
-    with full_float32():
-        for images in image_parts(teacher):
-            rows = slice(images.start * positions, images.stop * positions)
-            part = centred[rows]
-            difference = _add_product(part, high, low, mean - to_rows(teacher[images]))
-            total += torch.linalg.vector_norm(difference, dim=1).square().sum(dtype=torch.float64)
-            if grad_centred is not None and grad_weight is not None:
-                grad_centred[rows] = matmul_nt(difference, transposed)
-                grad_weight += matmul_tn(difference, part)
-    for gradient in (grad_centred, grad_weight):
-        if gradient is not None:
-            gradient.mul_(2 / count)
-    return ResidualSpread(total / count, grad_centred, grad_weight)
+    return _ResidualSpreadFunction.apply(centred, weight, teacher, teacher_mean)
+
+
+class _ResidualSpreadFunction(Function):
+    """With d the difference, gradients 2 d W / P to x and 2 E[d x^T] to W, taken in the forward pass."""
+
+    @staticmethod
+    def forward(
+            ctx: Any,
+            centred: torch.Tensor,
+            weight: torch.Tensor,
+            teacher: torch.Tensor,
+            teacher_mean: torch.Tensor,
+    ) -> torch.Tensor:
+        count, positions, mean = len(centred), teacher[0, 0].numel(), teacher_mean.to(centred.dtype)
+        high, low = split_exactly(weight)  # the products of high parts are exact
+        total = torch.zeros((), dtype=torch.float64, device=centred.device)
+        grads = (torch.empty_like(centred), torch.zeros_like(weight)) if any(ctx.needs_input_grad) else ()
+        with full_float32():
+            for images in image_parts(teacher):
+                rows = slice(images.start * positions, images.stop * positions)
+                difference = _add_product(centred[rows], high, low, mean - to_rows(teacher[images]))
+                total += torch.linalg.vector_norm(difference, dim=1).square().sum(dtype=torch.float64)
+                if grads:
+                    grads[0][rows] = difference @ weight
+                    grads[1].addmm_(difference.t(), centred[rows])
+        ctx.save_for_backward(*grads)
+        ctx.count = count
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        (grad_centred, grad_weight), factor = ctx.saved_tensors, 2 * grad / ctx.count
+        return grad_centred * factor, grad_weight * factor, None, None
 
 
 def _add_product(rows: torch.Tensor, high: torch.Tensor, low: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Add rows @ (high + low)^T to `out`, which it changes; the largest part first and without rounding."""
     rows_high, rows_low = split_exactly(rows)
-    out += matmul_nt(rows_high, high)
-    del rows_high
-    out += matmul_nt(rows_low, high)
-    del rows_low
-    return out.add_(matmul_nt(rows, low))
+    return out.addmm_(rows_high, high.t()).addmm_(rows_low, high.t()).addmm_(rows, low.t())
 
 
 def row_variances(weight: torch.Tensor, cov: torch.Tensor) -> torch.Tensor:
@@ -171,7 +168,7 @@ class _RowVariancesFunction(Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, cov: torch.Tensor) -> torch.Tensor:
         with full_float32():
-            product = matmul_nt(weight, cov)
+            product = weight @ cov
         ctx.save_for_backward(weight, product)
         return row_products(product, weight).to(weight.dtype)
 
@@ -180,7 +177,7 @@ class _RowVariancesFunction(Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         weight, product = ctx.saved_tensors
         with full_float32():
-            return product * (2 * grad[:, None]), gram(weight, grad)
+            return product * (2 * grad[:, None]), weight.t() @ (grad[:, None] * weight)
 
 
 def map_rows(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, residual: bool = False) -> torch.Tensor:
@@ -205,7 +202,7 @@ class _MapFunction(Function):
         ctx.save_for_backward(rows, weight)
         ctx.residual = residual
         with full_float32():
-            result = matmul_nt(rows, weight.to(rows.dtype)).add_(bias)
+            result = (rows @ weight.to(rows.dtype).t()).add_(bias)
         return result.add_(rows) if residual else result
 
     @staticmethod
@@ -214,7 +211,7 @@ class _MapFunction(Function):
         rows, weight = ctx.saved_tensors
         grad = grad.contiguous()
         with full_float32():
-            grad_rows = matmul_nt(grad, weight.to(grad.dtype).t())
+            grad_rows = grad @ weight.to(grad.dtype)
             grad_weight = matmul_tn(grad, rows)
         if ctx.residual:
             grad_rows.add_(grad)
