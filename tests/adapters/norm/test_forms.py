@@ -549,6 +549,29 @@ def test_gradients_of_segments_that_differ_by_noise_are_as_exact_as_the_direct_f
         assert moments <= factor * direct, (index, moments, direct)
 
 
+@pytest.mark.parametrize('deviation,low,high', [(1., 0., 1e-6), (1000., 1e-5, 5e-3)])
+def test_gradients_lose_digits_only_where_one_direction_of_the_feature_dominates(
+        deviation: float, low: float, high: float) -> None:
+    """One direction has this many times the others' standard deviation, and the moments its square."""
+    generator = torch.Generator().manual_seed(0)
+    x, teacher = (torch.randn(16, c, 7, 7, generator=generator, dtype=torch.float64) for c in (64, 48))
+    direction = nn.functional.normalize(torch.randn(64, generator=generator, dtype=torch.float64), dim=0)
+    x = (x + (deviation - 1) * torch.einsum('bchw,c,d->bdhw', x, direction, direction)).float()
+    torch.manual_seed(0)
+    adapter = create_adapter('norm', 64, 48, segments=4).train()
+    results = {}
+    for form, dtype in (('exact', torch.float64), ('direct', torch.float32), ('moments', torch.float32)):
+        match = Match(teacher.float().to(dtype), lambda positions: positions)
+        results[form] = run(
+            with_form(adapter, 'direct' if form == 'exact' else form, dtype), x.to(dtype), match, loss_weight=100.)
+    exact = results.pop('exact')
+    names = [name for name in exact if name == 'grad x' or name.endswith('weight')]
+    errors = {form: {n: relative_error(result[n], exact[n]) for n in names} for form, result in results.items()}
+    assert low <= max(errors['moments'].values()) < high, errors
+    assert max(errors['direct'].values()) < 1e-4
+    assert all(relative_error(results['moments'][n], exact[n]) < 1e-5 for n in ('loss', 'output'))
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 

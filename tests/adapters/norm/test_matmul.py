@@ -6,6 +6,7 @@ from timm_distill.adapters.norm import matmul as products
 from timm_distill.adapters.norm.matmul import (
     channel_means,
     from_rows,
+    gram,
     matmul_tn,
     row_products,
     split_exactly,
@@ -27,6 +28,16 @@ def test_products_over_positions_are_summed_in_single_precision_or_better(dtype:
     result = matmul_tn(a, b)
     assert result.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(result.double(), a.double().t() @ b.double(), rtol=1e-5, atol=0.)
+
+
+@each_type
+@pytest.mark.parametrize('part_size', [1, 10 ** 9])
+def test_gram_matrix_of_many_rows_is_rounded_once(
+        part_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, '_PART_SIZE', part_size)
+    rows = draw(2000, 5, dtype=dtype) + 3
+    eps = torch.finfo(torch.float32).eps if dtype == torch.float32 else 1e-14
+    torch.testing.assert_close(gram(rows).double(), rows.double().t() @ rows.double(), rtol=eps, atol=0.)
 
 
 @each_type

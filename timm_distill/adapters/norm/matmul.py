@@ -44,6 +44,17 @@ def matmul_tn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.t() @ b
 
 
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows^T rows, [R, C] -> [C, C]; on the CPU summed in float64, as its long sums of float32 lose digits."""
+    if rows.device.type != 'cpu' or rows.dtype == torch.float64:
+        return rows.t() @ rows
+    total = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for part in rows.split(max(1, _PART_SIZE // rows.shape[1])):
+        part = part.double()
+        total.addmm_(part.t(), part)
+    return total.to(rows.dtype)
+
+
 def split_exactly(rows: torch.Tensor, bits: int = 10) -> Tuple[torch.Tensor, torch.Tensor]:
     """Return high and low parts, [R, K] -> 2 x [R, K], which sum up to the rows exactly.
 

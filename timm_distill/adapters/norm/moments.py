@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from ...utils.precision import full_float32
-from .matmul import image_parts, matmul_tn, row_products, split_exactly, to_rows
+from .matmul import gram, image_parts, matmul_tn, row_products, split_exactly, to_rows
 
 
 class Moments(NamedTuple):
@@ -87,7 +87,7 @@ class _CovarianceFunction(Function):
     def forward(ctx: Any, centred: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(centred)
         with full_float32():
-            return (centred.t() @ centred).div_(centred.shape[0])
+            return gram(centred).div_(centred.shape[0])
 
     @staticmethod
     @once_differentiable
