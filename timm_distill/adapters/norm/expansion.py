@@ -72,7 +72,7 @@ def match_expansion(
 
 
 class _State:
-    """What the forward pass leaves for the backward pass, in the notation of `_ExpansionFunction`.
+    """State between the forward and the backward pass, in the notation of `_ExpansionFunction`.
 
     What is one number for each row of W1 is in float64, where it costs nothing.
 
