@@ -6,8 +6,8 @@ from typing import Any, Dict, List, Tuple
 import pytest
 import timm
 import torch
-import torch.distributed as dist
-from kill_runs import Launch, start_method
+from kill_runs import Launch
+from ranks import run_ranks
 from timm.optim import create_optimizer_v2
 from timm.utils import unwrap_model
 from training import train_epoch
@@ -69,25 +69,6 @@ def first_gradients(task: Any, batch: Tuple[torch.Tensor, torch.Tensor], world_s
     return gradients
 
 
-def run_rank(function: str, rank: int, world_size: int, folder: str) -> None:
-    dist.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=world_size)
-    torch.save(globals()[function](rank, world_size), f'{folder}/{rank}.pth')
-    dist.destroy_process_group()
-
-
-def run_ranks(function: str, world_size: int, folder: Path) -> List[Any]:
-    """Call a function of this file in each of several processes; returns what they gave."""
-    processes = [
-        start_method().Process(target=run_rank, args=(function, rank, world_size, str(folder)))
-        for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(240)
-        assert process.exitcode == 0
-    return [torch.load(folder / f'{rank}.pth', weights_only=False) for rank in range(world_size)]
-
-
 @pytest.fixture(scope='module')
 def alone() -> Dict[str, Any]:
     return train(0, 1)
@@ -96,7 +77,7 @@ def alone() -> Dict[str, Any]:
 @pytest.mark.parametrize('world_size', [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_have_gradients_weights_and_metrics_of_the_joint_batch(
         tmp_path: Path, alone: Dict[str, Any], world_size: int) -> None:
-    ranks = run_ranks('train', world_size, tmp_path)
+    ranks = run_ranks(train, tmp_path, world_size)
     assert set(alone['gradients']) == set(ranks[0]['gradients'])
     for key in ('gradients', 'student', 'ema'):
         torch.testing.assert_close(ranks[0][key], alone[key], rtol=1e-4, atol=1e-6)
@@ -131,7 +112,7 @@ def run_sharded(rank: int, world_size: int) -> Dict[str, Any]:
 
 def test_sharded_teacher_gives_the_same_bits_and_each_process_holds_a_part(tmp_path: Path) -> None:
     pytest.importorskip('torch.distributed.fsdp')
-    ranks = run_ranks('run_sharded', 2, tmp_path)
+    ranks = run_ranks(run_sharded, tmp_path)
     for name in TEACHERS:
         assert [rank[name][0] for rank in ranks] == [True, True], name
         assert all(rank[name][1] < 0.9 for rank in ranks), ranks  # most of what is tiny is the head
@@ -148,7 +129,7 @@ def share_drawn_weights(rank: int, world_size: int) -> Tuple[torch.Tensor, torch
 
 
 def test_a_teacher_without_weights_is_the_first_ranks_everywhere(tmp_path: Path) -> None:
-    (first, shared), (second, other) = run_ranks('share_drawn_weights', 2, tmp_path)
+    (first, shared), (second, other) = run_ranks(share_drawn_weights, tmp_path)
     assert not torch.allclose(first, second)
     assert torch.equal(shared, first) and torch.equal(other, first)
 
@@ -174,7 +155,8 @@ def test_script_trains_with_a_sharded_teacher_as_with_a_whole_one(digits_dir: Pa
     argv = [
         '--data-dir', digits_dir, '--output', tmp_path, '--student', 'test_efficientnet', '--num-classes', 10,
         '--img-size', 32, '-b', 30, '-j', 0, '--device', 'cpu', '--epochs', 1, '--teacher', 'test_vit',
-        '--teacher-kwargs', 'img_size=32', '--teacher-checkpoint', tmp_path / 'teacher.pth', '--kd', 'norm+kd']
+        '--teacher-kwargs', 'img_size=32', '--teacher-checkpoint', tmp_path / 'teacher.pth', '--kd', 'norm+kd',
+        '--no-report']
     for name, more in {'whole': [], 'sharded': ['--teacher-fsdp']}.items():
         log = tmp_path / f'{name}.log'
         assert Launch([*argv, '--experiment', name, *more], str(log), 2).wait(240) == 0, log.read_text()[-3000:]

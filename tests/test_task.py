@@ -1,8 +1,6 @@
 """Promises of the distillation task."""
 import copy
 import logging
-import os
-import socket
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
@@ -12,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from golden_data import GoldenCase, assert_golden, case_id, golden_cases
+from ranks import run_ranks
 from safetensors.torch import save_file
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
@@ -625,31 +624,21 @@ def _gradients(task: DistillTask, images: torch.Tensor, target: torch.Tensor) ->
     return {name: p.grad for name, p in task.module.named_parameters()}
 
 
-def _run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2')
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+def _run_rank(rank: int, world_size: int) -> Dict[str, Any]:
     task = _create_ddp_task()
     task.prepare_distributed(device_ids=[torch.device('cpu')])
     images, target = create_batch(8)
     part = slice(4 * rank, 4 * rank + 4)
     gradients = _gradients(task, images[part], target[part])
-    torch.save({'gradients': gradients, 'state': task.get_checkpoint_state()}, Path(folder) / f'rank{rank}.pt')
-    torch.distributed.destroy_process_group()
+    return {'gradients': gradients, 'state': task.get_checkpoint_state()}
 
 
-@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_give_the_gradients_and_checkpoint_of_the_joint_batch(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, args=(port, str(tmp_path)), nprocs=2)
     task = _create_ddp_task()
     expected = _gradients(task, *create_batch(8))
     state = task.get_checkpoint_state()
-    for rank in range(2):
-        saved = torch.load(tmp_path / f'rank{rank}.pt', weights_only=True)
+    for saved in run_ranks(_run_rank, tmp_path):
         assert saved['gradients'].keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(saved['gradients'][name], gradient, rtol=1e-9, atol=1e-12)

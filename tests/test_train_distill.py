@@ -22,7 +22,7 @@ STUDENT = 'test_efficientnet'
 TEACHER = 'test_resnet'
 FAST = [
     '--num-classes', '10', '--img-size', '32', '-b', '30', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0',
-    '--smoothing', '0.1', '--device', 'cpu', '-j', '0']
+    '--smoothing', '0.1', '--device', 'cpu', '-j', '0', '--no-report']  # figures take most of a short run's time
 
 
 def run(data_dir, output, *flags, experiment='run'):
@@ -125,14 +125,14 @@ def test_teacher_is_in_no_entry_of_the_checkpoint(distilled, teacher_file):
 @pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resumed_run_gives_the_summary_rows_of_one_never_stopped(digits_dir, teacher_file, tmp_path, workers):
     flags = [*distil_flags(teacher_file), '-j', workers, '--drop-path', '0.1']
-    whole = run(digits_dir, tmp_path, *flags, '--epochs', 4, experiment='whole')
-    stopped = run(digits_dir, tmp_path, *flags, '--epochs', 4, experiment='stopped')
+    whole = run(digits_dir, tmp_path, *flags, '--epochs', 3, experiment='whole')
+    stopped = run(digits_dir, tmp_path, *flags, '--epochs', 3, experiment='stopped')
     # what a kill after epoch 1 leaves: later files and rows do not exist yet
     folder = Path(stopped.output_dir)
     resume = folder / 'checkpoint-1.pth.tar'
-    run(digits_dir, tmp_path, *flags, '--epochs', 4, '--resume', resume, experiment='resumed')
+    run(digits_dir, tmp_path, *flags, '--epochs', 3, '--resume', resume, experiment='resumed')
     assert rows(tmp_path / 'resumed') == rows(whole.output_dir)[2:]
-    run(digits_dir, tmp_path, *flags, '--epochs', 4, '--resume', resume, experiment='stopped')
+    run(digits_dir, tmp_path, *flags, '--epochs', 3, '--resume', resume, experiment='stopped')
     assert rows(folder) == rows(whole.output_dir)
     ours, theirs = (torch.load(d / 'last.pth.tar', weights_only=False) for d in (folder, Path(whole.output_dir)))
     for part in ('state_dict', 'state_dict_ema'):
@@ -327,7 +327,7 @@ def test_pretrained_student_keeps_its_accuracy_until_it_learns(digits_dir, teach
     """Next to no learning rate and running statistics that stay: an epoch of norm gives the accuracy of one without."""
     start = run(digits_dir, tmp_path, '--model', STUDENT, '--epochs', 3, experiment='start')
     flags = ['--model', STUDENT, f'--{source}', start.checkpoint, '--epochs', 1, '--lr', '1e-9']
-    flags += ['--bn-momentum', '1e-12', '--no-report', '--sched', 'none']
+    flags += ['--bn-momentum', '1e-12', '--sched', 'none']
     flags += ['--pretrained'] if source == 'pretrained-path' else []
     norm = ['--teacher', TEACHER, '--teacher-checkpoint', teacher_file, '--kd', 'norm', '--no-teacher-eval']
     norm += ['--kd-kwargs', 'norm.segments=2']

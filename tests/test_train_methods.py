@@ -15,7 +15,8 @@ from timm_distill import UsageError
 
 FAST = [
     '--num-classes', '10', '--img-size', '32', '-b', '60', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0',
-    '--device', 'cpu', '-j', '0', '--student', 'test_efficientnet', '--teacher', 'test_resnet', '--no-teacher-eval']
+    '--device', 'cpu', '-j', '0', '--student', 'test_efficientnet', '--teacher', 'test_resnet', '--no-teacher-eval',
+    '--no-report']
 
 
 @pytest.fixture(scope='module')

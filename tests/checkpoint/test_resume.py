@@ -35,7 +35,7 @@ def flags(images: Path, output: Path, *more: Any) -> List[str]:
         '--kd', 'norm', '--kd-kwargs', 'norm.segments=2', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', 1,
         '--sched-on-updates', '--epochs', EPOCHS, '--model-ema', '--model-ema-decay', '0.8', '--mixup', '0.2',
         '--reprob', '0.3', '--drop', '0.2', '--drop-path', '0.1', '--recovery-interval', 2, '--grad-accum-steps', 2,
-        '--clip-grad', 1, '--log-interval', 2, '--checkpoint-hist', 2, *more)]
+        '--clip-grad', 1, '--log-interval', 2, '--checkpoint-hist', 2, '--no-report', *more)]
 
 
 def assert_same(ours: Any, theirs: Any, where: str = '') -> None:

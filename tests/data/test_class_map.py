@@ -149,7 +149,7 @@ def test_run_on_folders_that_are_no_utf8_writes_all_its_files_and_resumes(odd_fo
         '--data-dir', str(odd_folders), '--output', str(tmp_path / ODD), '--experiment', 'run',
         '--num-classes', '3', '--img-size', '32', '-b', '3', '--warmup-epochs', '0', '--device', 'cpu', '-j', '0',
         '--epochs', '2', '--student', 'test_resnet']
-    train_distill.main([*flags, '--stop-epoch', '1'])
+    train_distill.main([*flags, '--stop-epoch', '1', '--no-report'])
     result: Dict[str, Any] = vars(train_distill.main([*flags, '--resume', 'auto']))
     files = os.listdir(result['output_dir'])
     assert {'args.yaml', 'hub', 'last.pth.tar', 'summary.csv'} <= set(files)

@@ -1,16 +1,15 @@
 """Gradient norms of single terms: the right numbers, and no influence on training."""
 import copy
 import logging
-import os
-import socket
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Tuple
 
 import pytest
 import timm
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
+from ranks import run_ranks
 from timm.task import TrainingTask
 from timm.utils import NativeScaler
 from training import train_epoch
@@ -140,31 +139,21 @@ def test_task_of_timm_is_trained_as_ever() -> None:
     assert list(train(task, create_batches(1))) == ['loss']
 
 
-def _run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2')
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
-    states: List[Optional[Dict[str, Any]]] = []
+def _run_rank(rank: int, world_size: int) -> List[Dict[str, Any]]:
+    states = []
     for interval in (0, 1):
         task = create_task('feature+kd', 'test_vit')
         task.prepare_distributed(device_ids=[CPU])
         metrics = train(task, create_batches(2)[rank:rank + 1], log_grad_norm=interval, distributed=True)
         states.append({'norms': norms_of(metrics), 'state': task.module.state_dict()})
-    torch.save(states, Path(folder) / f'rank{rank}.pt')
-    torch.distributed.destroy_process_group()
+    return states
 
 
-@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_have_the_norms_of_the_joint_batch_and_train_as_without(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, args=(port, str(tmp_path)), nprocs=2)
     joint = norms_of(train(
         create_task('feature+kd', 'test_vit'), create_batches(2), log_grad_norm=1,
         grad_accum_steps=2))
-    for rank in range(2):
-        without, measured = torch.load(tmp_path / f'rank{rank}.pt', weights_only=True)
+    for without, measured in run_ranks(_run_rank, tmp_path):
         assert measured['norms'] == pytest.approx(joint, rel=1e-9) and without['norms'] == {}
         assert all(torch.equal(measured['state'][name], tensor) for name, tensor in without['state'].items())

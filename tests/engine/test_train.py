@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from ranks import run_ranks
 from timm.task import TrainingTask
 from timm.utils import NativeScaler
 from training import train_epoch
@@ -380,8 +381,7 @@ def test_evaluation_reads_values_at_log_lines_only(monkeypatch):
     assert len(reads) == 4  # batches 0, 10, 19 and the result
 
 
-def _run_rank(rank: int, init_file: str, queue: Any) -> None:
-    torch.distributed.init_process_group('gloo', init_method=f'file://{init_file}', rank=rank, world_size=2)
+def _run_rank(rank: int, world_size: int) -> Tuple[Any, ...]:
     task, optimizer = create_task()
     batches = create_batches((4, 4), seed=rank) if rank else create_batches((4, 2), seed=rank)
     metrics = train(task, batches, optimizer, distributed=True)
@@ -393,19 +393,11 @@ def _run_rank(rank: int, init_file: str, queue: Any) -> None:
         error = ''
     except NonFiniteLossError as e:
         error = str(e)
-    queue.put((rank, dict(metrics), own, dict(evaluated), error))
-    torch.distributed.destroy_process_group()
+    return dict(metrics), own, dict(evaluated), error
 
 
 def test_averages_and_divergence_are_shared_by_all_ranks(tmp_path):
-    context = torch.multiprocessing.get_context('spawn')
-    queue = context.Queue()
-    processes = [context.Process(target=_run_rank, args=(rank, str(tmp_path / 'init'), queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    results = {rank: rest for rank, *rest in (queue.get(timeout=120) for _ in processes)}
-    for process in processes:
-        process.join()
+    results = run_ranks(_run_rank, tmp_path)
     sizes = {0: (4, 2), 1: (4, 4)}
     expected = sum(r['loss'] * n for k in sizes for r, n in zip(results[k][1], sizes[k])) / 14
     assert results[0][0]['loss'] == results[1][0]['loss'] == pytest.approx(expected)

@@ -47,7 +47,8 @@ def run(digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult
         '--data-dir', str(digits_dir), '--output', str(tmp_path_factory.mktemp('run')), '--num-classes', '10',
         '--img-size', '32', '--mean', *map(str, MEAN), '-b', '30', '--epochs', '1', '--warmup-epochs', '0', '--opt',
         'adamw', '--lr', '1e-3', '-j', '0', '--device', 'cpu', '--student', 'test_efficientnet', '--teacher',
-        'test_resnet', '--teacher-checkpoint', str(teacher), '--kd', 'norm', '--model-ema', '--model-ema-decay', '0.5'])
+        'test_resnet', '--teacher-checkpoint', str(teacher), '--kd', 'norm', '--model-ema', '--model-ema-decay', '0.5',
+        '--no-report'])
 
 
 def run_data(run: RunResult) -> str:

@@ -1,8 +1,6 @@
 """What every registered method promises, over convolutional and transformer pairs."""
 import copy
 import math
-import os
-import socket
 from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Tuple
@@ -11,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from ranks import run_ranks
 from timm.optim import create_optimizer_v2
 
 from timm_distill import DistillTask, create_distill_task, list_methods, merge_student
@@ -292,10 +291,7 @@ def test_a_classifier_that_starts_at_zero_has_no_larger_gradient_than_any_other(
     assert max(sizes[1:]) < 10 * sizes[0]
 
 
-def _run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2')
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+def _run_rank(rank: int, world_size: int) -> Dict[str, Dict[str, torch.Tensor]]:
     states = {}
     for method in METHOD_NAMES:
         task = create_task(method)
@@ -305,18 +301,12 @@ def _run_rank(rank: int, port: int, folder: str) -> None:
         torch.manual_seed(1 + rank)
         train(task, method, steps=3)
         states[method] = {**dict(task.module.named_parameters()), **task.module.memory()}
-    torch.save(states, Path(folder) / f'rank{rank}.pt')
-    torch.distributed.destroy_process_group()
+    return states
 
 
-@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_keep_equal_parameters_and_memories_of_the_methods_that_have_some(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, args=(port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f'rank{rank}.pt', weights_only=True) for rank in range(2))
+    first, second = run_ranks(_run_rank, tmp_path)
     assert 'crd' in first and first.keys() == second.keys()
     for method, state in first.items():
         assert all(torch.equal(second[method][name], tensor) for name, tensor in state.items()), method

@@ -1,7 +1,5 @@
 """CRD against the official code's numbers, its banks and its sampling."""
 import math
-import os
-import socket
 from pathlib import Path
 from typing import Any, Dict, Tuple
 
@@ -9,6 +7,7 @@ import pytest
 import timm
 import torch
 from golden_data import GoldenCase, assert_golden, case_id, golden_cases
+from ranks import run_ranks
 
 from timm_distill import DistillTask, UsageError, create_distill_task, create_method
 from timm_distill.features.spec import Features, FeatureSpec, PairSpec
@@ -268,10 +267,7 @@ def test_compiled_task_has_the_loss_and_banks_of_the_eager_one() -> None:
         torch.testing.assert_close(compiled.module.memory()[name], tensor)
 
 
-def _run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2')
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+def _run_rank(rank: int, world_size: int) -> Dict[str, Dict[str, torch.Tensor]]:
     task = create_task()
     if rank:
         task.module.methods['crd'].student_bank.zero_()  # ranks are seeded differently
@@ -281,18 +277,12 @@ def _run_rank(rank: int, port: int, folder: str) -> None:
     for step in range(3):
         indices = torch.tensor([[0, 1, 2], [2, 3, 4]])[rank] + step  # one image is seen by both
         task(*create_batch(indices))['loss'].backward()
-    torch.save({'start': start, 'end': task.module.memory()}, Path(folder) / f'rank{rank}.pt')
-    torch.distributed.destroy_process_group()
+    return {'start': start, 'end': task.module.memory()}
 
 
-@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_keep_equal_banks_that_hold_the_images_of_both(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, args=(port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f'rank{rank}.pt', weights_only=True) for rank in range(2))
+    first, second = run_ranks(_run_rank, tmp_path)
     for name, tensor in first['end'].items():
         assert torch.equal(second['end'][name], tensor), name
     moved = (first['end']['crd.student_bank'] != first['start']['crd.student_bank']).any(1)

@@ -1,13 +1,12 @@
 """What methods that compare features promise where common codes fail: tiny batches, dead features, low precision."""
-import os
-import socket
 from pathlib import Path
-from typing import Any, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import pytest
 import timm
 import torch
 from feature_pairs import create_features, create_pair
+from ranks import run_ranks
 
 from timm_distill import DistillTask, UsageError, create_distill_task, create_method, list_methods
 from timm_distill.features.spec import Features
@@ -170,27 +169,18 @@ def _create_task_of_all_that_train() -> DistillTask:
         verbose=False).train()
 
 
-def _run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2')
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+def _run_rank(rank: int, world_size: int) -> Dict[str, Optional[torch.Tensor]]:
     task = _create_task_of_all_that_train()
     task.prepare_distributed(device_ids=[torch.device('cpu')])
     torch.manual_seed(rank)
     for _ in range(2):  # a parameter that the first step left out would stop the second
         task(torch.randn(4, 3, 32, 32), torch.arange(4))['loss'].backward()
-    torch.save({name: p.grad for name, p in task.module.named_parameters()}, Path(folder) / f'rank{rank}.pt')
-    torch.distributed.destroy_process_group()
+    return {name: p.grad for name, p in task.module.named_parameters()}
 
 
-@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_share_the_gradients_of_all_that_the_methods_train(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, args=(port, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f'rank{rank}.pt', weights_only=True) for rank in range(2))
+    first, second = run_ranks(_run_rank, tmp_path)
     assert first.keys() == second.keys() and any(name.startswith('methods.') for name in first)
     for name, gradient in first.items():
         assert gradient is not None and torch.isfinite(gradient).all(), name

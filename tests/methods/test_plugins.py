@@ -51,7 +51,7 @@ def test_example_of_the_docs_trains_as_a_method_of_the_command_line(digits_dir: 
         '--data-dir', str(digits_dir), '--output', str(tmp_path), '--num-classes', '10', '--img-size', '64',
         '-b', '100', '--epochs', '1', '--sched', 'none', '--device', 'cpu', '-j', '0', '--student', 'test_efficientnet',
         '--teacher', 'test_resnet', '--no-teacher-pretrained', '--no-teacher-eval', '--kd-module', str(file),
-        '--kd', 'spread+kd', '--kd-kwargs', 'spread.eps=1e-5'])
+        '--kd', 'spread+kd', '--kd-kwargs', 'spread.eps=1e-5', '--no-report'])
     assert result.history[0]['train']['spread_loss'] > 0
     saved = torch.load(Path(result.output_dir) / 'last.pth.tar', weights_only=False)
     assert list(saved['task_state']['methods']) == ['spread.connector.weight']

@@ -1,8 +1,6 @@
 """What a weight of 0 means, what the log says of weights, and what ranks epochs where the student's metric cannot."""
 import copy
 import logging
-import os
-import socket
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -10,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+from ranks import run_ranks
 from timm.utils import NativeScaler
 from training import train_epoch
 
@@ -377,10 +376,7 @@ def test_a_student_trained_alone_on_purpose_names_no_teacher(digits_dir: Path, t
     assert 'teacher' not in provenance and 'weights' not in provenance['training']
 
 
-def _run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2')
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+def _run_rank(rank: int, world_size: int) -> List[Dict[str, torch.Tensor]]:
     task = create_task('fitnet', kd_schedule={'fitnet': 'stop:1'})
     task.prepare_distributed(device_ids=[CPU])
     for epoch in range(3):
@@ -388,17 +384,10 @@ def _run_rank(rank: int, port: int, folder: str) -> None:
     other = create_task('fitnet', task_loss_weight=0.)
     other.prepare_distributed(device_ids=[CPU])
     run_epoch(other, 3, epoch=0, distributed=True)
-    torch.save([dict(t.module.named_parameters()) for t in (task, other)], Path(folder) / f'rank{rank}.pt')
-    torch.distributed.destroy_process_group()
+    return [dict(t.module.named_parameters()) for t in (task, other)]
 
 
-@pytest.mark.slow
 @pytest.mark.dist
 def test_two_processes_train_on_where_a_term_has_no_weight_and_its_layers_no_gradient(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, args=(port, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f'rank{rank}.pt', weights_only=True) for rank in range(2)]
-    for first, second in zip(*ranks):
+    for first, second in zip(*run_ranks(_run_rank, tmp_path)):
         assert all(torch.equal(second[name], tensor) for name, tensor in first.items())

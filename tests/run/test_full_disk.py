@@ -94,7 +94,7 @@ def test_divergence_is_told_though_its_batch_cannot_be_kept(digits_dir, tmp_path
 def test_report_without_room_costs_a_warning(digits_dir, tmp_path, monkeypatch, caplog):
     pytest.importorskip('matplotlib')
     monkeypatch.setattr(closing, 'write_report', full)
-    assert run(digits_dir, tmp_path, *FLAGS[:4]).checkpoint
+    assert run(digits_dir, tmp_path, *FLAGS[:4], '--report').checkpoint
     assert 'The report could not be written: No space left' in caplog.text
 
 

@@ -2,7 +2,7 @@
 import itertools
 import os
 import shutil
-import socket
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -10,8 +10,9 @@ import pytest
 import timm
 import torch
 from golden_data import GoldenCase, case_id, golden_cases
+from ranks import run_ranks
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -88,9 +89,7 @@ def test_pass_leaves_the_random_state_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2')
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+def _run_rank(folder: Path, rank: int, world_size: int) -> torch.Tensor:
     teacher, data = create_teacher(), create_data()
     loader = DataLoader(data, batch_size=4, sampler=OrderedDistributedSampler(data))
     calls: List[int] = []
@@ -103,20 +102,14 @@ def run_rank(rank: int, port: int, folder: str) -> None:
         means = cached_class_means(
             f'{folder}/means.safetensors', (CLASSES, WIDTH), _compute, {}, torch.device('cpu'), distributed=True)
     assert len(calls) == 1, 'the second time it comes from the file'
-    save_file({'means': means}, f'{folder}/rank{rank}.safetensors')
-    torch.distributed.destroy_process_group()
+    return means
 
 
 @pytest.mark.dist
-@pytest.mark.slow
 def test_ranks_share_the_pass_and_count_every_image_once(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (port, str(tmp_path)), nprocs=2)
     expected = expected_means(create_teacher(), create_data())
-    for rank in range(2):
-        torch.testing.assert_close(load_file(tmp_path / f'rank{rank}.safetensors')['means'], expected)
+    for means in run_ranks(partial(_run_rank, tmp_path), tmp_path):
+        torch.testing.assert_close(means, expected)
 
 
 def test_saved_means_are_read_again(tmp_path: Path) -> None:
@@ -256,7 +249,8 @@ def test_means_that_cannot_be_kept_are_used_all_the_same(
 
 FAST = [
     '--num-classes', '10', '--img-size', '32', '-b', '30', '--warmup-epochs', '0', '--device', 'cpu', '-j', '0',
-    '--epochs', '1', '--no-teacher-pretrained', '--student', 'test_efficientnet', '--teacher', 'test_resnet']
+    '--epochs', '1', '--no-teacher-pretrained', '--student', 'test_efficientnet', '--teacher', 'test_resnet',
+    '--no-report']
 
 
 def run(data_dir: Path, output: Path, *flags: str, teacher: Optional[Path] = None, experiment: str = 'run') -> Any:

@@ -269,6 +269,11 @@ MODES: Dict[str, Callable[[nn.BatchNorm2d], nn.Module]] = {
 }
 MODE_PAIRS = {f'{a}+{b}'.replace(', ', '_').replace(' ', '_'): (a, b) for a in MODES for b in MODES}
 each_mode_pair = pytest.mark.parametrize('modes', MODE_PAIRS.values(), ids=list(MODE_PAIRS))
+MODE_OPTIONS = [{}, dict(residual=False), dict(offset=False), dict(side=True)]
+# Every pair of modes, and either norm's every mode with each of the options.
+MODE_CASES = {
+    f'{pair}-{MODE_OPTIONS[(i // len(MODES) + i) % 4]}': (modes, MODE_OPTIONS[(i // len(MODES) + i) % 4])
+    for i, (pair, modes) in enumerate(MODE_PAIRS.items())}
 
 
 def create_in_modes(modes: Tuple[str, str], form: str = 'direct', **options: Any) -> NToOneTransform:
@@ -280,8 +285,7 @@ def create_in_modes(modes: Tuple[str, str], form: str = 'direct', **options: Any
     return adapter
 
 
-@pytest.mark.parametrize('options', [{}, dict(residual=False), dict(offset=False), dict(side=True)], ids=str)
-@each_mode_pair
+@pytest.mark.parametrize(('modes', 'options'), MODE_CASES.values(), ids=list(MODE_CASES))
 def test_both_forms_are_equal_in_every_mode_of_each_batch_norm(
         modes: Tuple[str, str], options: Dict[str, bool]) -> None:
     adapters = [create_in_modes(modes, form, **options) for form in ('moments', 'direct')]
@@ -783,8 +787,7 @@ def test_compiled_moments_are_the_eager_ones(options: Dict[str, bool], name: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('student', ['test_resnet', 'test_vit'])
-@pytest.mark.parametrize('form', ['moments', 'auto'])
+@pytest.mark.parametrize(('form', 'student'), [('moments', 'test_vit'), ('auto', 'test_resnet')])
 def test_compiled_task_gives_the_eager_losses_and_gradients(form: str, student: str) -> None:
     torch.compiler.reset()
     images, target = torch.randn(8, *SIZE, dtype=torch.float64), torch.arange(8)

@@ -1,12 +1,11 @@
 """Moments and the functions of them: values, hand-written gradients, sharing over processes."""
-import os
-import socket
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import pytest
 import torch
 import torch.nn as nn
+from ranks import run_ranks
 
 from timm_distill import create_adapter
 from timm_distill.adapters import Match
@@ -158,10 +157,7 @@ def _step(adapter: nn.Module, parts: List[slice], grid: Tuple[int, int]) -> Dict
     return {'loss': torch.stack(losses).detach(), 'x': x.grad, **gradients, **state}
 
 
-def _run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2')
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+def _run_rank(rank: int, world_size: int) -> Dict[str, Dict[str, Optional[torch.Tensor]]]:
     results = {}
     for name, options in SHARED_OPTIONS.items():
         for split, counts in RANKS.items():
@@ -171,18 +167,12 @@ def _run_rank(rank: int, port: int, folder: str) -> None:
                 result = _step(adapter, [part], grid)
                 adapter.eval()(draw(4, CS, 3, 3))  # reads the running statistics alone, on one rank or on all
                 results[f'{name}-{split}-{grid_name}'] = result
-    torch.save(results, Path(folder) / f'rank{rank}.pt')
-    torch.distributed.destroy_process_group()
+    return results
 
 
-@pytest.mark.slow
 @pytest.mark.dist
 def test_synchronised_batch_norms_give_the_joint_batchs_loss_gradients_and_statistics(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, args=(port, str(tmp_path)), nprocs=2)
-    first, second = [torch.load(tmp_path / f'rank{rank}.pt', weights_only=True) for rank in range(2)]
+    first, second = run_ranks(_run_rank, tmp_path)
     for case in first:
         name, split, grid = case.split('-')
         count = RANKS[split][0]
