@@ -68,7 +68,8 @@ def _task(method: str, pair: str) -> DistillTask:
 
 def create_task(method: str, pair: str = 'cnn_to_cnn') -> DistillTask:
     """Return a task of its own for a test."""
-    return copy.deepcopy(_task(method, pair)).train()
+    task = _task(method, pair)
+    return copy.deepcopy(task, {id(task.teacher): task.teacher}).train()  # the teacher is frozen
 
 
 def create_batch(kd: str = 'none', soft: bool = False, size: int = 4) -> Tuple[torch.Tensor, torch.Tensor]:
