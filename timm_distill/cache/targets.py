@@ -1,0 +1,220 @@
+"""Cached targets of a run: what a teacher gives for replayed views, read where it is stored and stored where it is not.
+
+What the methods see always is what was read back of the stored form, also where the teacher ran just now: a run that
+fills a cache and one that reads it are the same run.
+"""
+import logging
+import os
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+
+import numpy as np
+import torch
+
+from ..checkpoint.file import why_unwritten
+from ..data.views import ViewGrid
+from ..errors import UsageError
+from ..features.spec import Features
+from .codecs import ByteCodec, Codec, spread_of
+from .table import Table
+
+_logger = logging.getLogger(__name__)
+
+_KERNELS = 2e-3  # relative difference that another batch size or device makes of a teacher in float32
+
+
+class CacheMismatchError(RuntimeError):
+    """A live teacher gives something else than its cache."""
+
+
+class CachedTargets:
+    """Outputs of a teacher for the views of a training set.
+
+    Args:
+        folder: Of the cache, whose header was checked.
+        grid: All views.
+        codecs: Form of every output that the methods read, by the names of `flatten_features`.
+        writable: Whether what is missing is stored.
+    """
+
+    def __init__(self, folder: str, grid: ViewGrid, codecs: Mapping[str, Codec], writable: bool = True):
+        self.folder = folder
+        self.grid = grid
+        self.codecs = dict(codecs)
+        self.writable = writable
+        self.num_checks = 0  # views of this epoch that a live teacher has to confirm
+        self._warned: set = set()
+        self.tables = {
+            name: Table(os.path.join(folder, codec.name), codec.row_bytes, len(grid), writable)
+            for name, codec in self.codecs.items()}
+        for name in self.codecs:
+            self._load_spread(name)
+
+    def read(
+            self,
+            keys: torch.Tensor,
+            images: torch.Tensor,
+            teacher: Optional[Callable[[torch.Tensor], Features]],
+    ) -> Features:
+        """Return the outputs for a batch, float32 where the images are.
+
+        Args:
+            keys: Of the views, int64 [B].
+            images: The views, normalised for the student.
+            teacher: Runs on images; None where there is none.
+
+        Raises:
+            UsageError: If views are missing and there is no teacher.
+            CacheMismatchError: If `num_checks` asks for it and the teacher gives something else.
+        """
+        slots = self.grid.batch_keys(keys).tolist()
+        rows, found = self._read_rows(slots)
+        if not found.all():
+            if teacher is None:
+                raise UsageError(
+                    f'--teacher-cache {self.folder} holds nothing for {int((~found).sum())} of {len(found)} views of a '
+                    'batch: give --teacher to fill what is missing, or python -m timm_distill.cache fill')
+            values = self._complete(slots, rows, found, flatten_features(teacher(images)))
+        else:
+            values = {name: codec.decode(rows[name]) for name, codec in self.codecs.items()}
+            self._check(rows, images, teacher)
+        return unflatten_features({name: value.to(images.device, images.dtype) for name, value in values.items()})
+
+    def missing(self, number: int) -> np.ndarray:
+        """Return the keys of the views of a number, of the first size, that some output lacks."""
+        stride = self.grid.num_sizes * self.grid.num_splits
+        wanted = (np.arange(self.grid.num_samples) * self.grid.num_views + number) * stride
+        lacking = np.zeros(0, np.int64)
+        for table in self.tables.values():
+            lacking = np.union1d(lacking, np.intersect1d(table.missing(), wanted, assume_unique=True))
+        return lacking
+
+    def count_missing(self, num_numbers: int) -> int:
+        """Return how many views with a number below one some output lacks, of all sizes and splits."""
+        stride = self.grid.num_sizes * self.grid.num_splits
+        counts = []
+        for table in self.tables.values():
+            slots = table.missing()
+            counts.append(int((slots // stride % self.grid.num_views < num_numbers).sum()))
+        return max(counts, default=0)
+
+    def flush(self) -> None:
+        """Make what was stored survive a power failure; a full disk ends the filling."""
+        for table in self.tables.values():
+            if self.writable:
+                self._guarded(table.flush)
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        for table in self.tables.values():
+            self._guarded(table.close)
+
+    def _read_rows(self, slots: Sequence[int]) -> Any:
+        rows: Dict[str, np.ndarray] = {}
+        found = np.ones(len(slots), bool)
+        for name, table in self.tables.items():
+            rows[name], there = table.read(slots)
+            found &= there
+        return rows, found
+
+    def _complete(
+            self,
+            slots: List[int],
+            rows: Dict[str, np.ndarray],
+            found: np.ndarray,
+            live: Mapping[str, torch.Tensor],
+    ) -> Dict[str, torch.Tensor]:
+        """Put what the teacher gave where nothing is stored, and store it."""
+        encoded, decoded = {}, {}
+        fits = torch.ones(len(slots), dtype=torch.bool)
+        for name, codec in self.codecs.items():
+            if isinstance(codec, ByteCodec) and codec.spread is None and codec.num_scales == 1:
+                self._save_spread(name, live[name])
+            encoded[name] = np.where(found[:, None], rows[name], codec.encode(live[name]))
+            decoded[name] = codec.decode(encoded[name])
+            fits &= decoded[name].flatten(1).isfinite().all(1)
+        for name in decoded if not fits.all() else ():  # never stored: too large for its form, or not finite at all
+            decoded[name][~fits] = live[name].detach().cpu().float()[~fits]
+            self._warn('values', f'{int((~fits).sum())} views have teacher outputs that the cache cannot hold (nan, or '
+                                 'too large for float16): they are not stored.')
+        new = ~found & fits.numpy()
+        if self.writable and new.any():
+            chosen = [slot for slot, is_new in zip(slots, new) if is_new]
+            for name, table in self.tables.items():
+                self._guarded(lambda table=table, name=name: table.write(chosen, encoded[name][new]))
+        return decoded
+
+    def _check(
+            self,
+            rows: Mapping[str, np.ndarray],
+            images: torch.Tensor,
+            teacher: Optional[Callable[[torch.Tensor], Features]],
+    ) -> None:
+        """Compare the first views of a batch with what the teacher says of them now."""
+        if not self.num_checks or teacher is None:
+            return
+        count = min(self.num_checks, len(images) // self.grid.num_splits)
+        self.num_checks -= count
+        live = flatten_features(teacher(images[:count]))
+        for name, codec in self.codecs.items():
+            values = live[name].detach().cpu().float()
+            error = float(codec.error(rows[name][:count], values))
+            if not error <= codec.step + _KERNELS:  # true for nan
+                raise CacheMismatchError(
+                    f'The teacher gives other {name.replace("_", "-")} than --teacher-cache {self.folder} holds for '
+                    f'the same views: difference {error:.2g} of the largest value, {codec.step + _KERNELS:.2g} is '
+                    'what its precision explains. The cache is of something else: fill another.')
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Do what writes; an error of the file system ends the filling, not the run."""
+        try:
+            action()
+        except OSError as e:
+            self.writable = False
+            self._warn(
+                'disk', f'--teacher-cache {self.folder} cannot be written ({why_unwritten(e)}): nothing more is stored, '
+                'the run goes on with its teacher. What is stored stays.')
+
+    def _warn(self, kind: str, text: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            _logger.warning(text)
+
+    def _spread_file(self, name: str) -> str:
+        return os.path.join(self.folder, self.codecs[name].name, 'spread.npy')
+
+    def _load_spread(self, name: str) -> None:
+        codec = self.codecs[name]
+        if isinstance(codec, ByteCodec) and os.path.exists(self._spread_file(name)):
+            codec.spread = torch.from_numpy(np.load(self._spread_file(name)))
+
+    def _save_spread(self, name: str, values: torch.Tensor) -> None:
+        """Fix the size of the channels by the first batch of the first process that gets there."""
+        codec, path = self.codecs[name], self._spread_file(name)
+        assert isinstance(codec, ByteCodec)
+        codec.spread = spread_of(values)
+        if not self.writable:
+            return
+        own = f'{path[:-4]}-{os.getpid()}.npy'
+
+        def write() -> None:
+            np.save(own, codec.spread.numpy())  # type: ignore[union-attr]
+            try:
+                os.link(own, path)
+            except FileExistsError:
+                pass
+            os.remove(own)
+        self._guarded(write)
+        self._load_spread(name)
+
+
+def flatten_features(features: Features) -> Dict[str, torch.Tensor]:
+    """Return what a teacher gave by name; stages are 'stage0', 'stage1', ..."""
+    named = {name: getattr(features, name) for name in ('logits', 'feature', 'pre_logits')}
+    named.update({f'stage{i}': stage for i, stage in enumerate(features.stages)})
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def unflatten_features(values: Mapping[str, torch.Tensor]) -> Features:
+    """Return the features that `flatten_features` was given."""
+    stages = tuple(value for name, value in values.items() if name.startswith('stage'))
+    return Features(stages=stages, **{name: value for name, value in values.items() if not name.startswith('stage')})
