@@ -1,6 +1,7 @@
 """Fixtures that all tests share: a small folder of real images, the golden files, one thread, no network."""
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Generator, Iterator
 
@@ -60,4 +61,16 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip('sklearn')
     root = tmp_path_factory.mktemp('images') / 'digits'
     write_digits(root, train_per_class=30, validation_per_class=10)
+    return root
+
+
+@pytest.fixture(scope='session')
+def few_digits_dir(digits_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten training and two validation images of each class of `digits_dir`. Do not write into it."""
+    root = tmp_path_factory.mktemp('images') / 'few'
+    for split, count in (('train', 10), ('validation', 2)):
+        for folder in sorted((digits_dir / split).iterdir()):
+            (root / split / folder.name).mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:count]:
+                shutil.copy(path, root / split / folder.name)
     return root

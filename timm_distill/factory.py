@@ -21,10 +21,12 @@ from .student.inspection import inspect_student
 from .student.tap import StudentTap
 from .student.tap_search import resolve_student_tap
 from .task import DistillTask, teacher_outputs
+from .teacher.stored import StoredTeacher
 from .teacher.teacher import Teacher, create_teacher
 
 _logger = logging.getLogger(__name__)
 
+AnyTeacher = Union[Teacher, StoredTeacher]
 _UNEXPECTED = 1.5  # how far apart two sizes are, as the ratio of their sides, before somebody should be told
 
 # Options of `create_distill_task` that are arguments of `create_teacher`.
@@ -161,21 +163,22 @@ def _create_student(student: Union[str, nn.Module], num_classes: Optional[int], 
 
 
 def _resolve_teacher(
-        teacher: Union[str, nn.Module, Teacher, None],
+        teacher: Union[str, nn.Module, None],
         defaults: Mapping[str, Any],
         options: Mapping[str, Any],
         by_name: Mapping[str, Any],
         **kwargs: Any,
-) -> Teacher:
+) -> AnyTeacher:
     if teacher is None:
         raise UsageError('Distillation needs a teacher: give --teacher NAME, or --kd none.')
     if not isinstance(teacher, str):
-        unused = [name for name in options if isinstance(teacher, Teacher) or name not in _OF_ANY_TEACHER]
+        is_built = isinstance(teacher, (Teacher, StoredTeacher))
+        unused = [name for name in options if is_built or name not in _OF_ANY_TEACHER]
         if unused:
             raise UsageError(
                 f'{", ".join(unused)}: the teacher is given as a {type(teacher).__name__}, whose weights and input are '
                 'its own. Name an architecture instead, or build it with create_teacher.')
-    if isinstance(teacher, Teacher):
+    if isinstance(teacher, (Teacher, StoredTeacher)):
         return teacher
     kwargs.update({_TEACHER_OPTIONS[name]: value for name, value in {**defaults, **options}.items()})
     return create_teacher(teacher, **by_name, **kwargs) if isinstance(teacher, str) else Teacher(teacher, **kwargs)
@@ -183,7 +186,7 @@ def _resolve_teacher(
 
 def _check_class_counts(
         student: nn.Module,
-        teacher: Teacher,
+        teacher: AnyTeacher,
         methods: Mapping[str, DistillMethod],
         input_size: Sequence[int],
 ) -> None:
@@ -218,7 +221,7 @@ def _student_size(student: nn.Module, input_size: Sequence[int]) -> Optional[Tup
 
 def _adapt_student(
         student: nn.Module,
-        teacher: Optional[Teacher],
+        teacher: Optional[AnyTeacher],
         methods: Mapping[str, DistillMethod],
         input_size: Sequence[int],
         kd_tap: str,
@@ -288,24 +291,24 @@ def _log_composition(kd: str, composition: Composition) -> None:
     _logger.info(f'Distillation: kd={kd}, task_loss_weight={composition.task_loss_weight:g}, {weights}')
 
 
-def _report_teacher_input(teacher: Teacher, module: AdaptedStudent, input_size: Sequence[int]) -> None:
+def _report_teacher_input(teacher: AnyTeacher, module: AdaptedStudent, input_size: Sequence[int]) -> None:
     """Say what the teacher is fed and where that was taken from, and warn of a size that nobody may have meant."""
     fed, said = teacher.preprocessing.input_size[1:], teacher.trained_size
     _logger.info(f'Teacher input: {teacher.preprocessing}.')
-    if teacher.preprocessing.sources['input_size'] == '--teacher-img-size':
+    if teacher.preprocessing.sources.get('input_size') == '--teacher-img-size':
         return
     if said is not None and not 1 / _UNEXPECTED < math.sqrt(math.prod(fed) / math.prod(said)) < _UNEXPECTED:
         _logger.warning(
             f'The teacher was trained on {said[0]}x{said[1]} images and is fed {fed[0]}x{fed[1]}: its features may be '
             f'far from those it learnt. --teacher-img-size {said[0]} resizes its images.')
-    if math.sqrt(math.prod(fed) / math.prod(input_size[1:])) > _UNEXPECTED:
+    if isinstance(teacher, Teacher) and math.sqrt(math.prod(fed) / math.prod(input_size[1:])) > _UNEXPECTED:
         share = _teacher_share(teacher, module, input_size)
         _logger.warning(
             f'The teacher is fed {fed[0]}x{fed[1]}, the student {input_size[1]}x{input_size[2]}: the teacher takes '
             f"{100 * share:.0f} % of a step's operations. --teacher-img-size N feeds it another size.")
 
 
-def _teacher_share(teacher: Teacher, module: AdaptedStudent, input_size: Sequence[int]) -> float:
+def _teacher_share(teacher: nn.Module, module: AdaptedStudent, input_size: Sequence[int]) -> float:
     """Return the teacher's part of a step's multiply-adds; those of a backward pass are twice the forward pass's."""
     images = random_images(module, input_size, batch_size=1)
     with evaluation_mode(module):
@@ -313,11 +316,12 @@ def _teacher_share(teacher: Teacher, module: AdaptedStudent, input_size: Sequenc
     return teacher_flops / max(teacher_flops + 3 * student_flops, 1)
 
 
-def _build_methods(module: AdaptedStudent, teacher: Teacher, data: DataSpec) -> None:
+def _build_methods(module: AdaptedStudent, teacher: AnyTeacher, data: DataSpec) -> None:
     """Give the methods what they need of the teacher; where they read more than logits, they create what they train."""
     for method in module.methods.values():
         method.set_classifier(teacher.classifier_weight)
-    teacher.spec.check(teacher_outputs(module))
+    if isinstance(teacher, Teacher):  # what a cache lacks is told where it is opened
+        teacher.spec.check(teacher_outputs(module))
     student = module.spec.features
     if student is None:
         return

@@ -102,6 +102,7 @@ def check_pair(
         teacher_kwargs: Optional[Dict[str, Any]] = None,
         teacher_pretrained: bool = True,
         device: Union[str, torch.device] = 'cpu',
+        inspect: Optional[Callable[[DistillTask], None]] = None,
         **task_kwargs: Any,
 ) -> PairReport:
     """Build a pair with random weights, train a few steps on noise, merge, and report.
@@ -114,6 +115,7 @@ def check_pair(
         teacher_kwargs: More arguments of `timm.create_model` for the teacher.
         teacher_pretrained: Give the teacher the class count of its pretrained weights, which are not loaded.
         device: Where to measure.
+        inspect: Called with the task that was built.
         task_kwargs: More arguments of `create_distill_task`. Without `num_samples` or `sample_labels` a small training
             set is assumed for methods that keep something of each image.
 
@@ -133,6 +135,8 @@ def check_pair(
             num_samples = task_kwargs.pop('num_samples', data.num_samples) or _SAMPLES
             task_kwargs.setdefault('sample_labels', torch.arange(num_samples) % 2)
         task = create_distill_task(student, teacher, kd, device=device, verbose=False, **task_kwargs)
+        if inspect is not None:
+            inspect(task)
         return _measure(task, *names, batch_size)
     except UsageError as e:
         return PairReport(*names, ok=False, reason=str(e))

@@ -1,7 +1,7 @@
 """The distillation task: a student with its adapters, a frozen teacher, methods, weights and schedules."""
 import logging
 import math
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple, cast
+from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -9,7 +9,9 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch.nn.parallel import DistributedDataParallel
 
+from .cache.targets import CachedTargets
 from .checkpoint.run_files import nonfinite_tensors
+from .data.views import split_keys
 from .engine.grad_norms import reached_tensors
 from .errors import MergeError, UsageError
 from .features.classifier import classifier_parameters
@@ -17,6 +19,7 @@ from .features.inputs import random_images
 from .features.spec import Features
 from .student.adapted import AdaptedStudent
 from .student.merge import MERGE_TOLERANCE
+from .teacher.stored import StoredTeacher
 from .teacher.teacher import Teacher
 from .utils._compat import ignore_in_ddp
 
@@ -48,7 +51,7 @@ class DistillTask(TrainingTask):
     def __init__(
             self,
             module: AdaptedStudent,
-            teacher: Optional[Teacher],
+            teacher: Union[Teacher, StoredTeacher, None],
             criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
             weights: Mapping[str, float],
             task_loss_weight: float = 1.,
@@ -61,6 +64,7 @@ class DistillTask(TrainingTask):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         self.trainable_module: nn.Module = module
         self.teacher = teacher
+        self.targets: Optional[CachedTargets] = None  # of a run whose targets carry the keys of views
         self.criterion = criterion
         self.weights = dict(weights)
         self.schedules = {name: method.weight for name, method in module.methods.items()} | dict(schedules or {})
@@ -125,9 +129,7 @@ class DistillTask(TrainingTask):
         if self.teacher is None:
             logits = self.trainable_module(input)
             return {'loss': self.criterion(logits, target), 'output': logits}
-        teacher = self.teacher_features(input)
-        if self.needs_indices:
-            target, teacher.indices = _split_indices(target)
+        target, teacher = self.read_targets(input, target)
         logits, task_logits, terms = self.trainable_module(input, teacher, target)
         task_loss = self.criterion(task_logits, target)
         weighted = [(self.task_loss_weight, task_loss)]
@@ -139,6 +141,11 @@ class DistillTask(TrainingTask):
         flat = {name: value for named in terms.values() for name, value in named.items()}
         self._term_methods = {name: method for method, named in terms.items() for name in named}
         return {'loss': loss, 'output': logits, 'task_loss': task_loss, **flat}
+
+    @property
+    def teacher_outputs(self) -> FrozenSet[str]:
+        """What the methods read of the teacher, by the names of its own outputs."""
+        return self._teacher_outputs
 
     @property
     def student(self) -> nn.Module:
@@ -206,12 +213,33 @@ class DistillTask(TrainingTask):
     def teacher_features(self, input: torch.Tensor) -> Features:
         """Run the teacher on a batch normalised for the student, [B, C, H, W], for all that the methods read."""
         assert self.teacher is not None
-        features = self.teacher(input, self._teacher_outputs)
+        return self._with_aliases(self.teacher(input, self._teacher_outputs))
+
+    def read_targets(self, input: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, Features]:
+        """Return labels and the teacher's features, which cached targets know by the keys in the target."""
+        if self.targets is None:
+            teacher = self.teacher_features(input)
+            if self.needs_indices:
+                target, teacher.indices = _split_indices(target)
+            return target, teacher
+        target, keys = split_keys(target)
+        live = None if isinstance(self.teacher, StoredTeacher) else self._run_teacher
+        teacher = self._with_aliases(self.targets.read(keys, input, live))
+        teacher.indices = self.targets.grid.indices(keys)
+        return target, teacher
+
+    def _run_teacher(self, images: torch.Tensor) -> Features:
+        assert self.teacher is not None
+        return self.teacher(images, self._teacher_outputs)
+
+    def _with_aliases(self, features: Features) -> Features:
+        """Add what the methods know the teacher's outputs by: tap, stages of a teacher without any, head."""
         features.tap = features.feature
         tap = self.module.tap
         if tap is not None and tap.point == 'pre_logits' and features.pre_logits is not None:
             features.tap = features.pre_logits[:, :, None, None]
         if 'head' in self._teacher_outputs:
+            assert isinstance(self.teacher, Teacher)
             features.head = self.teacher.run_head
         return features
 

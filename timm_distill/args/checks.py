@@ -56,6 +56,11 @@ _NEEDS_KD: Dict[str, Any] = {
     'kd_schedule': {},
     'nd_class_means': '',
     'nd_class_means_transform': 'eval',
+    'teacher_cache': '',
+    'cache_views': None,
+    'cache_topk': None,
+    'cache_precision': None,
+    'cache_check': 0,
 }
 
 
@@ -177,8 +182,12 @@ def _check_policy(text: str) -> None:
 
 def _check_distillation(args: argparse.Namespace) -> None:
     """Check what needs no list of methods; the task checks names, weights and options."""
-    if args.kd != 'none' and not args.teacher:
+    if args.kd != 'none' and not args.teacher and not args.teacher_cache:
         raise UsageError(f'--kd {args.kd} needs a teacher: pass --teacher NAME, or --kd none to train without one')
+    if args.teacher_cache and args.teacher_fsdp:
+        raise UsageError('--teacher-fsdp does not go with --teacher-cache: leave out one of them')
+    if args.cache_check and args.teacher_cache and not args.teacher:
+        raise UsageError(f'--cache-check {args.cache_check} runs the teacher: give --teacher NAME too')
     if args.teacher_fsdp and args.torchcompile:
         raise UsageError('--teacher-fsdp does not go with --torchcompile: leave out one of them')
     if args.kd == 'none':

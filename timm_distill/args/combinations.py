@@ -158,6 +158,10 @@ def _warn_of_flags_without_effect(args: argparse.Namespace) -> None:
             ('--naflex-patch-sizes', args.naflex_patch_sizes, '--naflex-loader', args.naflex_loader),
             ('--wandb-project', args.wandb_project, '--log-wandb', args.log_wandb),
             ('--teacher-weights', args.teacher_weights, '--teacher-checkpoint', args.teacher_checkpoint),
+            ('--cache-views', args.cache_views, '--teacher-cache', args.teacher_cache),
+            ('--cache-topk', args.cache_topk is not None, '--teacher-cache', args.teacher_cache),
+            ('--cache-precision', args.cache_precision, '--teacher-cache', args.teacher_cache),
+            ('--cache-check', args.cache_check, '--teacher-cache', args.teacher_cache),
     ):
         if given and not present:
             _logger.warning(f'{flag} has no effect without {needed}.')

@@ -108,7 +108,8 @@ def resolve_kd(args: argparse.Namespace, methods: Sequence[str]) -> None:
         UsageError: If there is a teacher and nothing says what to do with it.
     """
     given = [
-        f'--{name.replace("_", "-")} {getattr(args, name)}' for name in ('teacher', 'teacher_checkpoint')
+        f'--{name.replace("_", "-")} {getattr(args, name)}'
+        for name in ('teacher', 'teacher_checkpoint', 'teacher_cache')
         if getattr(args, name)]
     if args.kd is None and given:
         raise UsageError(

@@ -2,6 +2,7 @@
 import argparse
 
 from .augmentation import add_augmentation_args, add_mixup_args, add_regularization_args
+from .cache import add_cache_args
 from .dataset import (
     add_dataset_args,
     add_loader_args,
@@ -37,6 +38,7 @@ def create_train_parser() -> ArgumentParser:
     """Parser of `train_distill.py`."""
     parser = create_parser('Train a timm model, alone or distilled from a frozen teacher')
     add_distillation_args(parser)
+    add_cache_args(parser)
     add_dataset_args(parser)
     add_target_args(parser)
     add_train_split_args(parser)

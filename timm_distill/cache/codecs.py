@@ -1,9 +1,9 @@
 """Forms in which a teacher's outputs are stored: rows of bytes of one length for each view.
 
-Top-k logits keep the k largest in float16 and of the others what a softmax sees of them: their mean
-e(T) = T log mean exp(z / T), which at that temperature T gives them their mass. Decoded, the others all are e(T). So the
-softmax of the kept classes is exact up to float16. With r the others' mass, m their number and D the largest difference
-between the student's log-probabilities of two of them, a KL divergence from the teacher is wrong by at most
+Top-k logits keep the k largest in float16 and of the others what a softmax sees of them, their mean
+e(T) = T log mean exp(z / T), which at that temperature T gives them their mass. Decoded, the others all are e(T). So
+the softmax of the kept classes is exact up to float16. With r the others' mass, m their number and D the largest
+difference between the student's log-probabilities of two of them, a KL divergence from the teacher is wrong by at most
 r (log m + D), and its gradient with respect to the student's logits by at most 2 r in the sum of absolute values.
 """
 import math

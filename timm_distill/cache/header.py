@@ -1,4 +1,4 @@
-"""What a cache's targets depend on: teacher, data, augmentation, precision and library versions, in `cache.json`.
+"""Header of a cache: teacher, data, augmentation, precision and library versions that its targets depend on.
 
 Whoever opens a cache says what it would write itself; what differs is named.
 """
@@ -31,7 +31,9 @@ def describe_views(args: Namespace, data_config: Mapping[str, Any], grid: ViewGr
     flags = {name: _plain(getattr(args, name)) for name in _VIEW_FLAGS}
     if not (args.mixup or args.cutmix or args.cutmix_minmax):
         flags = {name: value for name, value in flags.items() if 'mix' not in name}
-    config = {'input_size': _plain(data_config['input_size']), 'interpolation': data_config['interpolation']}
+    config = {'input_size': _plain(data_config['input_size'])}
+    if args.no_aug or not args.train_interpolation or args.train_crop_mode == 'pad':
+        config['interpolation'] = data_config['interpolation']
     if args.train_crop_mode == 'pad':
         config.update(crop_pct=data_config['crop_pct'], crop_mode=data_config['crop_mode'])
     if args.reprob or args.train_crop_mode:  # what is erased, or filled up, is so in terms of these
@@ -61,7 +63,7 @@ def read_header(folder: str) -> Optional[Header]:
             header = json.load(file)
         if header['format'] != FORMAT:
             raise UsageError(
-                f'--teacher-cache {folder} has the format {header["format"]}, this version reads {FORMAT}: fill another')
+                f'--teacher-cache {folder} has format {header["format"]}, this version reads {FORMAT}: fill another')
         return header
     except FileNotFoundError:
         return None
@@ -112,8 +114,8 @@ def check_header(folder: str, cached: Header, here: Header) -> None:
     words = differences(cached, here)
     if words:
         raise UsageError(
-            f'--teacher-cache {folder} holds targets of something else: {"; ".join(words)}. Give the flags, data, teacher '
-            'and versions that it was filled with, or another folder.')
+            f'--teacher-cache {folder} holds targets of something else: {"; ".join(words)}. Give the flags, data, '
+            'teacher and versions that it was filled with, or another folder.')
 
 
 def _fingerprint(value: Mapping[str, Any]) -> Dict[str, Any]:
@@ -125,7 +127,7 @@ def _title(section: str, name: str) -> str:
         return name
     if section == 'teacher':
         return f"the teacher's {name.replace('_', ' ')}"
-    return name if name in ('input_size', 'mean', 'std', 'interpolation') else f'--{name.replace("_", "-")}'
+    return f'--{name.replace("_", "-")}'
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import zlib
-from typing import Any, BinaryIO, Dict, List, Optional, Sequence, Tuple
+from typing import Any, BinaryIO, Dict, List, Optional, Tuple
 
 import numpy as np
 
@@ -66,7 +66,7 @@ class Table:
         self._index = self._open_index()
         self._update_index()
 
-    def contains(self, slots: Sequence[int]) -> np.ndarray:
+    def contains(self, slots: Any) -> np.ndarray:
         """Return which rows the index knows, bool [N]; no row is looked at."""
         return np.array([self._entry(slot) != 0 for slot in slots], dtype=bool)
 
@@ -81,7 +81,7 @@ class Table:
         """Return how many rows there are."""
         return sum(int(np.count_nonzero(block)) for _, block in self._blocks(0, self.num_slots))
 
-    def read(self, slots: Sequence[int]) -> Tuple[np.ndarray, np.ndarray]:
+    def read(self, slots: Any) -> Tuple[np.ndarray, np.ndarray]:
         """Return rows, uint8 [N, row_bytes], and which of them are there, bool [N].
 
         Raises:
@@ -95,7 +95,7 @@ class Table:
                 rows[i], found[i] = np.frombuffer(data, np.uint8), True
         return rows, found
 
-    def write(self, slots: Sequence[int], rows: np.ndarray) -> None:
+    def write(self, slots: Any, rows: np.ndarray) -> None:
         """Append rows, uint8 [N, row_bytes].
 
         Raises:
@@ -182,8 +182,8 @@ class Table:
         path = self._path(number)
         if not self.writable:
             raise DamagedRowsError(
-                f'{path} of --teacher-cache is damaged. `python -m timm_distill.cache verify --drop` takes it out where '
-                'the cache can be written to, and a run with --teacher fills it again.')
+                f'{path} of --teacher-cache is damaged. `python -m timm_distill.cache verify --drop` takes it out '
+                'where the folder can be written, and a run with --teacher fills it again.')
         if number in self._files:
             self._files.pop(number).close()
         if os.path.exists(path):
@@ -194,8 +194,9 @@ class Table:
             for slot in places:
                 self._set_entry(int(slot), 0)
             lost += len(places)
-        _logger.warning(f'{path} is damaged and was taken out of the cache (it is {path}.damaged now): {lost} rows are '
-                        'filled again when their turn comes.')
+        _logger.warning(
+            f'{path} is damaged and was taken out of the cache (it is {path}.damaged now): {lost} rows are filled '
+            'again when their turn comes.')
 
     def _read_row(self, slot: int) -> Optional[bytes]:
         entry = self._entry(slot)
@@ -227,14 +228,14 @@ class Table:
     def _open_shard(self, number: int) -> Optional[BinaryIO]:
         if number not in self._files:
             try:
-                file = open(self._path(number), 'rb', buffering=0)
+                file: BinaryIO = open(self._path(number), 'rb', buffering=0)
             except FileNotFoundError:
                 return None
             if file.read(_PREAMBLE) != self._head:
                 file.close()
                 self.drop(number)
                 return None
-            self._files[number] = file  # type: ignore[assignment]
+            self._files[number] = file
         return self._files[number]
 
     def _rows_of(self, number: int) -> int:
@@ -252,7 +253,7 @@ class Table:
         while True:
             number += 1
             try:
-                self._own = open(self._path(number), 'xb', buffering=0)  # type: ignore[assignment]
+                self._own = open(self._path(number), 'xb', buffering=0)
                 break
             except FileExistsError:  # of another process
                 continue

@@ -5,6 +5,7 @@ fills a cache and one that reads it are the same run.
 """
 import logging
 import os
+from functools import partial
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
@@ -79,10 +80,11 @@ class CachedTargets:
             self._check(rows, images, teacher)
         return unflatten_features({name: value.to(images.device, images.dtype) for name, value in values.items()})
 
-    def missing(self, number: int) -> np.ndarray:
-        """Return the keys of the views of a number, of the first size, that some output lacks."""
+    def missing(self, number: int, size: int = 0) -> np.ndarray:
+        """Return the keys of the views of a number and a size, of the first split, that some output lacks."""
         stride = self.grid.num_sizes * self.grid.num_splits
         wanted = (np.arange(self.grid.num_samples) * self.grid.num_views + number) * stride
+        wanted += size * self.grid.num_splits
         lacking = np.zeros(0, np.int64)
         for table in self.tables.values():
             lacking = np.union1d(lacking, np.intersect1d(table.missing(), wanted, assume_unique=True))
@@ -140,7 +142,7 @@ class CachedTargets:
         if self.writable and new.any():
             chosen = [slot for slot, is_new in zip(slots, new) if is_new]
             for name, table in self.tables.items():
-                self._guarded(lambda table=table, name=name: table.write(chosen, encoded[name][new]))
+                self._guarded(partial(table.write, chosen, encoded[name][new]))
         return decoded
 
     def _check(
@@ -160,7 +162,7 @@ class CachedTargets:
             error = float(codec.error(rows[name][:count], values))
             if not error <= codec.step + _KERNELS:  # true for nan
                 raise CacheMismatchError(
-                    f'The teacher gives other {name.replace("_", "-")} than --teacher-cache {self.folder} holds for '
+                    f'The teacher gives other {name.replace("_", "-")} than --teacher-cache {self.folder} holds of '
                     f'the same views: difference {error:.2g} of the largest value, {codec.step + _KERNELS:.2g} is '
                     'what its precision explains. The cache is of something else: fill another.')
 
@@ -171,8 +173,8 @@ class CachedTargets:
         except OSError as e:
             self.writable = False
             self._warn(
-                'disk', f'--teacher-cache {self.folder} cannot be written ({why_unwritten(e)}): nothing more is stored, '
-                'the run goes on with its teacher. What is stored stays.')
+                'disk', f'--teacher-cache {self.folder} cannot be written ({why_unwritten(e)}): nothing more is '
+                'stored, the run goes on with its teacher. What is stored stays.')
 
     def _warn(self, kind: str, text: str) -> None:
         if kind not in self._warned:
@@ -191,13 +193,13 @@ class CachedTargets:
         """Fix the size of the channels by the first batch of the first process that gets there."""
         codec, path = self.codecs[name], self._spread_file(name)
         assert isinstance(codec, ByteCodec)
-        codec.spread = spread_of(values)
+        codec.spread = spread = spread_of(values)
         if not self.writable:
             return
         own = f'{path[:-4]}-{os.getpid()}.npy'
 
         def write() -> None:
-            np.save(own, codec.spread.numpy())  # type: ignore[union-attr]
+            np.save(own, spread.numpy())
             try:
                 os.link(own, path)
             except FileExistsError:
@@ -217,4 +219,4 @@ def flatten_features(features: Features) -> Dict[str, torch.Tensor]:
 def unflatten_features(values: Mapping[str, torch.Tensor]) -> Features:
     """Return the features that `flatten_features` was given."""
     stages = tuple(value for name, value in values.items() if name.startswith('stage'))
-    return Features(stages=stages, **{name: value for name, value in values.items() if not name.startswith('stage')})
+    return Features(values.get('logits'), values.get('feature'), values.get('pre_logits'), stages)

@@ -31,7 +31,7 @@ _WITHOUT_EFFECT = {
     'recovery_interval', 'checkpoint_hist', 'pin_mem', 'initial_checkpoint', 'pretrained',
     'pretrained_path', 'dry_run', 'list_kd', 'demo', 'demo_dir', 'config', 'max_bad_images', 'on_nan',
     'teacher_checkpoint', 'stop_epoch', 'save_epochs', 'report', 'push_to_hub',
-    'synchronize_step', 'save_images', 'nd_class_means', 'overwrite'}
+    'synchronize_step', 'save_images', 'nd_class_means', 'overwrite', 'cache_check'}
 
 
 def done_batches(checkpoint: Optional[Dict[str, Any]]) -> int:

@@ -4,6 +4,7 @@ The generators that transforms draw from are put to a state that depends on noth
 size, number of processes and order leave a view as it is, to the bit. With `num_views` views the epochs behind them see
 the first ones again. Targets carry the key of the view, by which what a teacher said of it is found.
 """
+import copy
 import math
 from argparse import Namespace
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.random_erasing import RandomErasing
 from timm.data.scheduled_sampler import ScheduledTransformDataset
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..errors import UsageError
 from ..utils._compat import replace_dataset
@@ -108,6 +109,8 @@ class ViewDataset(Dataset):
             self.dataset.set_epoch(epoch)
 
     def __getitem__(self, item: Any) -> Tuple[Any, Any]:
+        if isinstance(item, View):
+            return self.read(item)
         item, size = item if self._scheduled else (item, 0)
         index, repeat = item if isinstance(item, tuple) else (item, 0)
         return self.read(View(int(index), self.grid.number_of(int(self._epoch), repeat), size))
@@ -268,3 +271,50 @@ def replay_views(loader: Any, grid: ViewGrid, mixing: Optional[ViewMixing] = Non
     if getattr(loader, 'random_erasing', None) is not None:
         erasing = ReplayedErasing(loader.random_erasing, grid)
         loader.random_erasing, resumable.on_batch = erasing, erasing.note
+
+
+class _KeyedViews(Sequence[View]):
+    """The views of keys, as a sampler."""
+
+    def __init__(self, grid: ViewGrid, keys: Any):
+        self.grid = grid
+        self.keys = keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.grid.view(self.keys[i])
+
+
+def load_views(
+        loader: Any,
+        keys: Any,
+        batch_size: int,
+        num_workers: int = 0,
+) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    """Yield views as a loader of `replay_views` gives them, in the order of their keys.
+
+    Args:
+        loader: That loader, which is left as it is.
+        keys: Of the first split of views of one size.
+        batch_size: Images of a batch; the last may have fewer.
+        num_workers: Loader processes.
+    """
+    resumable = find_resumable(loader)
+    assert resumable is not None
+    dataset: Any = resumable.loader.dataset
+    # a generator of its own: no random number of the run is drawn
+    batches: Any = DataLoader(
+        dataset, batch_size, sampler=_KeyedViews(dataset.grid, keys), num_workers=num_workers,
+        collate_fn=resumable.collate_fn, generator=torch.Generator())
+    if loader is resumable:
+        yield from batches
+        return
+    single = copy.copy(loader)
+    erasing = loader.random_erasing
+    for batch in batches:
+        if erasing is not None:
+            erasing.note(batch)
+        single.loader = [batch]
+        yield from single

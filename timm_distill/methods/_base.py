@@ -67,6 +67,8 @@ class DistillMethod(nn.Module):
         needs_class_means: Reads the teacher's mean pre-logits of every class, given to `set_class_means`.
         needs_classifier: Reads the weight of the teacher's classifier, given to `set_classifier`.
         mixed_images: Whether mixup and cutmix make sense.
+        reads_softmax: Reads no more of the teacher's logits than their softmax at its `temperature`, or the
+            largest, so that a few of them and the mass of the others will do (`--cache-topk`).
     """
     name: ClassVar[str] = ''
     paper: ClassVar[str] = ''
@@ -80,6 +82,7 @@ class DistillMethod(nn.Module):
     needs_class_means: ClassVar[bool] = False
     needs_classifier: ClassVar[bool] = False
     mixed_images: ClassVar[bool] = True
+    reads_softmax: ClassVar[bool] = False
 
     @property
     def adapter_options(self) -> Dict[str, Any]:

@@ -30,6 +30,7 @@ class KD(LogitMethod):
         hard: Match the teacher's decision instead of its distribution; the temperature is not used.
     """
     paper = 'Hinton et al., 2015, https://arxiv.org/abs/1503.02531'
+    reads_softmax = True
     weight_source = "timm's LogitDistillationTask"
 
     def __init__(self, temperature: Temperature = 4., hard: bool = False):

@@ -100,6 +100,7 @@ class OFA(DistillMethod):
         stages: How many of the student's stages get a projector, the deepest.
     """
     paper = 'Hao et al., NeurIPS 2023, https://arxiv.org/abs/2310.19444'
+    reads_softmax = True
     weight_source = "the authors' code"
     student_outputs = frozenset({'logits', 'stages'})
     teacher_outputs = frozenset({'logits'})

@@ -27,6 +27,7 @@ class TokenDistillation(DistillMethod):
         temperature: Divides both logits; the loss is multiplied by its square.
     """
     paper = 'Touvron et al., ICML 2021, https://arxiv.org/abs/2012.12877'
+    reads_softmax = True
     weight_source = 'the paper, where label loss and term weigh 1/2 each'
     student_outputs = frozenset({'token_logits'})
 

@@ -15,14 +15,17 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 
 from ..data import DataLoaders, IndexedDataset, create_loaders, create_train_loss, read_labels
+from ..data.views import ViewDataset
 from ..errors import UsageError, flags_in_messages
 from ..factory import DataSpec, create_distill_task
 from ..features.inputs import CANNOT_RUN, find_patch_size, random_images
 from ..methods import Recipe
 from ..methods._composition import methods_of
 from ..task import DistillTask
+from ..teacher.teacher import Teacher
 from ..utils._compat import get_learning_rates
 from ..utils.distributed import share_weights
+from .cached import attach_targets, count_views, resolve_teacher
 from .device import (
     Precision,
     enable_fast_math,
@@ -52,7 +55,8 @@ def build_run(args: argparse.Namespace) -> Run:
     check_train_sizes(args, student, data_config)
     patch_size = find_patch_size(student) if args.naflex_loader else None
     loaders = create_loaders(
-        args, data_config, args.num_classes, device, precision.model_dtype, args.distributed, with_indices, patch_size)
+        args, data_config, args.num_classes, device, precision.model_dtype, args.distributed, with_indices, patch_size,
+        num_views=count_views(args))
     check_equal_data(args, loaders.fingerprints)
     task = build_task(args, student, data_config, device, precision, loaders)
     optimizer = build_optimizer(args, task, loaders.batch_size)
@@ -88,29 +92,36 @@ def build_task(
 ) -> DistillTask:
     """Create the task, with EMA, from the student and the distillation flags."""
     dataset = loaders.train.dataset
-    indexed = isinstance(dataset, IndexedDataset)
+    indexed = isinstance(dataset, (IndexedDataset, ViewDataset))
+    kwargs = distill_kwargs(args, data_config)
+    if loaders.grid is not None:
+        teacher = resolve_teacher(args, data_config, device, precision)
+        others = {name: value for name, value in kwargs.items() if not name.startswith('teacher')}
+        kwargs = {**others, 'teacher': teacher}
     if args.rank == 0:
         parameters = sum(p.numel() for p in student.parameters())
         _logger.info(f'Student {safe_model_name(args.model)}: {parameters:,} parameters.')
     with flags_in_messages():
         task = create_distill_task(
             student,
-            **distill_kwargs(args, data_config),
+            **kwargs,
             criterion=create_train_loss(args, device, args.num_classes),
             num_samples=len(dataset) if indexed else None,
-            sample_labels=read_labels(dataset) if indexed else None,
+            sample_labels=read_labels(dataset) if indexed and args.task != 'multilabel' else None,
             student_pretrained=comes_with_weights(args),
             teacher_device=torch.device('cpu') if args.teacher_fsdp else None,
             device=device,
             dtype=precision.model_dtype,
             verbose=args.rank == 0,
         )
+        if loaders.grid is not None:
+            attach_targets(args, task, data_config, loaders, precision)
     check_task(args, task)
     if args.channels_last:
         task.to(memory_format=torch.channels_last)
     if task.teacher is not None and args.distributed:
         share_weights(task.teacher, device)
-    if task.teacher is not None and args.teacher_fsdp:
+    if isinstance(task.teacher, Teacher) and args.teacher_fsdp:
         task.teacher.shard(device)
     if args.distributed and args.sync_bn:
         args.dist_bn = ''  # synchronised statistics need no distribution after the epoch
@@ -147,7 +158,7 @@ def check_task(args: argparse.Namespace, task: DistillTask) -> None:
             'trains the classifier, which is saved and released as it began. Its accuracy says nothing, '
             'so that model_best is chosen by the distillation loss, not by --eval-metric '
             f'{args.eval_metric}. --task-loss-weight 1 trains it; so does a method on logits, e.g. kd.')
-    for size in args.train_img_sizes or ():
+    for size in args.train_img_sizes or () if isinstance(task.teacher, Teacher) else ():
         try:
             task.teacher_features(random_images(task.teacher, (task.input_size[0], size, size)))
         except CANNOT_RUN as e:

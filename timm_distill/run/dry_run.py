@@ -1,15 +1,20 @@
 """Dry run: what `--dry-run` prints in place of training."""
 import argparse
 from dataclasses import replace
+from typing import List
 
 import torch
 from timm.data import resolve_data_config
 
 from ..errors import UsageError, flags_in_messages
 from ..pair import check_pair
+from ..task import DistillTask
 from .build import distill_kwargs
+from .cached import report_cache_size
 from .device import resolve_device_name
 from .models import build_student, fit_input_size
+
+_IMAGENET = 1_281_167  # images of ImageNet-1k, where nothing says how many there are
 
 
 def dry_run(args: argparse.Namespace) -> None:
@@ -22,9 +27,16 @@ def dry_run(args: argparse.Namespace) -> None:
     args = argparse.Namespace(**{**vars(args), 'pretrained': False, 'rank': 0})
     student = build_student(args)
     data_config = fit_input_size(args, student, resolve_data_config(vars(args), model=student))
+    sizes: List[str] = []
+
+    def measure_cache(task: DistillTask) -> None:
+        if args.teacher_cache:
+            sizes.extend(report_cache_size(args, task, args.train_num_samples or _IMAGENET))
+
     with flags_in_messages():
         report = check_pair(
-            student=student, device=device, num_samples=args.train_num_samples, **distill_kwargs(args, data_config))
+            student=student, device=device, num_samples=args.train_num_samples, inspect=measure_cache,
+            **distill_kwargs(args, data_config))
     if not report.ok:
         raise UsageError(report.reason)
-    print(replace(report, student=args.model))
+    print('\n'.join([str(replace(report, student=args.model)), *sizes]))

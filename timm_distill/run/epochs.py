@@ -13,6 +13,7 @@ from ..data import DataLoaders, set_loader_epoch
 from ..engine.meters import NonFiniteLossError
 from ..engine.train import EpochHooks, LogSpec, UpdateSpec, train_one_epoch
 from ..errors import UsageError
+from .cached import begin_epoch, end_epoch
 from .recorder import MAX_BAD_UPDATES, Recorder
 from .state import Run
 from .stopping import LoaderStalled, StopRequested, StopSignals
@@ -52,6 +53,7 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder, position: Optional[Dict[
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         disable_mixup(run.loaders)
     recorder.begin_epoch(position)
+    begin_epoch(run, epoch)
     last_update = -(-len(run.loaders.train) // args.grad_accum_steps) - 1
     train_metrics = train_one_epoch(
         run.task,
@@ -74,6 +76,7 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder, position: Optional[Dict[
             run.num_epochs, args.log_interval, args.log_grad_norm, run.task.changes_terms(epoch), run.progress,
             run.timing),
     )
+    end_epoch(run, epoch)
     share_batch_norm(args, run.task.get_trainable_module())
     metric = None
     validating = (epoch + 1) % args.val_interval == 0 or epoch + 1 in (run.last_epoch, *args.save_epochs)

@@ -11,6 +11,7 @@ from timm.scheduler import PlateauLRScheduler
 from ..checkpoint.rank_state import restore_rank
 from ..checkpoint.resume import done_batches, resume_task
 from ..data import create_pass_loader
+from ..errors import UsageError
 from ..report.predictions import PredictionRecorder
 from ..teacher.class_means import cached_class_means, class_means_key, compute_class_means, load_class_means
 from ..teacher.teacher import Teacher
@@ -47,7 +48,7 @@ def prepare_run(run: Run, checkpoint: Optional[Dict[str, Any]]) -> Tuple[int, Op
 def report_teacher(run: Run) -> None:
     """Print the teacher's accuracy first, so that nobody distils from a broken one."""
     args, teacher = run.args, run.task.teacher
-    if teacher is None or run.loaders.eval is None or args.teacher_eval is False:
+    if not isinstance(teacher, Teacher) or run.loaders.eval is None or args.teacher_eval is False:
         return
     if teacher.num_classes != args.num_classes:
         _logger.warning(
@@ -88,7 +89,10 @@ def prepare_class_means(run: Run) -> None:
     if args.nd_class_means:
         task.set_class_means(load_class_means(args.nd_class_means, shape))
         return
-    assert task.teacher is not None
+    if not isinstance(task.teacher, Teacher):
+        raise UsageError(
+            f'--kd {args.kd} reads class means of the teacher, which --teacher-cache does not hold: give their file '
+            'with --nd-class-means, as a run with --teacher leaves it in class_means of its --output')
     training = args.nd_class_means_transform == 'train'
     loader = create_pass_loader(
         args, run.data_config, run.loaders.train.dataset, run.device, training,

@@ -13,6 +13,7 @@ from ..pair import time_teacher
 from ..report.html import ReportData, can_draw, write_report
 from ..report.predictions import Predictions, collect_predictions
 from ..report.trackers import read_summary
+from ..teacher.teacher import Teacher
 from ..utils.distributed import share_weights
 from .recorder import Recorder
 from .state import Run, RunResult
@@ -121,7 +122,10 @@ def split_step_time(run: Run) -> Dict[str, float]:
         return {}
     data = run.timing.data_seconds / run.timing.batches
     total = run.timing.seconds / run.timing.batches
-    if run.task.teacher is None or run.task.teacher.is_sharded:  # all processes would have to run a sharded one
+    teacher = run.task.teacher
+    if not isinstance(teacher, Teacher) or run.task.targets is not None:
         return {'student': max(total - data, 0.), 'data': data}
-    teacher = time_teacher(run.task, run.args.batch_size, run.precision.autocast)
-    return {'teacher': teacher, 'student': max(total - data - teacher, 0.), 'data': data}
+    if teacher.is_sharded:  # all processes would have to run it
+        return {'student': max(total - data, 0.), 'data': data}
+    seconds = time_teacher(run.task, run.args.batch_size, run.precision.autocast)
+    return {'teacher': seconds, 'student': max(total - data - seconds, 0.), 'data': data}
