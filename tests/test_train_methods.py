@@ -141,3 +141,28 @@ def test_gradient_norms_of_a_compiled_run_are_those_of_an_eager_one(
     (expected,), (actual,) = rows(run(*flags, experiment='eager')), rows(compiled)
     for name in ('train_grad_norm_task', 'train_grad_norm_norm', 'train_grad_norm_kd'):
         assert float(actual[name]) == pytest.approx(float(expected[name]), rel=1e-3)
+
+
+NEWER = [
+    '--kd', 'norm+sdd:nkd+srd+vkd+wkd_l', '--kd-weight', 'sdd=0.5', '--kd-schedule', 'sdd:nkd=warmup:2',
+    'wkd_l=0:1,1:0.5', '--kd-kwargs', 'sdd.scales=1,2,4', 'sdd.nkd.gamma=0.5', 'norm.segments=2', '--model-kwargs',
+    'output_stride=8', '--teacher-kwargs', 'output_stride=8', '--model-ema', '--mixup', '0.2', '--smoothing', '0.1',
+    '--amp', '--amp-dtype', 'bfloat16', '--log-grad-norm', '100', '--no-report']
+
+
+@pytest.mark.slow
+def test_resumed_run_of_a_method_that_takes_another_ends_with_the_weights_of_one_never_stopped(
+        digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
+    flags = [digits_dir, tmp_path, teacher_file, *NEWER, '--sched', 'none', '--epochs']
+    whole = run(*flags, 2, experiment='whole')
+    stopped = run(*flags, 1, experiment='stopped')
+    resumed = run(*flags, 2, '--resume', Path(stopped.output_dir) / 'last.pth.tar', experiment='resumed')
+    first, second = load(whole), load(resumed)
+    assert first['task_state']['kd'] == ['norm', 'sdd:nkd', 'srd', 'vkd', 'wkd_l']
+    columns = {'train_sdd:nkd_target_loss', 'train_sdd:nkd_others_loss', 'train_grad_norm_sdd:nkd_target'}
+    assert columns <= set(rows(whole)[-1])
+    for key in ('state_dict', 'state_dict_ema'):
+        assert all(torch.equal(second[key][name], tensor) for name, tensor in first[key].items())
+    for name, tensor in first['task_state']['methods'].items():
+        assert torch.equal(second['task_state']['methods'][name], tensor), name
+    assert list(first['state_dict']) == list(timm.create_model('test_efficientnet', num_classes=10).state_dict())

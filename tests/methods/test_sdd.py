@@ -231,6 +231,7 @@ def test_what_it_does_not_take_is_one_message(kd: str, message: str) -> None:
     ({'sdd.kd.temperature': 0.}, r'sdd[.]kd[.]temperature=0.0 must be .* \(--kd-kwargs sdd[.]kd[.]temperature=4.0\)'),
     ({'sdd.kd.beta': 1.}, "Unknown option 'sdd.kd.beta'.*takes for sdd.kd: sdd.kd.temperature, sdd.kd.hard"),
     ({'sdd.scale': 1}, "Unknown option 'sdd.scale', did you mean 'scales'"), ({'sdd.scales': '1,3'}, 'sdd.scales'),
+    ({'sdd.kd': 4}, 'sdd.kd=4 must be sdd.kd.OPTION=VALUE'),
     ({'sdd.scales': 4}, 'sdd.scales'), ({'sdd.nkd.gamma': 1.}, "Unknown option 'sdd.nkd.gamma'"),
     ({'kd.temperature': 2.}, "the method 'kd' is not in --kd sdd:kd; it takes: sdd:kd"),
 ])
@@ -256,6 +257,12 @@ def test_weights_and_schedules_take_its_name_or_the_wrappers(name: str) -> None:
         'norm+sdd:dkd+kd', kd_weight={name: 0.5}, kd_schedule={name: 'warmup:20'}))
     assert list(composition.weights) == ['norm', 'sdd:dkd', 'kd'] and composition.weights['sdd:dkd'] == 0.5
     assert composition.schedules['sdd:dkd'](0) == 1 / 20
+
+
+@pytest.mark.parametrize('flag', ['kd_weight', 'kd_schedule'])
+def test_a_method_that_is_named_twice_is_refused(flag: str) -> None:
+    with pytest.raises(UsageError, match=f'--{flag.replace("_", "-")} gives sdd:kd two values'):
+        create_composition(Recipe('sdd:kd', **{flag: {'sdd': 1., 'sdd:kd': 2.}}))
 
 
 def test_two_of_it_are_told_apart_by_their_names() -> None:

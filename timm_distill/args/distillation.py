@@ -46,8 +46,8 @@ def add_distillation_args(parser: ArgumentParser) -> None:
         help='report the teacher\'s accuracy before training; None: when there is validation data')
     group.add_argument(
         '--kd', default=None, metavar='NAME[+NAME...]',
-        help='distillation methods, joined by +, e.g. norm or norm+kd; none, as '
-             'without --teacher, trains the student alone')
+        help='distillation methods, joined by +, e.g. norm or norm+kd; sdd:kd is one that takes another; '
+             'none, as without --teacher, trains the student alone')
     group.add_argument(
         '--kd-module', nargs='+', default=[], metavar='FILE',
         help='Python files with methods of your own (classes under @register_method) for --kd')

@@ -67,9 +67,7 @@ def create_composition(recipe: Recipe) -> Composition:
     for flag, value in (('--task-loss-weight', task_loss_weight), ('--distill-loss-weight', distill_loss_weight)):
         if value is not None and value not in NOT_NEGATIVE:
             raise UsageError(f'{flag} {value} must be {NOT_NEGATIVE}.')
-    kd_weight = {
-        _find_method(f'--kd-weight {name}', name, options, kd): weight
-        for name, weight in (recipe.kd_weight or {}).items()}
+    kd_weight = _by_method('--kd-weight', recipe.kd_weight or {}, options, kd)
     weights = _resolve_weights(default_weights, kd_weight, distill_loss_weight)
     if task_loss_weight is None:
         task_loss_weight = next((p.task_loss_weight for p in presets if p.task_loss_weight is not None), 1.)
@@ -78,11 +76,11 @@ def create_composition(recipe: Recipe) -> Composition:
             f'--task-loss-weight 0 and no method of --kd {kd} with a weight: nothing would train. Change '
             '--task-loss-weight, --distill-loss-weight or --kd-weight.')
     schedules: Dict[str, Callable[[int], float]] = {name: method.weight for name, method in methods.items()}
-    specs = {name: spec for preset in presets for name, spec in preset.schedules.items()}
-    for name, spec in {**specs, **(recipe.kd_schedule or {})}.items():
-        method = _find_method(f'--kd-schedule {name}', name, options, kd)
-        schedules[method] = create_weight_schedule(
-            spec, methods[method].schedules, f'--kd-schedule {name}', recipe.num_epochs)
+    specs: Dict[str, ScheduleSpec] = {name: spec for preset in presets for name, spec in preset.schedules.items()}
+    specs.update(_by_method('--kd-schedule', recipe.kd_schedule or {}, options, kd))
+    for name, spec in specs.items():
+        schedules[name] = create_weight_schedule(
+            spec, methods[name].schedules, f'--kd-schedule {name}', recipe.num_epochs)
     return Composition(methods, weights, schedules, task_loss_weight)
 
 
@@ -133,7 +131,10 @@ def create_by_name(name: str, options: Mapping[str, Any], label: str = '') -> Di
         return entry.create(**options)
     key = inner.partition(':')[0]
     taken = {option.partition('.')[2]: value for option, value in options.items() if option.startswith(f'{key}.')}
-    taken.update(options.get(key) or {})
+    together = options.get(key, {})
+    if not isinstance(together, Mapping):
+        raise UsageError(f'{entry.name}.{key}={together!r} must be {entry.name}.{key}.OPTION=VALUE.')
+    taken.update(together)
     own = {option: value for option, value in options.items() if option.partition('.')[0] != key}
     return entry.create(create_by_name(inner, taken, f'{entry.name}.{key}'), **own)
 
@@ -236,6 +237,17 @@ def _find_method(what: str, name: str, known: Iterable[str], kd: str) -> str:
             f"{what}: the method '{name}' is not in --kd {kd}; "
             f'it takes: {", ".join(known) or "nothing, --kd is none"}.')
     return meant[0]
+
+
+def _by_method(flag: str, values: Mapping[str, Any], known: Iterable[str], kd: str) -> Dict[str, Any]:
+    """Return what a flag gives to methods by their names in the `--kd` value."""
+    found: Dict[str, Any] = {}
+    for name, value in values.items():
+        method = _find_method(f'{flag} {name}', name, known, kd)
+        if method in found:
+            raise UsageError(f'{flag} gives {method} two values: leave one of them out.')
+        found[method] = value
+    return found
 
 
 def _flatten_options(kd_kwargs: Mapping[str, Any]) -> List[Tuple[str, str, Any]]:
