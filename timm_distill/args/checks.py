@@ -52,6 +52,7 @@ _NEEDS_KD: Dict[str, Any] = {
     'task_loss_weight': None,
     'distill_loss_weight': None,
     'kd_tap': 'auto',
+    'kd_lr_mult': 1.,
     'teacher_fsdp': False,
     'kd_schedule': {},
     'nd_class_means': '',

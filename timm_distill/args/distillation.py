@@ -81,6 +81,10 @@ def add_distillation_args(parser: ArgumentParser) -> None:
         '--distill-loss-weight', type=float, default=None,
         help='factor on the sum of all distillation losses; None: 1')
     group.add_argument(
+        '--kd-lr-mult', type=float, default=1., metavar='FACTOR',
+        help='factor on the learning rate of what distillation adds to the student: adapter and the '
+             'methods\' layers')
+    group.add_argument(
         '--log-grad-norm', type=int, default=0, metavar='N',
         help='log each loss term\'s gradient norm on the student, as weighted, at every N-th update of '
              'an epoch, the first included; 0: off. Training is the same with it')

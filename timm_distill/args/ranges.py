@@ -32,8 +32,9 @@ RANGES: Dict[Range, Tuple[str, ...]] = {
         'mixup_off_epoch', 'patience_epochs', 'recovery_interval', 'start_epoch', 'tta', 'warmup_epochs', 'workers'),
     _FINITE: ('head_init_bias', 'head_init_scale'),
     _POSITIVE: (
-        'bce_pos_weight', 'bn_eps', 'clip_grad', 'decay_epochs', 'decay_rate', 'kd_temperature', 'lr_base',
-        'lr_cycle_mul', 'lr_k_decay', 'lr_noise_std', 'lr_stable_timescale', 'ratio', 'train_size_schedule_spread'),
+        'bce_pos_weight', 'bn_eps', 'clip_grad', 'decay_epochs', 'decay_rate', 'kd_lr_mult', 'kd_temperature',
+        'lr_base', 'lr_cycle_mul', 'lr_k_decay', 'lr_noise_std', 'lr_stable_timescale', 'ratio',
+        'train_size_schedule_spread'),
     NOT_NEGATIVE: (
         'asl_gamma_neg', 'asl_gamma_pos', 'aug_repeats', 'color_jitter', 'cutmix', 'distill_loss_weight',
         'epoch_repeats', 'loss_weight_power', 'lr', 'lr_cycle_decay', 'min_lr', 'mixup', 'naflex_patch_size_probs',

@@ -67,6 +67,11 @@ def check_same_run(args: argparse.Namespace, checkpoint: Dict[str, Any], teacher
         raise UsageError(
             f"{args.resume!r} holds the state of another optimizer: --opt {saved['opt']} -> {now['opt']}. "
             'Give the flag of that run, or --no-resume-opt to start the optimizer afresh.')
+    factors = [getattr(values, 'kd_lr_mult', 1.) for values in (checkpoint.get('args'), args)]
+    if factors[0] != factors[1] and not args.no_resume_opt:  # the optimizer's state has the factor
+        raise UsageError(
+            f'{args.resume!r} holds the state of an optimizer with --kd-lr-mult {factors[0]:g}, not {factors[1]:g}. '
+            'Give the flag of that run, or --no-resume-opt to start the optimizer afresh.')
     changed = [name for name in differing if name not in _WITHOUT_EFFECT and not name.startswith(('log_', 'wandb_'))]
     if changed:
         _logger.warning(

@@ -3,7 +3,7 @@ import argparse
 import logging
 import math
 from dataclasses import fields
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 import torch.nn as nn
@@ -173,11 +173,42 @@ def build_optimizer(args: argparse.Namespace, task: DistillTask, batch_size: flo
     if not args.lr:
         args.lr = scale_learning_rate(args, batch_size)
     try:
-        return create_optimizer_v2(task.trainable_module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        optimizer = create_optimizer_v2(task.trainable_module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     except Exception as e:  # every optimizer checks its arguments in its own way
         raise UsageError(
             f'--opt {args.opt} cannot be built with these --opt-kwargs, --opt-betas, --opt-eps, --lr and '
             f'--momentum: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
+    if args.kd_lr_mult != 1.:
+        scale_added_rates(optimizer, task, args.kd_lr_mult, scheduled=args.sched != 'none')
+    return optimizer
+
+
+def scale_added_rates(
+        optimizer: torch.optim.Optimizer,
+        task: DistillTask,
+        factor: float,
+        scheduled: bool = True,
+) -> None:
+    """Give what distillation adds to the student parameter groups with a learning rate of their own.
+
+    Args:
+        optimizer: Fresh; its groups are split.
+        task: Its student, adapters and methods.
+        factor: On the rate of their groups, times that of timm's layer decay.
+        scheduled: A schedule of timm's follows, which applies a group's `lr_scale`.
+    """
+    student = {id(parameter) for parameter in task.module.student.parameters()}
+    groups: List[Dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        added = [parameter for parameter in group['params'] if id(parameter) not in student]
+        kept = [parameter for parameter in group['params'] if id(parameter) in student]
+        rate = {'lr_scale': factor * group.get('lr_scale', 1.)}
+        if not scheduled:
+            rate['lr'] = factor * group['lr']
+        groups += [{**group, 'params': kept}] * bool(kept) + [{**group, **rate, 'params': added}] * bool(added)
+    if all(len(old['params']) == len(new['params']) for old, new in zip(optimizer.param_groups, groups)):
+        _logger.warning('--kd-lr-mult has no effect: --kd adds nothing to the student that trains.')
+    optimizer.param_groups[:] = groups  # in place: optimizers that wrap others share the list
 
 
 def scale_learning_rate(args: argparse.Namespace, batch_size: float) -> float:
