@@ -6,12 +6,14 @@ from .methods import Recipe, create_method, list_methods
 from .models import CifarNet
 from .pair import PairReport, check_pair
 from .task import DistillTask, merge_student
+from .teacher.class_map import ClassMatch
 from .teacher.class_means import compute_class_means
 from .teacher.teacher import Teacher, create_teacher
 from .utils.version import __version__
 
 __all__ = [
     'CifarNet',
+    'ClassMatch',
     'DataSpec',
     'DistillTask',
     'MergeError',

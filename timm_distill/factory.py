@@ -21,6 +21,7 @@ from .student.inspection import inspect_student
 from .student.tap import StudentTap
 from .student.tap_search import resolve_student_tap
 from .task import DistillTask, teacher_outputs
+from .teacher.class_map import ClassChoice, ClassMatch
 from .teacher.stored import StoredTeacher
 from .teacher.teacher import Teacher, create_teacher
 
@@ -33,9 +34,9 @@ _UNEXPECTED = 1.5  # how far apart two sizes are, as the ratio of their sides, b
 _TEACHER_OPTIONS = {
     'teacher_kwargs': 'model_kwargs',
     **{f'teacher_{name}': name for name in (
-        'checkpoint', 'pretrained', 'weights', 'mean', 'std', 'img_size', 'dtype', 'device')},
+        'checkpoint', 'pretrained', 'weights', 'mean', 'std', 'img_size', 'dtype', 'device', 'classes')},
 }
-_OF_ANY_TEACHER = ('teacher_dtype', 'teacher_device')
+_OF_ANY_TEACHER = ('teacher_dtype', 'teacher_device', 'teacher_classes')
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class DataSpec:
         num_samples: Images of the training set, for methods that keep something of each; as many as `sample_labels`
             by default.
         sample_labels: Label of every image of the training set by index, [N], for methods that choose among them.
+        class_names: Name of every class in the order of the labels, '' for one without, by which a teacher's classes
+            are found.
         fits: The student is known to run at `input_size`, which is not measured again.
     """
     input_size: Optional[Sequence[int]] = None
@@ -58,6 +61,7 @@ class DataSpec:
     num_classes: Optional[int] = None
     num_samples: Optional[int] = None
     sample_labels: Optional[torch.Tensor] = None
+    class_names: Sequence[str] = ()
     fits: bool = False
 
 
@@ -98,7 +102,7 @@ def create_distill_task(
             `DataSpec` (input_size, num_classes, sample_labels, ...), and arguments of `create_teacher`:
             teacher_checkpoint, teacher_pretrained, teacher_kwargs (of `timm.create_model`), teacher_weights,
             teacher_mean, teacher_std, teacher_img_size, and for modules as well teacher_dtype (the run's, autocast
-            included, by default) and teacher_device.
+            included, by default), teacher_device and teacher_classes ('auto', a file or a mapping: `ClassMatch.by`).
 
     Raises:
         TypeError: If an option is unknown.
@@ -115,8 +119,13 @@ def create_distill_task(
     input_size = tuple(data.input_size or config.get('input_size', (3, 224, 224)))
     composition = create_composition(recipe)
     methods = composition.methods
+    resize_to = None if data.fits else _student_size(model, input_size)
+    own_input = (input_size[0], *(resize_to or input_size[1:]))
     teacher_model = None
     if methods:
+        if 'teacher_classes' in teacher_options:
+            match = _match_classes(model, own_input, data.class_names, teacher_options['teacher_classes'])
+            teacher_options['teacher_classes'] = match
         teacher_model = _resolve_teacher(
             teacher, {'teacher_device': device, 'teacher_dtype': dtype}, teacher_options,
             input_size=input_size,
@@ -124,10 +133,8 @@ def create_distill_task(
             student_std=data.std or config.get('std', IMAGENET_DEFAULT_STD),
             autocast='teacher_dtype' not in teacher_options,
             by_name=dict(num_classes=int(getattr(model, 'num_classes', 0)), verbose=verbose))
-    resize_to = None if data.fits else _student_size(model, input_size)
-    own_input = (input_size[0], *(resize_to or input_size[1:]))
     if teacher_model is not None:
-        _check_class_counts(model, teacher_model, methods, own_input)
+        _check_class_counts(model, teacher_model, methods, own_input, data.class_names)
     module = _adapt_student(model, teacher_model, methods, own_input, recipe.kd_tap, verbose)
     module.resize_to = resize_to
     _start_adapters(module, student, student_kwargs, student_pretrained, verbose)
@@ -189,6 +196,7 @@ def _check_class_counts(
         teacher: AnyTeacher,
         methods: Mapping[str, DistillMethod],
         input_size: Sequence[int],
+        class_names: Sequence[str],
 ) -> None:
     on_logits = [name for name, method in methods.items() if method.needs_equal_classes()]
     if not on_logits:
@@ -197,8 +205,38 @@ def _check_class_counts(
     if teacher.num_classes != student_classes:
         raise UsageError(
             f'--kd {"+".join(on_logits)} compares logits, but the teacher has {_describe_classes(teacher.num_classes)} '
-            f'and the student {_describe_classes(student_classes)}. Give a teacher trained on these classes with '
-            '--teacher-checkpoint, change --num-classes, or use a method that reads features alone (--list-kd).')
+            f'and the student {_describe_classes(student_classes)}. {_suggest_classes(teacher, class_names)}Give a '
+            'teacher trained on these classes with --teacher-checkpoint, change --num-classes, or use a method that '
+            'reads features alone (--list-kd).')
+
+
+def _suggest_classes(teacher: AnyTeacher, class_names: Sequence[str]) -> str:
+    if not teacher.num_classes:
+        return ''
+    labels = teacher.labels
+    if labels is not None and labels.has_all_ids(class_names):
+        return f'All classes of the data are among those of {labels.source}: --teacher-classes auto takes these. '
+    return "--teacher-classes FILE says which of the teacher's classes are the student's. "
+
+
+def _match_classes(
+        student: nn.Module,
+        input_size: Sequence[int],
+        class_names: Sequence[str],
+        choice: ClassChoice,
+) -> ClassMatch:
+    """Return how the student's classes are matched with the teacher's.
+
+    Raises:
+        UsageError: If there are not as many names as classes.
+    """
+    count = count_classes(student, input_size)
+    names = list(class_names) or [''] * count
+    if count != len(names):
+        raise UsageError(
+            f'The student has {_describe_classes(count)} and class_names names {len(names)}: give one name for each, '
+            "'' for one without.")
+    return ClassMatch(names, choice)
 
 
 def _describe_classes(count: int) -> str:

@@ -96,6 +96,26 @@ def standardize_logits(logits: torch.Tensor, scale: float, eps: float = 1e-7) ->
     return scale * torch.where(constant, centred, F.layer_norm(logits, logits.shape[-1:], eps=eps))
 
 
+def among_classes(target: torch.Tensor, classes: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Return targets among some of the classes, for logits of these alone, and what share of each target lies in them.
+
+    What all classes share of a soft target (label smoothing) lies in none.
+
+    Args:
+        target: Class indices [B] or soft targets [B, K].
+        classes: The classes in rising order, [M].
+
+    Returns:
+        Class indices [B], 0 for one that is not among them, or soft targets [B, M]; shares [B] from 0 to 1.
+    """
+    if target.ndim == 1:
+        position = torch.searchsorted(classes, target.contiguous()).clamp(max=len(classes) - 1)
+        found = classes[position] == target
+        return position.masked_fill(~found, 0), found.float()
+    mass = (target - target.amin(dim=1, keepdim=True)).float()
+    return target[:, classes], mass[:, classes].sum(1) / mass.sum(1).clamp_min(torch.finfo(mass.dtype).tiny)
+
+
 def is_constant(x: torch.Tensor, deviation: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """Whether all values along `dim` are alike, up to the rounding of their mean.
 

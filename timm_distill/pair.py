@@ -4,7 +4,7 @@ import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union, cast
 
 import timm
 import torch
@@ -15,9 +15,11 @@ from .factory import DataSpec, create_distill_task
 from .features.inputs import evaluation_mode, random_images
 from .features.stages import classes_of
 from .methods import Recipe
+from .models.named import is_hub
 from .student.merge import MERGE_TOLERANCE
 from .task import DistillTask
 from .teacher.teacher import Teacher
+from .utils.random import unchanged_randomness
 
 _logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class PairReport:
         memory: Bytes that the step needs: measured on CUDA; elsewhere weights, gradients, momentum and what autograd
             keeps.
         suggested_batch_size: Largest power of two whose step fits the free memory of the device.
+        classes: The teacher's classes of each class of the student in words, where they are mapped.
     """
     teacher: str
     student: str
@@ -70,6 +73,7 @@ class PairReport:
     batch_size: int = 0
     memory: int = 0
     suggested_batch_size: int = 0
+    classes: Tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f'{self.teacher} -> {self.student} with --kd {self.kd}: {"works" if self.ok else "does not work"}']
@@ -85,6 +89,9 @@ class PairReport:
                 f'  consumer           {", ".join(self.consumers) or "none, dropped at save"}',
                 f"  merge error        {self.merge_error:.1e} of the logits' spread",
             ]
+        if self.classes:
+            indent = '\n' + ' ' * 21
+            lines.append(f'  classes            {indent.join(self.classes)}')
         return '\n'.join([
             *lines,
             f"  teacher's share    {100 * self.teacher_share:.0f} % of a step of {self.step_seconds:.2f} s at "
@@ -144,6 +151,13 @@ def check_pair(
 
 def _teacher_classes(name: str, pretrained: bool) -> Optional[int]:
     """Return the class count of the pretrained weights of an architecture, None where it has none."""
+    if pretrained and is_hub(name):
+        try:
+            with unchanged_randomness(), torch.device('meta'):
+                return cast(int, timm.create_model(name).num_classes)  # by its config
+        except Exception as e:  # a hub and a folder raise errors of many libraries; said where the teacher is built
+            _logger.debug(f'The class count of {name} is not known: {e}')
+            return None
     if not pretrained or not timm.is_model(name) or not timm.is_model_pretrained(name):
         return None
     return timm.get_pretrained_cfg(name).num_classes
@@ -169,6 +183,7 @@ def _measure(task: DistillTask, teacher: str, student: str, kd: str, batch_size:
     error = module.merge_error(images[:4]) if module.adapters else 0.
     merges = error <= MERGE_TOLERANCE[images.dtype]
     fixed = _fixed_memory(task)
+    class_map = None if task.teacher is None else task.teacher.class_map
     return PairReport(
         teacher, student, kd,
         ok=merges,
@@ -179,6 +194,7 @@ def _measure(task: DistillTask, teacher: str, student: str, kd: str, batch_size:
         step_seconds=seconds,
         batch_size=batch_size,
         suggested_batch_size=_suggest_batch_size(fixed, memory / batch_size, task.device),
+        classes=() if class_map is None else tuple(class_map.describe()),
         **_describe_tap(task, images),
     )
 

@@ -129,6 +129,46 @@ def test_resume_with_a_teacher_of_other_preprocessing_is_refused_with_the_differ
     assert listing(tmp_path / 'output') == before
 
 
+@pytest.fixture(scope='module')
+def other_teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of six classes, four of which are those of the data in another order."""
+    folder = tmp_path_factory.mktemp('other_teacher')
+    torch.manual_seed(0)
+    model = timm.create_model('test_efficientnet', num_classes=6)
+    save_for_hf(model, str(folder), model_config={'label_names': ['3', 'x', '1', '2', '0', 'y']})
+    return folder
+
+
+def test_a_run_keeps_its_map_of_the_teachers_classes(
+        data_dir: Path, other_teacher_dir: Path, tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level('INFO')
+    (tmp_path / 'map.txt').write_text('0\tx\n')
+    flags = ['--kd', 'kd', '--teacher-eval', '--teacher-classes', str(tmp_path / 'map.txt')]
+    run(data_dir, tmp_path / 'output', other_teacher_dir, *flags, '--stop-epoch', '1')
+    assert "Teacher classes: 4 of 6 (its weights) for 4 of the student's 4" in caplog.text
+    assert 'Teacher local-dir' in caplog.text and 'top-1' in caplog.text
+    before, path = listing(tmp_path / 'output'), tmp_path / 'output' / 'run' / 'last.pth.tar'
+    assert read_checkpoint(str(path), 'x')['teacher_classes'] == [[1], [2], [3], [0]]
+    by_name = [*flags[:3], '--teacher-classes', 'auto']
+    with pytest.raises(UsageError, match=r'other classes of the teacher.*class 0 \(0\) 1 -> 4'):
+        run(data_dir, tmp_path / 'output', other_teacher_dir, *by_name, '--resume', 'auto')
+    with pytest.raises(UsageError, match='the teacher has 6 classes and the student 4'):
+        run(data_dir, tmp_path / 'output', other_teacher_dir, *flags[:3], '--resume', 'auto')
+    assert listing(tmp_path / 'output') == before
+    (tmp_path / 'map.txt').rename(tmp_path / 'moved.txt')
+    moved = [*flags[:3], '--teacher-classes', str(tmp_path / 'moved.txt')]
+    assert run(data_dir, tmp_path / 'output', other_teacher_dir, *moved, '--resume', 'auto').best_epoch is not None
+
+
+def test_a_dry_run_prints_the_map_of_the_teachers_classes(
+        data_dir: Path, other_teacher_dir: Path, tmp_path: Path, capsys: Any) -> None:
+    run(data_dir, tmp_path / 'output', other_teacher_dir, '--kd', 'kd', '--teacher-classes', 'auto', '--dry-run')
+    words = capsys.readouterr().out.split()
+    start = words.index('classes')
+    assert words[start + 1:start + 9] == ['0', '(4)', '1', '(2)', '2', '(3)', '3', '(0)']
+    assert not (tmp_path / 'output').exists()
+
+
 def test_checkpoint_that_knows_nothing_of_its_data_is_resumed() -> None:
     loaders = SimpleNamespace(fingerprints={'training': {}})
     assert not unchanged.check_same_data(SimpleNamespace(loaders=loaders), {})  # type: ignore[arg-type]

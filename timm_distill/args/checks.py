@@ -48,6 +48,7 @@ _NEEDS_KD: Dict[str, Any] = {
     'teacher_mean': None,
     'teacher_std': None,
     'teacher_img_size': None,
+    'teacher_classes': '',
     'teacher_dtype': None,
     'task_loss_weight': None,
     'distill_loss_weight': None,

@@ -14,7 +14,7 @@ _MULTILABEL_DEFAULTS = {'smoothing': 0., 'eval_metric': 'map'}
 _PATHS = frozenset({
     'data', 'data_dir', 'train_split', 'val_split', 'split', 'class_map', 'class_stats', 'output', 'experiment',
     'resume', 'teacher', 'teacher_checkpoint', 'model', 'initial_checkpoint', 'pretrained_path', 'checkpoint',
-    'nd_class_means', 'kd_module', 'demo_dir', 'results_file', 'valid_labels', 'real_labels',
+    'nd_class_means', 'kd_module', 'demo_dir', 'results_file', 'valid_labels', 'real_labels', 'teacher_classes',
 })
 _NAME_BYTES, _PATH_BYTES = 255, 4095
 

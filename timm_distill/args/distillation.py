@@ -29,6 +29,10 @@ def add_distillation_args(parser: ArgumentParser) -> None:
         help='height and width that the teacher is fed; None: what its weights say, else the '
              'student\'s size where the teacher runs at it')
     group.add_argument(
+        '--teacher-classes', metavar='auto|FILE', default='',
+        help='which of the teacher\'s classes are the student\'s, where they differ: by WordNet id or name of the '
+             'class (auto), or from a file; its logits are restricted to them')
+    group.add_argument(
         '--teacher-kwargs', nargs='*', default={}, action=ParseKeyValues, metavar='KEY=VALUE',
         help='extra arguments for the teacher\'s constructor, e.g. img_size=256')
     group.add_argument(

@@ -35,19 +35,28 @@ def read_class_map(path: str, folders: Sequence[str] = ()) -> Optional[Dict[str,
         raise UsageError(
             f'--class-map {path} must be a text file NAME.txt with one class name a line, in the order of '
             'the labels; no other format is read, pickles least of all')
-    return _number(_read_lines(found), path)
+    return _number([line.strip() for line in read_names(found, '--class-map').rstrip().splitlines()], path)
 
 
-def _read_lines(path: str) -> List[str]:
+def read_names(path: str, flag: str) -> str:
+    """Return the text of a file of class names, which like the names of folders need not be UTF-8.
+
+    Args:
+        path: The file.
+        flag: What named it, for messages.
+
+    Raises:
+        UsageError: If it cannot be read or is no text.
+    """
     try:
         check_regular_file(path)
-        with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:  # names of folders need not be UTF-8
+        with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
             text = file.read()
     except OSError as error:
-        raise UsageError(f'--class-map {path} cannot be read: {error}') from error
+        raise UsageError(f'{flag} {path} cannot be read: {error}') from error
     if '\0' in text:
-        raise UsageError(f'--class-map {path} is no text in UTF-8: save it as such')
-    return [line.strip() for line in text.rstrip().splitlines()]
+        raise UsageError(f'{flag} {path} is no text in UTF-8: save it as such')
+    return text
 
 
 def _number(names: List[str], path: str) -> Dict[str, int]:

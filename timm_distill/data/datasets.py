@@ -75,6 +75,17 @@ def create_datasets(
     return dataset_train, dataset_eval
 
 
+def read_class_names(args: Namespace, data_config: Dict[str, Any], num_classes: int) -> List[str]:
+    """Return the name of every class of the training data, '' for one without; no image is read.
+
+    Raises:
+        UsageError: As `create_datasets` does.
+    """
+    dataset = _create_split(args, data_config, '--train-split', args.train_split, is_training=True, seed=args.seed)
+    _fit_targets(args, dataset, num_classes)
+    return known_names(dataset, num_classes)
+
+
 def create_eval_dataset(args: Namespace, data_config: Dict[str, Any], num_classes: int) -> Dataset:
     """Dataset of the validation script, from `--split`, with the checks of `create_datasets`."""
     dataset = _create_split(
@@ -223,25 +234,37 @@ def _check_split_folder(root: Optional[str], flag: str, split: str) -> None:
 
 
 def _class_to_idx(dataset: Dataset) -> Optional[Dict[str, int]]:
-    """Labels by class folder name; None where they do not come from folders."""
-    reader = getattr(dataset, 'reader', None)
-    return getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None)
+    """Labels by class folder name, or by the name that a dataset has for a class; None where it has none."""
+    reader = getattr(dataset, 'reader', dataset)
+    # torchvision's ImageNet has several names for a class, and one WordNet id
+    names = ('wnid_to_idx', 'class_to_idx', 'class_name_to_idx')
+    return next((getattr(reader, name) for name in names if getattr(reader, name, None)), None)
 
 
 def class_names(dataset: Dataset, num_classes: int) -> List[str]:
     """Return a name for every class, as it can be written: of its folder or of the dataset, else its index."""
-    names = [str(i) for i in range(num_classes)]
-    for name, index in (_class_to_idx(dataset) or {}).items():
+    return [name or str(index) for index, name in enumerate(known_names(dataset, num_classes))]
+
+
+def known_names(dataset: Dataset, num_classes: int) -> List[str]:
+    """Return the name of every class, as it can be written; '' for one that the dataset does not name."""
+    names = [''] * num_classes
+    for name, index in (_class_to_idx(_viewed(dataset)) or {}).items():
         if 0 <= index < num_classes:
             names[index] = printable(str(name))
     return names
 
 
+def _viewed(dataset: Any) -> Any:
+    """Return the dataset that a view is of."""
+    while not hasattr(dataset, 'reader') and hasattr(dataset, 'dataset'):
+        dataset = dataset.dataset
+    return dataset
+
+
 def label_names(dataset: Dataset, num_classes: int) -> Optional[List[str]]:
     """Return the name of every class in label order; None where the dataset does not name them all."""
-    while not hasattr(dataset, 'reader') and hasattr(dataset, 'dataset'):  # views of it
-        dataset = dataset.dataset
-    classes = _class_to_idx(dataset) or {}
+    classes = _class_to_idx(_viewed(dataset)) or {}
     if set(classes.values()) != set(range(num_classes)):
         return None
     return class_names(dataset, num_classes)

@@ -49,6 +49,8 @@ def collect_provenance(
     if args.teacher and args.kd != 'none':
         checkpoint = os.path.basename(str(args.teacher_checkpoint or ''))
         provenance['teacher'] = {'name': args.teacher, 'checkpoint': checkpoint, 'sha256 of its weights': teacher_hash}
+        if args.teacher_classes:
+            provenance['teacher']['classes by'] = os.path.basename(args.teacher_classes)
     return provenance
 
 

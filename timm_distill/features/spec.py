@@ -23,6 +23,8 @@ class Features:
             the teacher's is frozen.
         transform_logits: The map that `logits` went through, for other logits that are compared with them.
         indices: Indices of the batch's samples in the training set, [B] (teacher only).
+        classes: The student's classes that the teacher knows, [M], where it does not know them all (teacher only). The
+            methods get the logits of both for these, and the labels as they are: `losses.among_classes`.
     """
     logits: Optional[torch.Tensor] = None
     feature: Optional[torch.Tensor] = None
@@ -34,6 +36,7 @@ class Features:
     head: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
     transform_logits: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits
     indices: Optional[torch.Tensor] = None
+    classes: Optional[torch.Tensor] = None
 
     def tensors(self) -> List[torch.Tensor]:
         """Return what the model gave: logits, feature, pre-logits and stages, as far as they were asked for."""

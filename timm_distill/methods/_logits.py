@@ -1,9 +1,10 @@
 """Base of the methods that compare the logits of each sample by itself."""
-from typing import Dict
+from typing import ClassVar, Dict
 
 import torch
 
 from ..features.spec import Features
+from ..losses import among_classes
 from ._base import DistillMethod
 
 
@@ -11,7 +12,11 @@ class LogitMethod(DistillMethod):
     """Base of the methods whose terms are means over samples of a loss of each sample's logits.
 
     Another method can take them (`sdd:kd`): it gives other logits and weighs the samples.
+
+    Attributes:
+        reads_labels: Whether a loss depends on the label: then a sample whose class the teacher does not know has none.
     """
+    reads_labels: ClassVar[bool] = False
 
     def sample_losses(
             self,
@@ -30,5 +35,9 @@ class LogitMethod(DistillMethod):
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         assert student.logits is not None and teacher.logits is not None
+        share = None
+        if teacher.classes is not None:
+            target, share = among_classes(target, teacher.classes)
         losses = self.sample_losses(student.logits, teacher.logits, target)
-        return {name: loss.mean() for name, loss in losses.items()}
+        weigh = share is not None and self.reads_labels
+        return {name: (share * loss if weigh else loss).mean() for name, loss in losses.items()}

@@ -107,6 +107,7 @@ class DKD(LogitMethod):
     Raises:
         UsageError: If both weights are 0.
     """
+    reads_labels = True
     paper = 'Zhao et al., CVPR 2022, https://arxiv.org/abs/2203.08679'
     weight_source = "the authors' code"
 

@@ -41,6 +41,7 @@ class NKD(LogitMethod):
         temperature: Divides both logits in that term, which is multiplied by its square.
         mask_target: Leave the target class out of it, as the paper does.
     """
+    reads_labels = True
     paper = 'Yang et al., ICCV 2023, https://arxiv.org/abs/2303.13005'
     weight_source = "the authors' code"
 

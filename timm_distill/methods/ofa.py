@@ -8,7 +8,7 @@ the teacher's final logits by a loss that enhances the target class. The officia
 separable convolutions for convolutional students and transformer blocks for others; here every stage is a map, so that
 the former serve all. All three official weights (label, final logits, stages) are 1, and the stage losses are summed.
 """
-from typing import Annotated, Any, Dict, List, Sequence, Tuple
+from typing import Annotated, Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..errors import UsageError
 from ..features.spec import Features, PairSpec, Stage
-from ..losses import to_full_precision
+from ..losses import among_classes, to_full_precision
 from ..utils.ranges import Range
 from ._base import Count, DistillMethod, Temperature, register_method
 from ._layers import BatchNorm2d
@@ -40,6 +40,7 @@ def ofa_loss(
         target: torch.Tensor,
         eps: float = 1.,
         temperature: float = 1.,
+        known: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """Cross-entropy with the teacher's distribution, its target class enhanced.
 
@@ -49,6 +50,7 @@ def ofa_loss(
         target: Class indices [B], or soft targets [B, K] of which the largest counts.
         eps: Exponent, gamma in the paper: the weight of a class is p^eps, of the target (1 + p)^eps - 1.
         temperature: Divides both logits.
+        known: The classes that the logits are of, [K], where the labels have others too: of these none is enhanced.
 
     Returns:
         Scalar.
@@ -56,7 +58,8 @@ def ofa_loss(
     log_student = F.log_softmax(to_full_precision(student_logits) / temperature, dim=1)
     teacher = F.softmax(to_full_precision(teacher_logits.detach()) / temperature, dim=1)
     target = target if target.ndim == 1 else target.argmax(1)
-    mask = torch.zeros_like(teacher).scatter_(1, target[:, None], 1.)
+    target, share = (target, torch.ones_like(teacher[:, 0])) if known is None else among_classes(target, known)
+    mask = torch.zeros_like(teacher).scatter_(1, target[:, None], share[:, None].to(teacher.dtype))
     weight = (teacher + mask) ** eps - mask
     return -(weight * log_student).sum(1).mean()
 
@@ -140,6 +143,6 @@ class OFA(DistillMethod):
         stages = student.stages[-len(self.projectors):]
         for projector, stage, eps in zip(self.projectors, stages, self.stage_exponents):
             logits = student.transform_logits(projector(stage))
-            losses.append(ofa_loss(logits, teacher.logits, target, eps, self.temperature))
-        final = ofa_loss(student.logits, teacher.logits, target, self.eps, self.temperature)
+            losses.append(ofa_loss(logits, teacher.logits, target, eps, self.temperature, teacher.classes))
+        final = ofa_loss(student.logits, teacher.logits, target, self.eps, self.temperature, teacher.classes)
         return {'ofa_logits_loss': final, 'ofa_stages_loss': torch.stack(losses).sum()}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ..errors import UsageError
 from ..features.spec import Features, FeatureSpec, PairSpec
-from ..losses import target_classes, to_full_precision
+from ..losses import among_classes, target_classes, to_full_precision
 from ._base import Weight, register_method
 from ._logits import LogitMethod
 from ._wrapper import WrapperMethod
@@ -138,9 +138,15 @@ class SDD(WrapperMethod):
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         own, other = self.region_logits(student), self.region_logits(teacher).detach()  # [N, B, K]
-        weights = region_weights(other, target_classes(target), self.complementary_weight).flatten()
+        share = None
+        if teacher.classes is not None:
+            target, share = among_classes(target, teacher.classes)
+        weights = region_weights(other, target_classes(target), self.complementary_weight)
+        if share is not None:  # no region of an image of an unknown class is right
+            weights = torch.where(share > 0, weights, 1.) * (share if self.inner.reads_labels else 1.)
         targets = target.repeat(len(own), *[1] * (target.ndim - 1))
         losses = self.inner.sample_losses(own.flatten(0, 1), other.flatten(0, 1), targets)
+        weights = weights.flatten()
         return self.rename({name: (weights * loss).mean() for name, loss in losses.items()})
 
     def region_logits(self, features: Features) -> torch.Tensor:

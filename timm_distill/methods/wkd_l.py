@@ -97,6 +97,7 @@ class WKDLogits(LogitMethod):
     """
     paper = 'Lv et al., NeurIPS 2024, https://arxiv.org/abs/2412.08139'
     weight_source = "the authors' code, whose 30 is wkd_l.distance_weight"
+    reads_labels = True
     needs_classifier = True
     cost: torch.Tensor
 

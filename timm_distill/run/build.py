@@ -3,7 +3,7 @@ import argparse
 import logging
 import math
 from dataclasses import fields
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,7 @@ from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 
-from ..data import DataLoaders, IndexedDataset, create_loaders, create_train_loss, read_labels
+from ..data import DataLoaders, IndexedDataset, create_loaders, create_train_loss, known_names, read_labels
 from ..data.views import ViewDataset
 from ..errors import UsageError, flags_in_messages
 from ..factory import DataSpec, create_distill_task
@@ -93,7 +93,7 @@ def build_task(
     """Create the task, with EMA, from the student and the distillation flags."""
     dataset = loaders.train.dataset
     indexed = isinstance(dataset, (IndexedDataset, ViewDataset))
-    kwargs = distill_kwargs(args, data_config)
+    kwargs = distill_kwargs(args, data_config, known_names(dataset, args.num_classes))
     if loaders.grid is not None:
         teacher = resolve_teacher(args, data_config, device, precision)
         others = {name: value for name, value in kwargs.items() if not name.startswith('teacher')}
@@ -129,7 +129,11 @@ def build_task(
     return task
 
 
-def distill_kwargs(args: argparse.Namespace, data_config: Dict[str, Any]) -> Dict[str, Any]:
+def distill_kwargs(
+        args: argparse.Namespace,
+        data_config: Dict[str, Any],
+        class_names: Sequence[str] = (),
+) -> Dict[str, Any]:
     """Map the distillation flags to arguments of `create_distill_task`, as timm's `optimizer_kwargs` does."""
     recipe = {field.name: getattr(args, field.name) for field in fields(Recipe) if field.name != 'num_epochs'}
     names = (
@@ -137,8 +141,10 @@ def distill_kwargs(args: argparse.Namespace, data_config: Dict[str, Any]) -> Dic
         'teacher_std', 'teacher_img_size')
     return dict(
         kd=Recipe(**recipe, num_epochs=count_epochs(args)),
-        data=DataSpec(data_config['input_size'], data_config['mean'], data_config['std'], fits=True),
+        data=DataSpec(
+            data_config['input_size'], data_config['mean'], data_config['std'], class_names=class_names, fits=True),
         teacher_dtype=resolve_dtype(args.teacher_dtype),
+        teacher_classes=args.teacher_classes or None,
         **{name: getattr(args, name) for name in names},
     )
 

@@ -6,6 +6,7 @@ from typing import List
 import torch
 from timm.data import resolve_data_config
 
+from ..data import read_class_names
 from ..errors import UsageError, flags_in_messages
 from ..pair import check_pair
 from ..task import DistillTask
@@ -20,6 +21,8 @@ _IMAGENET = 1_281_167  # images of ImageNet-1k, where nothing says how many ther
 def dry_run(args: argparse.Namespace) -> None:
     """Print what `check_pair` finds for the flags; nothing is downloaded and no data is read.
 
+    With `--teacher-classes` the names of the data's classes are read, and no image.
+
     Raises:
         UsageError: If the pair does not work.
     """
@@ -27,6 +30,7 @@ def dry_run(args: argparse.Namespace) -> None:
     args = argparse.Namespace(**{**vars(args), 'pretrained': False, 'rank': 0})
     student = build_student(args)
     data_config = fit_input_size(args, student, resolve_data_config(vars(args), model=student))
+    names = read_class_names(args, data_config, args.num_classes) if args.teacher_classes else []
     sizes: List[str] = []
 
     def measure_cache(task: DistillTask) -> None:
@@ -36,7 +40,7 @@ def dry_run(args: argparse.Namespace) -> None:
     with flags_in_messages():
         report = check_pair(
             student=student, device=device, num_samples=args.train_num_samples, inspect=measure_cache,
-            **distill_kwargs(args, data_config))
+            **distill_kwargs(args, data_config, names))
     if not report.ok:
         raise UsageError(report.reason)
     print('\n'.join([str(replace(report, student=args.model)), *sizes]))

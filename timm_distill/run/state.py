@@ -99,6 +99,7 @@ def fingerprints(run: Run) -> Dict[str, Any]:
     return {
         'datasets': run.loaders.fingerprints,
         'teacher_input': None if teacher is None else teacher.preprocessing.values(),
+        'teacher_classes': None if teacher is None else teacher.class_sources,
     }
 
 

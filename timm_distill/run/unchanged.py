@@ -6,7 +6,7 @@ from typing import Any, Dict, List
 import torch.distributed as dist
 
 from ..checkpoint.resume import check_same_run
-from ..data import describe_changes, digest_fingerprint
+from ..data import describe_changes, digest_fingerprint, known_names
 from ..errors import UsageError
 from .state import Run, weights_in_force
 
@@ -47,6 +47,7 @@ def check_unchanged(run: Run, checkpoint: Dict[str, Any]) -> bool:
     teacher_hash = getattr(run.task.teacher, 'digest', '') if run.args.rank == 0 else ''
     check_same_run(run.args, checkpoint, teacher_hash)
     check_same_teacher_input(run, checkpoint)
+    check_same_teacher_classes(run, checkpoint)
     check_same_weights(run, checkpoint)
     return check_same_data(run, checkpoint)
 
@@ -99,6 +100,32 @@ def check_same_teacher_input(run: Run, checkpoint: Dict[str, Any]) -> None:
             f'{run.args.resume!r} was distilled from a teacher with other preprocessing: '
             f'{", ".join(changes)}. Give the teacher as it was (its config.json, its checkpoint, '
             '--teacher-mean, --teacher-std, --teacher-img-size).')
+
+
+def check_same_teacher_classes(run: Run, checkpoint: Dict[str, Any]) -> None:
+    """Compare the teacher's classes of every class of the student with those when a checkpoint was written.
+
+    Raises:
+        UsageError: If they are others; names the first.
+    """
+    if run.task.teacher is None:
+        return
+    saved, now = checkpoint.get('teacher_classes'), run.task.teacher.class_sources
+    if saved == now:
+        return
+    flag = f'--teacher-classes {run.args.teacher_classes}'.strip()
+    if saved is None or now is None:
+        raise UsageError(
+            f"{run.args.resume!r} was distilled {'without' if saved is None else 'with'} a map of the teacher's "
+            f"classes to the student's, here there is {'one' if saved is None else 'none'} ({flag}): give that flag as "
+            'it was.')
+    index = next((i for i, (a, b) in enumerate(zip(saved, now)) if a != b), min(len(saved), len(now)))
+    names = known_names(run.loaders.train.dataset, run.args.num_classes)
+    classes = [' '.join(map(str, lists[index])) if index < len(lists) else '' for lists in (saved, now)]
+    raise UsageError(
+        f"{run.args.resume!r} was distilled with other classes of the teacher for those of the student ({flag}): class "
+        f"{index} ({names[index] or 'without name'}) {classes[0] or 'none'} -> {classes[1] or 'none'}. Give the file "
+        'as it was.')
 
 
 def _text(value: Any) -> str:

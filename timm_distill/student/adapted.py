@@ -78,12 +78,25 @@ class AdaptedStudent(nn.Module):
         logits: Any = features.logits
         if teacher is None or target is None:
             return logits
-        features.logits, teacher.logits = self.transform_logits(logits), self.transform_logits(teacher.logits)
-        features.token_logits = self.transform_logits(features.token_logits)
-        features.transform_logits = self.transform_logits  # type: ignore[assignment]
-        features.head, teacher.head = self._transform_head(features.head), self._transform_head(teacher.head)
+        self._make_comparable(features, teacher)
         terms = {name: self._run_method(name, features, teacher, target) for name in self.methods}
-        return logits, features.logits, terms  # type: ignore[return-value]
+        task_logits = features.logits if teacher.classes is None else self.transform_logits(logits)
+        return logits, task_logits, terms  # type: ignore[return-value]
+
+    def _make_comparable(self, features: Features, teacher: Features) -> None:
+        """Bring the logits of both to the classes that both know, and through the methods' maps."""
+        known = teacher.classes
+
+        def _transform(logits: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+            return self.transform_logits(logits if logits is None or known is None else logits[:, known])
+
+        def _behind(head: LogitHead) -> LogitHead:
+            return lambda x: _transform(head(x))  # type: ignore[return-value]
+
+        for model in (features, teacher):
+            model.logits, model.token_logits = _transform(model.logits), _transform(model.token_logits)
+            model.head = None if model.head is None else _behind(model.head)
+        features.transform_logits = _transform  # type: ignore[assignment]
 
     def _run_method(
             self,
@@ -114,12 +127,6 @@ class AdaptedStudent(nn.Module):
             for method in self.methods.values():
                 logits = method.transform_logits(logits)
         return logits
-
-    def _transform_head(self, head: Optional[LogitHead]) -> Optional[LogitHead]:
-        """Return a head with the methods' maps of the logits behind it."""
-        if head is None:
-            return None
-        return lambda x: self.transform_logits(head(x))  # type: ignore[return-value]
 
     def no_weight_decay(self) -> Set[str]:
         """Return the parameters of student and methods without weight decay, under their names here."""

@@ -1,12 +1,14 @@
 """A teacher known by what its cache says of it: shapes, preprocessing and digest, without a model."""
 from dataclasses import asdict
-from typing import AbstractSet, Any, Dict, Optional, Tuple
+from typing import AbstractSet, Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
 from ..errors import UsageError
 from ..features.spec import Features, FeatureSpec, Stage
+from .class_map import ClassMap
+from .label_set import LabelSet
 from .preprocessing import Preprocessing
 from .teacher import Teacher
 
@@ -27,6 +29,9 @@ class StoredTeacher(nn.Module):
     is_sharded = False
     classifier_weight: Optional[torch.Tensor] = None
     trained_size: Optional[Tuple[int, int]] = None
+    labels: Optional[LabelSet] = None
+    class_map: Optional[ClassMap] = None  # --teacher-classes does not go with a cache
+    class_sources: Optional[List[List[int]]] = None
 
     def __init__(self, facts: Dict[str, Any]):
         super().__init__()

@@ -6,7 +6,8 @@ import copy
 import hashlib
 import logging
 from contextlib import nullcontext
-from typing import AbstractSet, Any, ContextManager, Dict, Optional, Sequence, Union
+from dataclasses import replace
+from typing import AbstractSet, Any, ContextManager, Dict, List, Optional, Sequence, Union
 
 import torch
 import torch.nn as nn
@@ -18,7 +19,9 @@ from ..features.head import HeadInput
 from ..features.inspection import inspect
 from ..features.reader import LOGITS, ModelReader, read
 from ..features.spec import Features, FeatureSpec
+from .class_map import ClassMap, ClassMatch, create_class_map, report_class_map
 from .fold import FoldReport, fold_batch_norms
+from .label_set import LabelSet, find_labels
 from .memory_order import order_channels_last
 from .preprocessing import InputRecord, Preparation, first_record, model_record, resolve_preprocessing, resolve_size
 from .sharding import shard_reader
@@ -47,6 +50,7 @@ class Teacher(nn.Module):
         copy_model: Keep a copy, so that `model` stays as it is; else it is frozen and changed.
         records: What is said of its own normalisation, input size and interpolation, the one that counts most first;
             the model's `pretrained_cfg`, its size apart, stands behind them.
+        classes: Restrict the logits to the student's classes.
 
     Attributes:
         spec: What it gives and how it is read.
@@ -54,13 +58,16 @@ class Teacher(nn.Module):
         trained_size: (height, width) of the images that its weights were trained on, where it need not be fed that and
             its weights say so.
         input_size: What it is fed, (channels, height, width), whatever the student is fed.
-        num_classes: Columns of its logits, 0 where these are nothing but its pre-logits.
+        num_classes: Columns of its logits, 0 where these are nothing but its pre-logits; with `classes` the student's.
+        labels: Names of its own classes, None where nobody knows them.
+        class_map: From its own classes to the student's, with `classes`.
         head_input: What its head can be run on.
         folded: Which batch norms were folded.
         digest: SHA-256 of the weights as they came, before folding and rounding.
 
     Raises:
-        UsageError: If the model runs neither at the student's input size nor at its own, or not at that of a record.
+        UsageError: If the model runs neither at the student's input size nor at its own, or not at that of a record;
+            if its classes cannot be matched.
     """
 
     def __init__(
@@ -76,6 +83,7 @@ class Teacher(nn.Module):
             channels_last: Optional[bool] = None,
             copy_model: bool = True,
             records: Sequence[InputRecord] = (),
+            classes: Optional[ClassMatch] = None,
     ):
         super().__init__()
         model = (copy.deepcopy(model) if copy_model else model).to(device=device).requires_grad_(False).eval()
@@ -96,6 +104,10 @@ class Teacher(nn.Module):
         self.autocast = autocast
         self.prepare = Preparation(self.preprocessing, student_mean, student_std, resize_to, weight)
         self.is_sharded = False
+        self.class_map: Optional[ClassMap] = None
+        if classes is not None:
+            self.class_map = create_class_map(classes, self.num_classes, self.labels).to(weight.device)
+            report_class_map(self.class_map)
         self.eval()
 
     @property
@@ -106,7 +118,7 @@ class Teacher(nn.Module):
     def feature_spec(self) -> FeatureSpec:
         """Shapes of its features, for the methods."""
         assert self.spec.features is not None
-        return self.spec.features
+        return replace(self.spec.features, num_classes=self.num_classes)
 
     @property
     def head_input(self) -> Optional[HeadInput]:
@@ -114,17 +126,35 @@ class Teacher(nn.Module):
 
     @property
     def classifier_weight(self) -> Optional[torch.Tensor]:
-        """Weight of the classifier where that is one linear layer with a row for each class, [K, D]; else None."""
+        """Weight of the classifier, [K, D], where that is one linear layer with a row for each class; else None.
+
+        With `classes` of each class of the student that it knows, as far as none takes several of its own.
+        """
+        assert self.spec.features is not None
         if self.spec.split:
             classifier = classifier_linear(self.model)
         else:
             classifier = self.model.get_submodule(self.spec.classifiers[0])
         weight: Any = getattr(classifier, 'weight', None)
-        return weight.detach().flatten(1) if weight is not None and len(weight) == self.num_classes else None
+        if weight is None or len(weight) != self.spec.features.num_classes:
+            return None
+        rows = weight.detach().flatten(1)
+        return rows if self.class_map is None else self.class_map.select(rows)
 
     @property
     def num_classes(self) -> int:
-        return self.feature_spec.num_classes
+        assert self.spec.features is not None
+        return self.spec.features.num_classes if self.class_map is None else self.class_map.num_classes
+
+    @property
+    def labels(self) -> Optional[LabelSet]:
+        assert self.spec.features is not None
+        return find_labels(self.model, self.spec.features.num_classes)
+
+    @property
+    def class_sources(self) -> Optional[List[List[int]]]:
+        """Its own classes for every class of the student, None where its logits are as they come."""
+        return None if self.class_map is None else self.class_map.plain_sources()
 
     def tap_channels(self, point: str) -> int:
         """Return the channels of the counterpart of a student's tap point, 'features' or 'pre_logits'."""
@@ -144,7 +174,8 @@ class Teacher(nn.Module):
             outputs: Which of `spec.outputs` to compute.
 
         Returns:
-            The outputs asked for. They have the images' dtype, or autocast's where it is enabled.
+            The outputs asked for. They have the images' dtype, or autocast's where it is enabled. The logits of classes
+            that only the student has are minus infinity.
         """
         self.eval()  # whoever may have called train() on a part of it
         return self._run(images, outputs)
@@ -154,6 +185,9 @@ class Teacher(nn.Module):
         autocast = torch.is_autocast_enabled(images.device.type)
         with self._precision(images.device):
             features = self._read(self.prepare(images), outputs)
+        if self.class_map is not None and features.logits is not None:
+            features.logits = self.class_map(features.logits)
+            features.classes = self.class_map.known
         # autocast converts where it is needed; without it the methods' own layers take nothing but the run's dtype
         return features if autocast else features.to(images.dtype)
 
@@ -178,7 +212,8 @@ class Teacher(nn.Module):
         """
         assert self.head_input is not None
         with self._precision(x.device):
-            return self.head_input.run(self.model, x.to(self.prepare.dtype))
+            logits = self.head_input.run(self.model, x.to(self.prepare.dtype))
+        return logits if self.class_map is None else self.class_map(logits)
 
     def compile(self, **kwargs: Any) -> None:
         """Compile the forward pass with `torch.compile`'s arguments."""
@@ -191,7 +226,9 @@ class Teacher(nn.Module):
             UsageError: If the sharded teacher does not give what it gave before.
         """
         shard_reader(self.reader, self.input_size, device)
-        self.prepare.to(device)
+        for part in (self.prepare, self.class_map):
+            if part is not None:
+                part.to(device)
         self.is_sharded = True
 
     def _read_all(self, model: nn.Module, images: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -250,7 +287,7 @@ def create_teacher(
         mean: The teacher's own normalisation.
         std: Likewise.
         img_size: Height and width that it is fed.
-        teacher_kwargs: More arguments of `Teacher`: student_mean, student_std, device, dtype, ...
+        teacher_kwargs: More arguments of `Teacher`: student_mean, student_std, device, dtype, classes, ...
 
     Raises:
         UsageError: If the name is unknown, or the weights are missing, unreadable or of another architecture.

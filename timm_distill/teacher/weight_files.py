@@ -32,6 +32,7 @@ class WeightFile:
         model_kwargs: What its flags say of the model beside its size and class count, as arguments of
             `timm.create_model`.
         architecture: The model that these are of.
+        label_names: Names of its classes, None where it says none.
     """
     state_dict: Dict[str, torch.Tensor]
     entry: str
@@ -39,6 +40,7 @@ class WeightFile:
     follows_defaults: str = ''
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     architecture: str = ''
+    label_names: Any = None
 
     @property
     def size(self) -> Optional[Tuple[int, int]]:
@@ -68,15 +70,17 @@ def read_weight_file(path: str, flag: str, weights: Optional[str] = None) -> Wei
     name = os.path.basename(path)
     args = content.get('args') if entry else None
     args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    hub_config = _read_hub_config(path)
     records = [
         *_config_records(content.get('data_config') if entry else None, f'the data_config in {name}'),
         *_config_records(args, f'the args in {name}'),
         *_config_records(content.get('pretrained_cfg') if entry else None, f'the pretrained_cfg in {name}'),
-        *_config_records(_read_hub_config(path), 'the config.json beside it'),
+        *_config_records(hub_config.get('pretrained_cfg'), 'the config.json beside it'),
     ]
     follows_defaults = f'the args in {name}' if {'mean', 'std', 'img_size', 'interpolation'} <= args.keys() else ''
     return WeightFile(
-        file.state_dict, entry, tuple(records), follows_defaults, _model_kwargs(args), str(args.get('model', '')))
+        file.state_dict, entry, tuple(records), follows_defaults, _model_kwargs(args), str(args.get('model', '')),
+        (content.get('label_names') if entry else None) or hub_config.get('label_names'))
 
 
 def _model_kwargs(args: Mapping[str, Any]) -> Dict[str, Any]:
@@ -87,17 +91,17 @@ def _model_kwargs(args: Mapping[str, Any]) -> Dict[str, Any]:
     return {name: value for name, value in kwargs.items() if value is not None and name not in _READ_ELSEWHERE}
 
 
-def _read_hub_config(path: str) -> Optional[Dict[str, Any]]:
-    """Return the `pretrained_cfg` that lies beside weights in the hub's format."""
+def _read_hub_config(path: str) -> Dict[str, Any]:
+    """Return the config that lies beside weights in the hub's format, empty where there is none."""
     config = os.path.join(os.path.dirname(path), 'config.json')
     if os.path.basename(path) not in _HUB_FILES or not os.path.isfile(config):
-        return None
+        return {}
     try:
         with open(config, encoding='utf-8') as file:
             content = json.load(file)
     except (OSError, ValueError):
-        return None
-    return content.get('pretrained_cfg') if isinstance(content, dict) else None
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _config_records(config: Any, source: str) -> List[InputRecord]:

@@ -165,6 +165,9 @@ def _load_checkpoint_teacher(
         raise UsageError(
             f"{_FLAG} {source.checkpoint} does not fit the architecture '{source.name}': "
             f'{_load_error(model, state_dict)}. Change --teacher or --teacher-kwargs.') from e
+    if file.label_names is not None:
+        config = getattr(model, 'pretrained_cfg', None) or {}
+        cast(Any, model).pretrained_cfg = {**config, 'label_names': file.label_names}
     if verbose and file.entry:
         _logger.info(f"Teacher weights: '{file.entry}' of {source.checkpoint}.")
     if verbose and num_classes == 0:
