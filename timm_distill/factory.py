@@ -366,6 +366,8 @@ def _build_methods(module: AdaptedStudent, teacher: AnyTeacher, data: DataSpec) 
     num_samples = data.num_samples
     if num_samples is None and data.sample_labels is not None:
         num_samples = len(data.sample_labels)
+    if isinstance(teacher, Teacher) and any('tail' in m.teacher_outputs for m in module.methods.values()):
+        teacher.resolve_tail()
     pair = PairSpec(student, teacher.feature_spec, num_samples, data.sample_labels)
     for method in module.methods.values():
         method.build(pair)

@@ -1,6 +1,7 @@
 """The distillation task: a student with its adapters, a frozen teacher, methods, weights and schedules."""
 import logging
 import math
+from functools import partial
 from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple, Union, cast
 
 import torch
@@ -241,6 +242,9 @@ class DistillTask(TrainingTask):
         if 'head' in self._teacher_outputs:
             assert isinstance(self.teacher, Teacher)
             features.head = self.teacher.run_head
+        if 'tail' in self._teacher_outputs:
+            assert isinstance(self.teacher, Teacher)
+            features.tail = partial(self.teacher.run_tail, prefix=features.prefix)
         return features
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:  # type: ignore[override]

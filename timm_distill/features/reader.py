@@ -13,12 +13,13 @@ from ..errors import UsageError
 from .head import HeadInput
 from .inputs import RawFeature, logits_of
 from .layouts import FeatureLayout
-from .spec import Features, FeatureSpec, Stage
-from .stages import forward_with_stages, last_stage_feature, layout_for
+from .spec import Features, FeatureSpec, Stage, first_blocks
+from .stages import last_stage_feature, layout_for, read_intermediates
+from .tail import Tail
 from .tracing import inputs_of
 
 LOGITS = frozenset({'logits'})
-MAPS = frozenset({'feature', 'stages'})
+MAPS = frozenset({'feature', 'stages', 'blocks'})
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class ModelSpec:
         reuses_pre_logits: Whether `get_classifier` maps the pre-logits to the logits.
         head: What the head can be run on by itself, None where it cannot or need not.
         no_map: Why the last-stage feature is no map, '' where it is one.
+        tail: What follows the last stage but one, where that was asked for and found.
     """
     split: bool
     features: Optional[FeatureSpec] = None
@@ -46,11 +48,12 @@ class ModelSpec:
     reuses_pre_logits: bool = False
     head: Optional[HeadInput] = None
     no_map: str = ''
+    tail: Optional[Tail] = None
 
     @property
     def outputs(self) -> FrozenSet[str]:
         """What can be read: no map of a model that does not tell on which grid its tokens lie."""
-        maps = MAPS if not self.no_map else frozenset({'stages'}) if self.stages else frozenset[str]()
+        maps = MAPS if not self.no_map else MAPS - {'feature'} if self.stages else frozenset[str]()
         return LOGITS | {'pre_logits'} | maps
 
     def check(self, outputs: AbstractSet[str]) -> None:
@@ -66,7 +69,8 @@ class Reading:
         model: The model that was inspected, or a copy of it.
         spec: What is known of it.
         images: Its input, [B, C, H, W].
-        outputs: What to read: 'logits', 'feature', 'pre_logits', 'stages', 'token_logits', 'head'.
+        outputs: What to read: 'logits', 'feature', 'pre_logits', 'stages', 'blocks', 'token_logits', 'head', and
+            'tail', the class and register tokens that stand before the tail's stage.
 
     Attributes:
         features: What was read so far.
@@ -94,10 +98,15 @@ class Reading:
         """Run all before the head, and read the stages; of a model that is not split these are the images."""
         if not self.spec.split:
             return self.images
-        if 'stages' in self.outputs and self.spec.stages:
-            raw, self.features.stages = forward_with_stages(self.model, self.images, self.spec.stages)
+        prefix_of = self.spec.tail.prefix_of if self.spec.tail is not None and 'tail' in self.outputs else None
+        if prefix_of is not None or self.spec.stages and self.outputs & {'stages', 'blocks'}:
+            inside = read_intermediates(
+                self.model, self.images, self.spec.stages if 'stages' in self.outputs else (),
+                first_blocks(self.spec.stages) if 'blocks' in self.outputs else (), prefix_of)
+            features = self.features
+            features.stages, features.blocks, features.prefix = inside.stages, inside.blocks, inside.prefix
             if self.spec.shares_trunk:
-                return raw
+                return inside.raw
         return self.model.forward_features(self.images)
 
     def read_feature(self, raw: RawFeature) -> None:

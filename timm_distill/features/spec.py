@@ -2,7 +2,7 @@
 
 Knows nothing of how they are read."""
 from dataclasses import dataclass
-from typing import Callable, FrozenSet, List, Optional, Tuple
+from typing import Callable, FrozenSet, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -21,6 +21,9 @@ class Features:
         token_logits: Logits of the distillation token, [B, K] (students with one only).
         head: The model's own head, from a map [B, C, H, W] to logits, or of a teacher also from a vector [B, D, 1, 1];
             the teacher's is frozen.
+        blocks: Features of the first blocks as maps, [B, C, H, W] each (of the first stages where the grid changes).
+        prefix: Class and register tokens at the tail's stage, [B, L, C] (teacher only).
+        tail: What follows the teacher's last stage but one, from a map [B, C, H, W] to its last feature (teacher only).
         transform_logits: The map that `logits` went through, for other logits that are compared with them.
         indices: Indices of the batch's samples in the training set, [B] (teacher only).
         classes: The student's classes that the teacher knows, [M], where it does not know them all (teacher only). The
@@ -33,20 +36,23 @@ class Features:
     tap: Optional[torch.Tensor] = None
     matched: Tuple[torch.Tensor, ...] = ()
     token_logits: Optional[torch.Tensor] = None
+    blocks: Tuple[torch.Tensor, ...] = ()
+    prefix: Optional[torch.Tensor] = None
+    tail: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
     head: Optional[Callable[[torch.Tensor], torch.Tensor]] = None
     transform_logits: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits
     indices: Optional[torch.Tensor] = None
     classes: Optional[torch.Tensor] = None
 
     def tensors(self) -> List[torch.Tensor]:
-        """Return what the model gave: logits, feature, pre-logits and stages, as far as they were asked for."""
-        return [x for x in (self.logits, self.feature, self.pre_logits, *self.stages) if x is not None]
+        """Return what the model gave: logits, feature, pre-logits, stages and blocks, as far as they were asked for."""
+        return [x for x in (self.logits, self.feature, self.pre_logits, *self.stages, *self.blocks) if x is not None]
 
     def to(self, dtype: torch.dtype) -> 'Features':
         """Convert what the model gave, in place."""
-        self.logits, self.feature, self.pre_logits = (
-            None if x is None else x.to(dtype) for x in (self.logits, self.feature, self.pre_logits))
-        self.stages = tuple(x.to(dtype) for x in self.stages)
+        self.logits, self.feature, self.pre_logits, self.prefix = (
+            None if x is None else x.to(dtype) for x in (self.logits, self.feature, self.pre_logits, self.prefix))
+        self.stages, self.blocks = (tuple(x.to(dtype) for x in maps) for maps in (self.stages, self.blocks))
         return self
 
 
@@ -64,7 +70,20 @@ class Stage:
     nonnegative: bool = False
 
 
-STUDENT_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages', 'token_logits', 'head'})
+STUDENT_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages', 'blocks', 'token_logits', 'head'})
+
+
+def first_blocks(stages: Sequence[Stage]) -> Tuple[Stage, ...]:
+    """Return the first two blocks of a model whose grid never changes (ViT), of others the first two stages.
+
+    Args:
+        stages: Its stages, shallow to deep; of a model that gives no intermediate feature there are no blocks.
+    """
+    if not stages or stages[-1].index < 0:
+        return ()
+    if len({stage.shape for stage in stages}) > 1 or len(stages) == 1:
+        return tuple(stages[:2])
+    return tuple(Stage(index, stages[0].shape) for index in (0, 1))
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,8 @@ class FeatureSpec:
         input_size: What this model itself is fed, (channels, height, width).
         head: What the head takes, 'feature' or (teacher only) 'pre_logits'; '' where it cannot be run by itself.
         head_averages: Whether that head's logits of a map are the mean of those of its positions, measured.
+        tail: The stage whose map the model's own last layers take (teacher only); None where there is none.
+        no_tail: Why not.
         non_negative: Which of 'feature' and 'pre_logits' are never negative, as behind a ReLU (teacher only).
     """
     num_classes: int
@@ -89,6 +110,8 @@ class FeatureSpec:
     head: str = ''
     head_averages: bool = False
     non_negative: FrozenSet[str] = frozenset()
+    tail: Optional[Stage] = None
+    no_tail: str = ''
 
 
 @dataclass(frozen=True)

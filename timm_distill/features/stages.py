@@ -1,7 +1,8 @@
 """Stages of a timm model: its last feature and those before it, measured on a forward of random images."""
+import inspect
 import logging
-from dataclasses import replace
-from typing import Dict, List, MutableMapping, Optional, Sequence, Tuple, cast
+from dataclasses import dataclass, replace
+from typing import Callable, Dict, List, MutableMapping, Optional, Sequence, Tuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -210,6 +211,49 @@ def forward_with_stages(
     indices = [stage.index for stage in stages]
     raw, maps = model.forward_intermediates(images, indices=indices, output_fmt='NCHW')
     return raw, tuple(maps)
+
+
+@dataclass(frozen=True)
+class Intermediates:
+    """What one run of a trunk gives.
+
+    Attributes:
+        raw: What `forward_features` would return.
+        stages: Maps of the stages asked for, [B, C, H, W] each.
+        blocks: Maps of the blocks asked for, likewise.
+        prefix: Class and register tokens at the stage asked for, [B, L, C].
+    """
+    raw: RawFeature
+    stages: Tuple[torch.Tensor, ...] = ()
+    blocks: Tuple[torch.Tensor, ...] = ()
+    prefix: Optional[torch.Tensor] = None
+
+
+def read_intermediates(
+        model: nn.Module,
+        images: torch.Tensor,
+        stages: Sequence[Stage] = (),
+        blocks: Sequence[Stage] = (),
+        prefix_of: Optional[Stage] = None,
+) -> Intermediates:
+    """Run a model's trunk once and read stages, blocks that may be among them, and the prefix tokens of a stage.
+
+    Raises:
+        ValueError: If the model does not give its prefix tokens.
+    """
+    wanted = sorted({stage.index for stage in (*stages, *blocks, *([prefix_of] if prefix_of else ()))})
+    kwargs = {}
+    if prefix_of is not None:
+        if 'return_prefix_tokens' not in inspect.signature(cast(Callable, model.forward_intermediates)).parameters:
+            raise ValueError('its forward_intermediates does not give the class tokens that stand before the stage')
+        kwargs['return_prefix_tokens'] = True
+    raw, found = model.forward_intermediates(images, indices=wanted, output_fmt='NCHW', **kwargs)
+    maps = dict(zip(wanted, (each[0] for each in found) if kwargs else found))
+    return Intermediates(
+        raw,
+        tuple(maps[stage.index] for stage in stages),
+        tuple(maps[block.index] for block in blocks),
+        found[wanted.index(prefix_of.index)][1] if prefix_of is not None else None)
 
 
 def stages_share_trunk(model: nn.Module, images: torch.Tensor, stages: Sequence[Stage]) -> bool:

@@ -58,9 +58,10 @@ class DistillMethod(nn.Module):
         published_weight: Weight of the terms in the published code; the default of `--kd-weight`.
         weight_source: Whose code or text that weight is of, for `--list-kd`.
         student_outputs: What is read of the student: any of 'logits', 'feature' (last stage, adapted), 'pre_logits',
-            'stages', 'token_logits' (of a distillation token).
-        teacher_outputs: What is read of the teacher: any of 'logits', 'feature', 'pre_logits', 'stages', 'head' (its
-            frozen head as a function), and 'tap', the counterpart of the adapter's insertion point.
+            'stages', 'blocks' (the first two), 'token_logits' (of a distillation token).
+        teacher_outputs: What is read of the teacher: any of 'logits', 'feature', 'pre_logits', 'stages', 'blocks',
+            'head' (its frozen head as a function), 'tail' (what follows its last stage but one, likewise), and 'tap',
+            the counterpart of the adapter's insertion point.
         adapter: Name of the adapter that the method puts on the student's path, if it does.
         schedules: Published weight schedules by name, for `--kd-schedule`.
         needs_indices: Reads the indices of the batch's samples in the training set.
@@ -166,5 +167,7 @@ class DistillMethod(nn.Module):
 
 
 def _describe(output: str) -> str:
-    names = {'tap': 'last-stage feature (pre-logits where the tap is there)', 'feature': 'last-stage feature'}
+    names = {
+        'tap': 'last-stage feature (pre-logits where the tap is there)', 'feature': 'last-stage feature',
+        'tail': 'frozen last stage', 'blocks': 'first blocks'}
     return names.get(output, output.replace('_', '-'))

@@ -128,6 +128,10 @@ def attach_targets(
     if 'head' in task.teacher_outputs or needs_classifier:
         raise UsageError(
             f'--kd {args.kd} reads the teacher\'s own head, which no cache holds: leave out --teacher-cache')
+    if task.teacher_outputs & {'tail', 'blocks'}:
+        raise UsageError(
+            f"--kd {args.kd} reads the teacher's own last stage or its first blocks, which no cache holds: leave out "
+            '--teacher-cache')
     if header is None:
         assert isinstance(task.teacher, Teacher)
         facts = describe_teacher(task.teacher)

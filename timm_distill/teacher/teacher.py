@@ -13,12 +13,13 @@ import torch
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..errors import arguments_in_messages
+from ..errors import UsageError, arguments_in_messages
 from ..features.classifier import classifier_linear
 from ..features.head import HeadInput
 from ..features.inspection import inspect
 from ..features.reader import LOGITS, ModelReader, read
 from ..features.spec import Features, FeatureSpec
+from ..features.tail import find_tail
 from .class_map import ClassMap, ClassMatch, create_class_map, report_class_map
 from .fold import FoldReport, fold_batch_norms
 from .label_set import LabelSet, find_labels
@@ -215,6 +216,36 @@ class Teacher(nn.Module):
             logits = self.head_input.run(self.model, x.to(self.prepare.dtype))
         return logits if self.class_map is None else self.class_map(logits)
 
+    def resolve_tail(self) -> str:
+        """Find what follows the last stage but one, for `run_tail`; return why there is none, '' where there is."""
+        tail, reason = None, ''
+        if len(self.spec.stages) < 2 or self.spec.layout is None:
+            reason = 'it has no stage before its last feature'
+        elif self.is_sharded:
+            reason = 'its weights are spread over processes (--teacher-fsdp)'
+        else:
+            tail, reason = find_tail(self.model, self.spec.stages[-2], self.spec.layout, self.input_size)
+        stage, features = None if tail is None else tail.stage, self.spec.features
+        assert features is not None
+        self.spec = replace(self.spec, tail=tail, features=replace(features, tail=stage, no_tail=reason))
+        self.reader.spec = self.spec
+        return reason
+
+    @torch.compiler.disable  # it runs on copies of modules, which no compiled graph can hold
+    def run_tail(self, x: torch.Tensor, prefix: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """Run the frozen last stage on another model's feature; gradients reach `x` and nothing of the teacher.
+
+        Args:
+            x: Map [B, C, H, W] in the shape of `spec.tail.stage`.
+            prefix: This teacher's class and register tokens of the same images, as `forward` gave them for 'tail'.
+
+        Returns:
+            Its last feature, [B, C', H', W'].
+        """
+        assert self.spec.tail is not None
+        with self._precision(x.device):
+            return self.spec.tail.run(self.model, x.to(self.prepare.dtype), prefix).to(x.dtype)
+
     def compile(self, **kwargs: Any) -> None:
         """Compile the forward pass with `torch.compile`'s arguments."""
         self._run = torch.compile(self._run, **kwargs)  # type: ignore[method-assign]
@@ -225,6 +256,10 @@ class Teacher(nn.Module):
         Raises:
             UsageError: If the sharded teacher does not give what it gave before.
         """
+        if self.spec.tail is not None:
+            raise UsageError(
+                "--teacher-fsdp does not go with --kd methods that run the teacher's last stage on the student's "
+                'feature (scalekd): leave it out, or take another method (--list-kd).')
         shard_reader(self.reader, self.input_size, device)
         for part in (self.prepare, self.class_map):
             if part is not None:

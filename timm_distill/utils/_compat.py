@@ -10,14 +10,18 @@ from timm.models._features import feature_take_indices  # reads `indices` as tim
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase  # public batch norms have no other base in common
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode  # hooks of modules do not see who reads which storage
-from torch.utils._pytree import tree_leaves  # arguments of operators are nested; the public pytree has no stable name
+from torch.utils._pytree import (  # arguments of operators are nested; the public pytree has no stable name
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+)
 from torch.utils.data import DataLoader, Dataset
 
 __all__ = [
     'BatchNormBase', 'TorchDispatchMode', 'allow_retained_graphs', 'feature_take_indices', 'foreach_add_',
     'foreach_copy_', 'foreach_div_', 'foreach_mul_', 'foreach_sub', 'get_grad_scaler', 'get_learning_rates',
     'get_model_kwargs', 'has_started', 'ignore_in_ddp', 'list_non_persistent_buffers', 'masks_updates',
-    'replace_dataset', 'tree_leaves', 'writes_to_arguments',
+    'replace_dataset', 'tree_flatten', 'tree_leaves', 'tree_unflatten', 'writes_to_arguments',
 ]
 
 # One kernel for a list of tensors, as torch's own optimizers run them; torch has no public one.
