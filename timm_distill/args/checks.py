@@ -40,6 +40,7 @@ _ONE_OF: Dict[str, Tuple[Optional[str], ...]] = {
 }
 _MAPPINGS = ('model_kwargs', 'teacher_kwargs', 'opt_kwargs', 'kd_kwargs', 'kd_weight')
 # Settings that only a distillation run reads, with the value that means 'not given'.
+DOT_DELTA = 0.075
 _NEEDS_KD: Dict[str, Any] = {
     'teacher': None,
     'teacher_checkpoint': '',
@@ -55,6 +56,7 @@ _NEEDS_KD: Dict[str, Any] = {
     'kd_tap': 'auto',
     'kd_lr_mult': 1.,
     'teacher_fsdp': False,
+    'kd_optimizer': None,
     'kd_schedule': {},
     'nd_class_means': '',
     'nd_class_means_transform': 'eval',
@@ -192,6 +194,8 @@ def _check_distillation(args: argparse.Namespace) -> None:
         raise UsageError(f'--cache-check {args.cache_check} runs the teacher: give --teacher NAME too')
     if args.teacher_fsdp and args.torchcompile:
         raise UsageError('--teacher-fsdp does not go with --torchcompile: leave out one of them')
+    if args.kd_optimizer is None and args.dot_delta != DOT_DELTA:
+        _logger.warning(f'--dot-delta {args.dot_delta:g} ignored: it goes with --kd-optimizer dot.')
     if args.kd == 'none':
         ignored = [_flag(name) for name, unset in _NEEDS_KD.items() if getattr(args, name) != unset]
         if ignored:

@@ -3,6 +3,7 @@ import argparse
 from typing import Sequence
 
 from ..errors import UsageError
+from .checks import DOT_DELTA
 from .parser import ArgumentParser, ParseKeyValues
 
 
@@ -88,6 +89,14 @@ def add_distillation_args(parser: ArgumentParser) -> None:
         '--kd-lr-mult', type=float, default=1., metavar='FACTOR',
         help='factor on the learning rate of what distillation adds to the student: adapter and the '
              'methods\' layers')
+    group.add_argument(
+        '--kd-optimizer', default=None, choices=['dot'],
+        help='how gradients of label loss and distillation become one update; dot: with momenta of their own (--opt '
+             'sgd, momentum or nesterov), at the cost of a second backward pass; None: their sum')
+    group.add_argument(
+        '--dot-delta', type=float, default=DOT_DELTA, metavar='D',
+        help='with --kd-optimizer dot: momentum + D for the distillation\'s gradient, momentum - D for the label '
+             'loss\'s')
     group.add_argument(
         '--log-grad-norm', type=int, default=0, metavar='N',
         help='log each loss term\'s gradient norm on the student, as weighted, at every N-th update of '

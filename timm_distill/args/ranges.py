@@ -49,8 +49,8 @@ RANGES: Dict[Range, Tuple[str, ...]] = {
         'layer_decay', 'lr_noise_pct',
         'std', 'teacher_std'),
     _BELOW_ONE: (
-        'asl_clip', 'bce_target_thresh', 'drop', 'drop_block', 'drop_connect', 'drop_path', 'model_ema_decay',
-        'momentum', 'opt_betas', 'smoothing'),
+        'asl_clip', 'bce_target_thresh', 'dot_delta', 'drop', 'drop_block', 'drop_connect', 'drop_path',
+        'model_ema_decay', 'momentum', 'opt_betas', 'smoothing'),
     Range(-1): ('poly_epsilon',),  # from where on the loss falls with the probability
     Range(-1, LARGEST_SIZE): ('local_rank',),  # of launchers that start one process
     # images 100 times as large as the crop, or a tenth of it

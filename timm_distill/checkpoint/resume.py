@@ -64,9 +64,10 @@ def check_same_run(args: argparse.Namespace, checkpoint: Dict[str, Any], teacher
         raise UsageError(
             f'{args.resume!r} was distilled from a teacher with other weights (SHA-256 {saved_hash[:12]}, '
             f'here {teacher_hash[:12]}). Give its --teacher-checkpoint.')
-    if 'opt' in differing and not args.no_resume_opt:
+    other_optimizer: List[str] = [name for name in ('opt', 'kd_optimizer') if name in differing]
+    if other_optimizer and not args.no_resume_opt:
         raise UsageError(
-            f"{args.resume!r} holds the state of another optimizer: --opt {saved['opt']} -> {now['opt']}. "
+            f'{args.resume!r} holds the state of another optimizer: {_differences(other_optimizer, saved, now)}. '
             'Give the flag of that run, or --no-resume-opt to start the optimizer afresh.')
     factors = [getattr(values, 'kd_lr_mult', 1.) for values in (checkpoint.get('args'), args)]
     if factors[0] != factors[1] and not args.no_resume_opt:  # the optimizer's state has the factor

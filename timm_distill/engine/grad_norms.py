@@ -48,7 +48,7 @@ class GradientNorms:
         student = self.task.student
         parameters = [p for p in student.parameters() if p.requires_grad]
         scale = _scale_of(self.loss_scaler)
-        with _unchanged_buffers(student):
+        with unchanged_buffers(student):
             for name, term in self.task.weighted_terms(result).items():
                 gradients = _gradients(term * (scale / group_size), parameters)
                 foreach_div_(gradients, scale)
@@ -61,7 +61,7 @@ class GradientNorms:
         """Note the norms of an update whose batches have all been added."""
         for name, gradients in self._sums.items():
             if self.distributed:
-                _average_over_ranks(gradients)
+                average_over_ranks(gradients)
             norm = torch.stack([_norm(g) for g in gradients]).norm()
             self.norms.setdefault(f'grad_norm_{name}', []).append(norm)
         self._sums = {}
@@ -111,7 +111,7 @@ class GradientShares:
         parameters = [p for p in self.task.student.parameters() if p.requires_grad]
         scale = _scale_of(self.loss_scaler)
         try:
-            with _unchanged_buffers(self.task.student):
+            with unchanged_buffers(self.task.student):
                 norms = {name: _gradient_norm(term * scale, parameters) for name, term in terms.items()}
         except RuntimeError as e:  # a compiled graph that cannot be kept, no memory: no reason to stop training
             _logger.info(
@@ -176,7 +176,7 @@ def _norm(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
+def unchanged_buffers(module: nn.Module) -> Iterator[None]:
     """Put a module's buffers back: gradient checkpointing runs parts again, whose batch norms would count twice."""
     buffers = list(module.buffers())
     before = [buffer.clone() for buffer in buffers]
@@ -188,7 +188,7 @@ def _unchanged_buffers(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _average_over_ranks(gradients: List[torch.Tensor]) -> None:
+def average_over_ranks(gradients: List[torch.Tensor]) -> None:
     for gradient in gradients:
         dist.all_reduce(gradient)
     foreach_div_(gradients, dist.get_world_size())

@@ -112,8 +112,9 @@ class UpdateGuard:
         return False
 
     def gradients(self) -> List[torch.Tensor]:
-        """Return the gradients of what the optimizer trains."""
-        return [p.grad for p in self.parameters if p.grad is not None]
+        """Return the gradients of what the optimizer trains, those of the distillation that it holds apart included."""
+        apart: List[torch.Tensor] = getattr(self.optimizer, 'distill_gradients', list)()
+        return [*(p.grad for p in self.parameters if p.grad is not None), *apart]
 
     @torch.no_grad()
     def restore_buffers(self) -> None:

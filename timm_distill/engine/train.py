@@ -4,8 +4,9 @@ import time
 from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from ..data.resumable import EpochData
 from ..errors import UsageError
+from .dot import DistillationOrientedSGD, backward_apart, clip_together, split_loss, step_apart
 from .evaluate import ComputeSpec
 from .grad_norms import GradientNorms, GradientShares
 from .meters import LossMeter, NonFiniteLossError, Streak
@@ -48,6 +50,10 @@ class UpdateSpec:
     grad_accum_steps: int = 1
     batch_scale: Optional[Callable] = None
     max_streak: Optional[int] = 10
+
+    def scale_of(self, batch_size: int) -> Union[float, torch.Tensor, None]:
+        """Return the factor on the gradients of a batch, None for none."""
+        return None if self.batch_scale is None else self.batch_scale(batch_size)
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,12 @@ class LogSpec:
     timing: Optional[StepTiming] = None
 
 
+def _share(loss: torch.Tensor, group_size: int, scale: Union[float, torch.Tensor, None]) -> torch.Tensor:
+    """Return the part of a batch's loss in its update."""
+    loss = loss / group_size if group_size > 1 else loss
+    return loss if scale is None else scale * loss
+
+
 def _backward_and_step(
         loss: torch.Tensor,
         task: TrainingTask,
@@ -117,6 +129,33 @@ def _backward_and_step(
         if clip_grad is not None:
             dispatch_clip_grad(parameters, value=clip_grad, mode=clip_mode)
         guard.step()
+
+
+def _backward_and_step_apart(
+        result: Dict[str, torch.Tensor],
+        share: Callable[[torch.Tensor], torch.Tensor],
+        task: TrainingTask,
+        guard: UpdateGuard,
+        need_update: bool,
+        update: UpdateSpec,
+        distributed: bool,
+) -> None:
+    """Do the same with the gradients of label loss and distillation apart."""
+    optimizer, scaler = guard.optimizer, update.loss_scaler
+    assert isinstance(optimizer, DistillationOrientedSGD)
+    losses = split_loss(task, result)
+    if scaler is not None:
+        guard.check(losses[:2])
+    backward_apart(losses, _trainable_module(task), optimizer, share, scaler)
+    if not need_update:
+        return
+
+    def clip() -> None:
+        if update.clip_grad is not None:
+            parameters = task.get_clip_parameters(exclude_head='agc' in update.clip_mode)
+            clip_together(parameters, optimizer, update.clip_grad, update.clip_mode)
+
+    step_apart(guard, optimizer, clip, scaler, distributed)
 
 
 def _start_epoch(task: TrainingTask, loader: Any, optimizer: torch.optim.Optimizer, epoch: int) -> None:
@@ -271,10 +310,12 @@ def train_one_epoch(
                 state.log.add(result, target.shape[0], data_time)
                 norms.add(result, group_size, state.update_idx)
                 shares.add(result, state.update_idx)
-                loss = result['loss'] / group_size if group_size > 1 else result['loss']
-                if update.batch_scale is not None:
-                    loss = update.batch_scale(target.shape[0]) * loss
-                _backward_and_step(loss, task, state.guard, need_update, update)
+                share = partial(_share, group_size=group_size, scale=update.scale_of(target.shape[0]))
+                if isinstance(optimizer, DistillationOrientedSGD):
+                    _backward_and_step_apart(
+                        result, share, task, state.guard, need_update, update, compute.distributed)
+                else:
+                    _backward_and_step(share(result['loss']), task, state.guard, need_update, update)
             begins_update = need_update
             if need_update:
                 logged = state.end_update((input, target), bar, lr_scheduler, hooks.on_diverged)

@@ -16,6 +16,7 @@ from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kw
 
 from ..data import DataLoaders, IndexedDataset, create_loaders, create_train_loss, known_names, read_labels
 from ..data.views import ViewDataset
+from ..engine.dot import create_dot
 from ..errors import UsageError, flags_in_messages
 from ..factory import DataSpec, create_distill_task
 from ..features.inputs import CANNOT_RUN, find_patch_size, random_images
@@ -184,6 +185,8 @@ def build_optimizer(args: argparse.Namespace, task: DistillTask, batch_size: flo
         raise UsageError(
             f'--opt {args.opt} cannot be built with these --opt-kwargs, --opt-betas, --opt-eps, --lr and '
             f'--momentum: {type(e).__name__}: {" ".join(str(e).split())[:300]}') from e
+    if args.kd_optimizer and task.module.methods:
+        optimizer = create_dot(optimizer, args.dot_delta)
     if args.kd_lr_mult != 1.:
         scale_added_rates(optimizer, task, args.kd_lr_mult, scheduled=args.sched != 'none')
     return optimizer

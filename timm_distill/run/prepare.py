@@ -155,7 +155,7 @@ def start_schedule(run: Run, start_epoch: int, checkpoint: Optional[Dict[str, An
 
 def prepare_for_device(run: Run) -> None:
     """Compile, then wrap in DDP: that order keeps DDP out of the compiled graph."""
-    if run.args.torchcompile and run.args.log_grad_norm:
+    if run.args.torchcompile and (run.args.log_grad_norm or run.args.kd_optimizer):
         allow_retained_graphs()
     if run.args.torchcompile:
         run.task.compile(backend=run.args.torchcompile, mode=run.args.torchcompile_mode)
