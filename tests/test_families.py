@@ -220,6 +220,23 @@ def test_teachers_stages_are_the_deepest_map_of_every_grid_or_the_quarters_of_on
         torch.testing.assert_close(stage, map_)
 
 
+WITHOUT_TAIL = {  # their last feature reads more than the stage, or class tokens that cannot be read at it
+    'coat_tiny', 'crossvit_tiny_240', 'hiera_tiny_224', 'hrnet_w18_small', 'legacy_xception', 'mvitv2_small_cls',
+    'nasnetalarge', 'pit_ti_224', 'pit_ti_distilled_224', 'pnasnet5large', 'tnt_s_legacy_patch16_224', 'xception41p'}
+
+
+@pytest.mark.slow
+def test_what_follows_the_stage_before_the_last_is_found_or_the_reason_is_given(taught: Taught, built: Built) -> None:
+    reason = taught.teacher.resolve_tail()
+    assert bool(reason) == (built.family.name in WITHOUT_TAIL), reason
+    if reason:
+        return
+    features = taught.teacher(taught.images, frozenset({'stages', 'feature', 'tail'}))
+    with torch.no_grad():
+        actual = taught.teacher.run_tail(features.stages[-2], features.prefix)
+    assert difference(actual, features.feature) < 1e-4  # measured to 1e-6 already, in float64 where rounding is larger
+
+
 def test_classifier_for_methods_that_reuse_it_has_a_row_for_every_class(taught: Taught) -> None:
     classifier = classifier_linear(taught.teacher.model)
     if classifier is not None:

@@ -12,7 +12,7 @@ from timm.optim import get_optimizer_class, list_optimizers, optimizer_kwargs
 
 from ..errors import UsageError
 from .combinations import check_train_combinations
-from .distillation import resolve_kd
+from .distillation import DOT_DELTA, resolve_kd
 from .ranges import check_ranges
 
 _logger = logging.getLogger(__name__)
@@ -40,7 +40,6 @@ _ONE_OF: Dict[str, Tuple[Optional[str], ...]] = {
 }
 _MAPPINGS = ('model_kwargs', 'teacher_kwargs', 'opt_kwargs', 'kd_kwargs', 'kd_weight')
 # Settings that only a distillation run reads, with the value that means 'not given'.
-DOT_DELTA = 0.075
 _NEEDS_KD: Dict[str, Any] = {
     'teacher': None,
     'teacher_checkpoint': '',

@@ -67,8 +67,8 @@ class DistillationOrientedSGD(torch.optim.Optimizer):
 
     @property
     def parameters(self) -> List[torch.Tensor]:
-        """All parameters, of all groups."""
-        return [p for group in self.param_groups for p in group['params']]
+        """All parameters that train, of all groups."""
+        return [p for group in self.param_groups for p in group['params'] if p.requires_grad]
 
     @torch.no_grad()
     def add_distill_gradients(self, gradients: Sequence[Optional[torch.Tensor]]) -> None:
@@ -282,7 +282,7 @@ def step_apart(
 
 
 class _Both:
-    """What torch's GradScaler sees as the optimizer: its parameters, and views of them with the other gradients."""
+    """Stand-in for the optimizer that torch's GradScaler sees: its parameters, and views with the other gradients."""
 
     def __init__(self, optimizer: DistillationOrientedSGD):
         self.optimizer = optimizer

@@ -13,7 +13,7 @@ _NO_HOOKS: Dict[str, Any] = {'_forward_hooks': {}, '_forward_pre_hooks': {}}
 
 @dataclass(frozen=True)
 class TensorTemplate:
-    """What a skipped module gives in place of a tensor.
+    """Template of a tensor that a skipped module gives.
 
     Attributes:
         shape: Its shape for a batch of one.

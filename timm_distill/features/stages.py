@@ -215,7 +215,7 @@ def forward_with_stages(
 
 @dataclass(frozen=True)
 class Intermediates:
-    """What one run of a trunk gives.
+    """Features inside of a trunk, of one run.
 
     Attributes:
         raw: What `forward_features` would return.

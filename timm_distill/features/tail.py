@@ -26,7 +26,7 @@ _TRIES = 8  # places where the stage's map stands, outermost modules first
 
 @dataclass(frozen=True)
 class Tail:
-    """What follows a stage of a model.
+    """Function of a stage's map that a model's last layers are.
 
     Attributes:
         stage: The stage.

@@ -206,8 +206,8 @@ class ScaleKD(DistillMethod):
             if teacher.tail is None:
                 raise UsageError(
                     "--kd scalekd runs the teacher's own last stage on the student's feature, which cannot be done "
-                    f'with this teacher: {teacher.no_tail or "it is read from a cache"}. --kd-kwargs scalekd.alpha_s3=0,0 '
-                    'leaves that part out; another --teacher may have such a stage.')
+                    f'with this teacher: {teacher.no_tail or "it is read from a cache"}. --kd-kwargs '
+                    'scalekd.alpha_s3=0,0 leaves that part out; another --teacher may have such a stage.')
             self.s3 = self._create('s3', stage.shape, teacher.tail.shape)
         self.s4 = self._create('s4', student.feature, teacher.feature)
 
