@@ -174,7 +174,7 @@ def test_a_teacher_finds_it_after_folding_its_batch_norms() -> None:
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     teacher = Teacher(model, SIZE)
-    assert teacher.fused.fused and not teacher.resolve_tail()
+    assert teacher.folded.folded and not teacher.resolve_tail()
     features = teacher(torch.randn(2, *SIZE), frozenset({'stages', 'feature', 'tail'}))
     actual = teacher.run_tail(features.stages[-2], features.prefix)
     assert (actual - features.feature).abs().max() <= 1e-6 * features.feature.abs().max()

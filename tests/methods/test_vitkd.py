@@ -165,7 +165,7 @@ def test_grids_that_are_not_square_or_differ_are_pooled_to_the_smaller() -> None
 def test_a_single_position_leaves_the_generation_out() -> None:
     task = create_task(create_model('test_efficientnet'), create_model('test_resnet'), (3, 32, 32))
     assert 'vitkd_gen_loss' not in task(*create_batch(shape=(3, 32, 32)))
-    with pytest.raises(UsageError, match='single one.*--img-size'):
+    with pytest.raises(UsageError, match='single one.*input_size'):
         create_task(
             create_model('test_efficientnet'), create_model('test_resnet'), (3, 32, 32), kd_kwargs={'vitkd.alpha': 0})
 
