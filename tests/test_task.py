@@ -307,10 +307,25 @@ def test_models_without_a_classifier_by_default_get_the_one_asked_for(kd_tap: st
     assert task.module.student.num_classes == task.teacher.num_classes == CLASSES
 
 
-@pytest.mark.parametrize('name,kwargs', [
+ENCODERS = pytest.mark.parametrize('name,kwargs', [
     ('test_resnet', dict(num_classes=0)),
     ('vit_tiny_patch16_dinov3_qkvb', dict(img_size=32, embed_dim=24, num_heads=2)),
 ])
+
+
+@ENCODERS
+def test_student_without_a_classifier_trains_without_labels(name: str, kwargs: Dict[str, Any]) -> None:
+    student = timm.create_model(name, **kwargs)
+    task = create_task('norm+feature+rkd', student=student, has_labels=False)
+    result = task(*create_batch())
+    assert 'task_loss' not in result and torch.isfinite(result['loss'])
+    result['loss'].backward()
+    assert task.get_checkpoint_state()['state_dict'].keys() == timm.create_model(name, **kwargs).state_dict().keys()
+    with pytest.raises(UsageError, match='kd needs a student with a classifier.*What works here: .*norm'):
+        create_task('kd', student=student, has_labels=False)
+
+
+@ENCODERS
 def test_student_without_a_classifier_asks_for_the_number_of_classes(name: str, kwargs: Dict[str, Any]) -> None:
     with pytest.raises(UsageError, match='has no classifier: give num_classes'):
         create_task('norm', student=timm.create_model(name, **kwargs))

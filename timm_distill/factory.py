@@ -10,11 +10,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .adapters import Adapter, create_adapter
 from .errors import UsageError, arguments_in_messages
+from .features.classifier import check_classifier
 from .features.inputs import count_flops, evaluation_mode, random_images, runnable_size
 from .features.spec import PairSpec
 from .features.stages import count_classes
 from .methods import DistillMethod
-from .methods._composition import Composition, Recipe, create_composition
+from .methods._composition import Composition, Recipe, check_labels, create_composition
 from .models.named import create_model
 from .student.adapted import AdaptedStudent
 from .student.inspection import inspect_student
@@ -54,6 +55,7 @@ class DataSpec:
         class_names: Name of every class in the order of the labels, '' for one without, by which a teacher's classes
             are found.
         fits: The student is known to run at `input_size`, which is not measured again.
+        has_labels: Whether targets say what class an image is of; without there is no task loss.
     """
     input_size: Optional[Sequence[int]] = None
     mean: Optional[Sequence[float]] = None
@@ -63,11 +65,12 @@ class DataSpec:
     sample_labels: Optional[torch.Tensor] = None
     class_names: Sequence[str] = ()
     fits: bool = False
+    has_labels: bool = True
 
 
 @arguments_in_messages({
     'model': 'student', 'model-kwargs': 'student_kwargs', 'initial-checkpoint': 'student_kwargs',
-    'img-size': 'input_size', 'in-chans': 'input_size', 'list-kd': 'list_methods()'})
+    'img-size': 'input_size', 'in-chans': 'input_size', 'list-kd': 'list_methods()', 'labels': 'has_labels'})
 def create_distill_task(
         student: Union[str, nn.Module],
         teacher: Union[str, nn.Module, Teacher, None] = None,
@@ -117,6 +120,11 @@ def create_distill_task(
     model = _create_student(student, data.num_classes, student_kwargs).to(device=device, dtype=dtype)
     config = getattr(model, 'pretrained_cfg', None) or {}
     input_size = tuple(data.input_size or config.get('input_size', (3, 224, 224)))
+    if not data.has_labels:
+        check_labels(recipe, 'has_labels=False', with_classifier=getattr(model, 'num_classes', 1) != 0)
+        recipe = replace(recipe, task_loss_weight=0.)
+    elif criterion is None:
+        check_classifier(model)  # cross-entropy of a feature would be trained without a word
     composition = create_composition(recipe)
     methods = composition.methods
     resize_to = None if data.fits else _student_size(model, input_size)
@@ -144,7 +152,10 @@ def create_distill_task(
         _build_methods(module, teacher_model, data)
     if verbose and methods:
         _log_composition(recipe.kd, composition)
-    criterion = criterion if criterion is not None else nn.CrossEntropyLoss()
+    if not data.has_labels:
+        criterion = None
+    elif criterion is None:
+        criterion = nn.CrossEntropyLoss()
     task = DistillTask(
         module.to(device=device, dtype=dtype), teacher_model, criterion, composition.weights,
         composition.task_loss_weight, input_size, composition.schedules, device, dtype, verbose)

@@ -34,12 +34,12 @@ class DistillTask(TrainingTask):
     """Train a student with a task loss and the weighted terms of distillation methods.
 
     `task(input, target)` returns 'loss' and 'output' (logits); with methods also 'task_loss' and every method's
-    unweighted terms by name.
+    unweighted terms by name. Without labels there is no task loss, and the target is not read.
 
     Args:
         module: Student, adapter and methods.
         teacher: Frozen teacher, None where no method asks for one.
-        criterion: Task loss of (logits, target).
+        criterion: Task loss of (logits, target), None without labels.
         weights: Weight of each method's terms, by method name.
         schedules: Factor on each method's terms by epoch; its own schedule by default.
         task_loss_weight: Weight of the task loss.
@@ -53,7 +53,7 @@ class DistillTask(TrainingTask):
             self,
             module: AdaptedStudent,
             teacher: Union[Teacher, StoredTeacher, None],
-            criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+            criterion: Optional[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]],
             weights: Mapping[str, float],
             task_loss_weight: float = 1.,
             input_size: Sequence[int] = (3, 224, 224),
@@ -129,19 +129,44 @@ class DistillTask(TrainingTask):
             self._probe = input[:_PROBE_IMAGES].detach().clone()
         if self.teacher is None:
             logits = self.trainable_module(input)
+            assert self.criterion is not None  # for mypy: without labels there is a teacher
             return {'loss': self.criterion(logits, target), 'output': logits}
         target, teacher = self.read_targets(input, target)
         logits, task_logits, terms = self.trainable_module(input, teacher, target)
-        task_loss = self.criterion(task_logits, target)
-        weighted = [(self.task_loss_weight, task_loss)]
+        task_terms = {} if self.criterion is None else {'task_loss': self.criterion(task_logits, target)}
+        weighted = [(self.task_loss_weight, task_loss) for task_loss in task_terms.values()]
         weighted += [part for method, named in terms.items() for part in self._weigh(method, named)]
         # 0 times an infinite term is nan: what has no weight is left out
-        loss = sum((weight * term for weight, term in weighted if weight), torch.zeros_like(task_loss))
+        loss = sum((weight * term for weight, term in weighted if weight), torch.zeros_like(weighted[0][1]))
         if isinstance(self.trainable_module, DistributedDataParallel) or not loss.requires_grad:
             loss = self._with_all_parameters(loss)
         flat = {name: value for named in terms.values() for name, value in named.items()}
         self._term_methods = {name: method for method, named in terms.items() for name in named}
-        return {'loss': loss, 'output': logits, 'task_loss': task_loss, **flat}
+        return {'loss': loss, 'output': logits, **task_terms, **flat}
+
+    @torch.no_grad()
+    def distill_terms(self, input: torch.Tensor, ema: bool = False) -> Dict[str, torch.Tensor]:
+        """Return the unweighted terms of a batch that nothing is trained on, of the methods that can be measured so.
+
+        Those that keep something of each training image cannot.
+
+        Args:
+            input: Normalised batch, [B, C, H, W].
+            ema: Of the EMA student.
+        """
+        trained = self._trained_module(ema)
+        if trained is None or not self.measurable:
+            return {}
+        target = torch.zeros(len(input), dtype=torch.int64, device=input.device)
+        return trained.measure(input, self.teacher_features(input), target, self.measurable)
+
+    @property
+    def measurable(self) -> List[str]:
+        """The methods whose terms can be measured on images that are not trained on, and have no labels."""
+        if not isinstance(self.teacher, Teacher):  # stored targets are those of the training images
+            return []
+        methods = self.module.methods.items()
+        return [name for name, method in methods if not (method.needs_indices or method.reads_labels)]
 
     @property
     def teacher_outputs(self) -> FrozenSet[str]:
@@ -155,10 +180,12 @@ class DistillTask(TrainingTask):
 
     def weighted_terms(self, result: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
         """Return the terms of the newest result, each times its current weight, by name without '_loss'."""
-        if 'task_loss' not in result:
+        if not self.module.methods:
             return {'task': result['loss']}
-        task_loss = result['task_loss']
-        terms = {'task': self.task_loss_weight * task_loss if self.task_loss_weight else torch.zeros_like(task_loss)}
+        terms = {}
+        if 'task_loss' in result:
+            task_loss = result['task_loss']
+            terms['task'] = self.task_loss_weight * task_loss if self.task_loss_weight else torch.zeros_like(task_loss)
         for name, method in self._term_methods.items():
             weight = self._weight_of(name, method)
             terms[name[:-len('_loss')]] = weight * result[name] if weight else torch.zeros_like(result[name])
@@ -167,7 +194,7 @@ class DistillTask(TrainingTask):
     def term_weights(self) -> Dict[str, float]:
         """Return the current weight of each term of `weighted_terms`, schedules included."""
         methods = {name[:-len('_loss')]: self._weight_of(name, method) for name, method in self._term_methods.items()}
-        return {'task': self.task_loss_weight, **methods}
+        return methods if self.criterion is None else {'task': self.task_loss_weight, **methods}
 
     def changes_terms(self, epoch: int) -> bool:
         """Whether other terms have a weight in an epoch than in the one before; true for the first."""

@@ -313,3 +313,20 @@ def test_two_processes_keep_equal_parameters_and_memories_of_the_methods_that_ha
     for method, state in first.items():
         assert all(torch.equal(second[method][name], tensor) for name, tensor in state.items()), method
         assert all(torch.isfinite(tensor).all() for tensor in state.values() if tensor.is_floating_point()), method
+
+
+@pytest.mark.parametrize('method', [name for name in list_methods() if not METHODS.get(name).cls.reads_labels])
+def test_a_method_that_needs_no_labels_gives_the_same_terms_whatever_the_targets(method: str) -> None:
+    task = create_task(method).eval()
+    images, target = create_batch(method)
+    other = target.clone()
+    if other.ndim == 1:
+        other[:] = 0
+    else:
+        other[:, 0] = 0
+    torch.manual_seed(1)
+    first = task(images, target)
+    torch.manual_seed(1)
+    second = task(images, other)
+    assert {name: value for name, value in first.items() if name not in ('loss', 'task_loss', 'output')} == {
+        name: value for name, value in second.items() if name not in ('loss', 'task_loss', 'output')}

@@ -404,16 +404,18 @@ def test_features_without_a_tensor_are_refused() -> None:
 
 
 @pytest.mark.parametrize('name', ['test_vit', 'test_resnet', 'test_convnext', 'test_efficientnet'])
-def test_model_built_without_its_classifier_asks_for_the_number_of_classes(name: str) -> None:
-    with pytest.raises(UsageError, match='has no classifier: give --num-classes'):
-        resolve_student_tap(timm.create_model(name, num_classes=0), SIZE)
+def test_adapter_of_a_model_without_a_classifier_has_nothing_to_fold_into_and_is_beside_it(name: str) -> None:
+    model = timm.create_model(name, num_classes=0)
+    tap = resolve_student_tap(model, SIZE)
+    assert tap.point == 'side' and not tap.consumers and 'not at features' in tap.rejected
+    with pytest.raises(UsageError, match='not at pre_logits: the model has no classifier'):
+        resolve_student_tap(model, SIZE, 'pre_logits')
 
 
-def test_encoder_that_takes_no_classifier_is_refused_clearly() -> None:
-    with torch.device('meta'):
-        encoder = timm.create_model('qwen3_vit_88m_enc')
-    with pytest.raises(UsageError, match=f'{type(encoder).__name__} has no classifier.*encoder'):
-        resolve_student_tap(encoder, SIZE)
+@pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'mobilenetv4_conv_small', 'ghostnet_050'])
+def test_adapter_of_a_model_without_a_classifier_folds_into_the_layer_behind_the_last_feature(name: str) -> None:
+    tap = resolve_student_tap(timm.create_model(name, num_classes=0), SIZE)
+    assert tap.point == 'features' and 'conv_head' in str(tap) and tap.error < 1e-9
 
 
 def test_unknown_tap_lists_the_known_ones() -> None:

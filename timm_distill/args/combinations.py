@@ -9,8 +9,9 @@ _logger = logging.getLogger(__name__)
 
 CROP_SCALE = (0.08, 1.)
 CROP_RATIO = (3 / 4, 4 / 3)
+PROBE_METRICS = ('knn', 'linear_probe')  # of frozen features and the labels of --probe-dir
 _EVAL_METRICS = {
-    'classification': ('top1', 'top5', 'loss'),
+    'classification': ('top1', 'top5', 'loss', *PROBE_METRICS, 'cosine'),
     'multilabel': ('map', 'micro_f1', 'macro_f1', 'sample_f1', 'loss'),
 }
 
@@ -21,7 +22,9 @@ def check_train_combinations(args: argparse.Namespace) -> None:
     Raises:
         UsageError: Names the flags and which to change.
     """
-    for check in (_check_aug_splits, _check_naflex, _check_size_schedule, _check_targets, _check_schedule, _check_run):
+    for check in (
+            _check_aug_splits, _check_naflex, _check_size_schedule, _check_targets, _check_labels, _check_probes,
+            _check_schedule, _check_run):
         check(args)
     _warn_of_flags_without_effect(args)
 
@@ -126,6 +129,29 @@ def _check_targets(args: argparse.Namespace) -> None:
     _reject(
         not is_bce and (args.bce_sum or args.bce_target_thresh is not None or args.bce_pos_weight is not None),
         '--bce-sum, --bce-target-thresh and --bce-pos-weight need --bce-loss')
+
+
+def _check_labels(args: argparse.Namespace) -> None:
+    why = '--no-labels' if args.no_labels else '--num-classes 0' if args.num_classes == 0 else ''
+    if not why:
+        return
+    _reject(args.task == 'multilabel', f'--task multilabel reads labels: it does not go with {why}')
+    _reject(args.class_map, f'--class-map {args.class_map} gives labels: it does not go with {why}')
+    _reject(args.teacher_classes, f'--teacher-classes matches names of labelled classes: it does not go with {why}')
+    _reject(args.jsd_loss or args.loss, f'--loss and --jsd-loss are losses on labels: they do not go with {why}')
+
+
+def _check_probes(args: argparse.Namespace) -> None:
+    probes = args.probe_interval or args.eval_metric in PROBE_METRICS
+    _reject(
+        args.probe_dir and not probes,
+        f'--probe-dir {args.probe_dir} is not read: give --probe-interval N, or --eval-metric knn')
+    _reject(
+        probes and args.naflex_loader,
+        '--naflex-loader gives sequences of patches, the probes read images: leave out --probe-interval')
+    _reject(
+        probes and args.task == 'multilabel' and not args.probe_dir,
+        'The probes need one label per image: with --task multilabel give them a --probe-dir')
 
 
 def _check_schedule(args: argparse.Namespace) -> None:

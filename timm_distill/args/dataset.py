@@ -8,7 +8,7 @@ def add_dataset_args(parser: ArgumentParser) -> None:
     group = parser.add_topic('data', 'Dataset')
     group.add_argument(
         '--data-dir', metavar='DIR',
-        help='dataset folder with one sub-folder per split and, in these, one per class')
+        help='dataset folder with one sub-folder per split and, in these, one per class; or images without labels')
     group.add_argument(
         '--dataset', metavar='NAME', default='',
         help='reader and dataset name such as hfds/NAME, wds/NAME, tfds/NAME or torch/NAME; '
@@ -34,7 +34,12 @@ def add_train_split_args(parser: ArgumentParser) -> None:
     group.add_argument('--train-split', metavar='NAME', default='train', help='split to train on')
     group.add_argument(
         '--val-split', metavar='NAME', default='validation',
-        help='split to validate on; an empty string trains without validation')
+        help='split to validate on, or the part of the training images to hold out for it, e.g. 0.05; an empty '
+             'string trains without validation')
+    group.add_argument(
+        '--no-labels', action='store_true', default=False,
+        help='take all images of the training split, nested at will, and no label: the methods of --kd say alone what '
+             'is learnt. Found by itself where there are images, but no class folders')
     group.add_argument(
         '--train-num-samples', type=int, default=None, metavar='N',
         help='size of the training split, for streamed datasets that do not know it')

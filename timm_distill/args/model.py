@@ -19,7 +19,8 @@ def add_model_args(
     group.add_argument('--pretrained', action='store_true', default=False, help='start from pretrained weights')
     group.add_argument(
         '--num-classes', type=int, default=None, metavar='N',
-        help='number of classes; None: as many as the model has')
+        help='number of classes; 0: no classifier, the student is an encoder; None: as many as the model has, without '
+             'labels 0 where no method of --kd reads logits')
     group.add_argument(
         '--gp', type=str, default=None, metavar='POOL',
         help='global pooling: fast, avg, max, avgmax or avgmaxc; None: the model\'s own')

@@ -17,7 +17,8 @@ def add_output_args(parser: ArgumentParser) -> None:
         help='remove the run that the folder holds; without it or --resume such a folder is refused')
     group.add_argument(
         '--eval-metric', type=str, default='top1', metavar='NAME',
-        help='what makes a checkpoint the best one: top1, top5 or loss')
+        help='what makes a checkpoint the best one: top1, top5, loss, or of frozen features knn, linear_probe, and '
+             'without labels cosine')
     group.add_argument('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
     group.add_argument(
         '--recovery-interval', type=int, default=0, metavar='N',
@@ -29,6 +30,14 @@ def add_output_args(parser: ArgumentParser) -> None:
     group.add_argument(
         '--val-interval', type=int, default=1, metavar='N',
         help='epochs between two validations, each followed by a checkpoint')
+    group.add_argument(
+        '--probe-interval', type=int, default=0, metavar='N',
+        help='epochs between two probes of the frozen features of student and teacher: top-1 of nearest neighbours '
+             'and of a linear classifier; 0: none')
+    group.add_argument(
+        '--probe-dir', metavar='DIR', default='',
+        help='labelled folder for the probes: class folders, or a training and a validation split of them; empty: the '
+             'labelled validation split')
     group.add_argument('--log-interval', type=int, default=50, metavar='N', help='updates between two log lines')
     group.add_argument(
         '--log-style', type=str, default='auto', choices=['auto', 'bar', 'lines'],

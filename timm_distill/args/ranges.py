@@ -22,14 +22,14 @@ RANGES: Dict[Range, Tuple[str, ...]] = {
         'batch_size', 'cache_views', 'checkpoint_hist', 'epochs', 'grad_accum_steps', 'img_size', 'in_chans',
         'input_size',
         'kd_student_feature_dim', 'kd_teacher_feature_dim', 'log_freq', 'log_interval', 'lr_base_size',
-        'lr_cycle_limit', 'naflex_max_seq_len', 'naflex_patch_sizes', 'naflex_train_seq_lens', 'num_classes',
-        'num_gpu', 'num_samples', 'recount', 'save_epochs', 'stop_epoch', 'teacher_img_size', 'train_batch_sizes',
+        'lr_cycle_limit', 'naflex_max_seq_len', 'naflex_patch_sizes', 'naflex_train_seq_lens', 'num_gpu',
+        'num_samples', 'recount', 'save_epochs', 'stop_epoch', 'teacher_img_size', 'train_batch_sizes',
         'train_batches_per_epoch', 'train_img_sizes', 'train_num_samples', 'val_interval', 'val_num_samples',
         'validation_batch_size'),
     _COUNT_OR_NONE: (
         'aug_splits', 'cache_check', 'cache_topk', 'cooldown_epochs', 'crop_border_pixels', 'decay_milestones',
-        'log_grad_norm', 'max_bad_images',
-        'mixup_off_epoch', 'patience_epochs', 'recovery_interval', 'start_epoch', 'tta', 'warmup_epochs', 'workers'),
+        'log_grad_norm', 'max_bad_images', 'mixup_off_epoch', 'num_classes', 'patience_epochs', 'probe_interval',
+        'recovery_interval', 'start_epoch', 'tta', 'warmup_epochs', 'workers'),
     _FINITE: ('head_init_bias', 'head_init_scale'),
     _POSITIVE: (
         'bce_pos_weight', 'bn_eps', 'clip_grad', 'decay_epochs', 'decay_rate', 'kd_lr_mult', 'kd_temperature',

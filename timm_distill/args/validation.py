@@ -10,6 +10,15 @@ def add_validate_args(parser: ArgumentParser) -> None:
         help='evaluate the checkpoint\'s moving average where it has one')
     group.add_argument('--split', metavar='NAME', default='validation', help='split to evaluate on')
     group.add_argument(
+        '--knn', action='store_true', default=False,
+        help='also classify by the nearest neighbours among the frozen features of --fit-split')
+    group.add_argument(
+        '--probe', action='store_true', default=False,
+        help='also train a linear classifier on the frozen features of --fit-split')
+    group.add_argument(
+        '--fit-split', metavar='NAME', default='train',
+        help='split that --knn and --probe learn from; empty, or where there is none: every other image of --split')
+    group.add_argument(
         '--num-samples', type=int, default=None, metavar='N',
         help='size of the split, for streamed datasets that do not know it')
     group.add_argument(

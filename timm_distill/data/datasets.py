@@ -1,5 +1,6 @@
 """Datasets of the splits, with checks of class folders where timm would go on with other data than the user meant."""
 import importlib.util
+import logging
 import os
 import tarfile
 from argparse import Namespace
@@ -13,8 +14,12 @@ from ..errors import UsageError
 from ..utils.text import printable
 from .class_map import read_class_map, report_class_map, settle_order
 from .decoding import ImageDecoder
+from .holdout import hold_out, read_fraction
 from .images import DecodedStream, StrictImageDataset, load_file
 from .targets import set_multi_label_targets
+from .unlabelled import find_split, forget_labels, split_names, why_folder_is_unlabelled, why_reader_is_unlabelled
+
+_logger = logging.getLogger(__name__)
 
 # Readers that bring their own splits and labels, each with the package that it needs and that package's name for pip;
 # all other datasets are class folders or tar files.
@@ -26,11 +31,8 @@ _READERS = {
     'wds': ('webdataset', 'webdataset'),
 }
 _STREAMS_OF_IMAGES = ('hfids', 'wds')
-# Folder names that timm takes for one another when it looks for a split.
-_SPLIT_ALIASES = (
-    ('train', 'training'),
-    ('val', 'valid', 'validation', 'eval', 'evaluation'),
-)
+_TABLES = ('hfds', 'hfids')
+_DEFAULT_VAL_SPLIT = 'validation'
 
 
 def create_datasets(
@@ -39,6 +41,8 @@ def create_datasets(
         num_classes: int,
 ) -> Tuple[Dataset, Optional[Dataset]]:
     """Training and validation dataset; the latter is None where `--val-split` is empty.
+
+    Without labels it is also None where nothing says which images to validate on.
 
     Args:
         args: Training arguments.
@@ -57,18 +61,17 @@ def create_datasets(
         seed=args.seed,
         repeats=args.epoch_repeats,
         num_samples=args.train_num_samples,
+        no_labels=args.no_labels,
     )
     _fit_targets(args, dataset_train, num_classes)
     if not args.val_split:
         return dataset_train, None
-    dataset_eval = _create_split(
-        args,
-        data_config,
-        '--val-split',
-        args.val_split,
-        is_training=False,
-        num_samples=args.val_num_samples,
-    )
+    fraction = read_fraction(args.val_split)
+    if fraction is not None and (args.dataset or find_split(args.data_dir or args.data, args.val_split) is None):
+        return hold_out(dataset_train, fraction, args.max_bad_images)
+    dataset_eval = _create_eval_split(args, data_config)
+    if dataset_eval is None:
+        return dataset_train, None
     _check_same_classes(args, dataset_train, dataset_eval)
     if args.task == 'multilabel':
         set_multi_label_targets(args, dataset_eval, num_classes)
@@ -86,6 +89,47 @@ def read_class_names(args: Namespace, data_config: Dict[str, Any], num_classes: 
     return known_names(dataset, num_classes)
 
 
+def _create_eval_split(args: Namespace, data_config: Dict[str, Any]) -> Optional[Dataset]:
+    """Return the split to validate on; None where there are no labels and the data do not have the default one."""
+    try:
+        return _create_split(
+            args,
+            data_config,
+            '--val-split',
+            args.val_split,
+            is_training=False,
+            num_samples=args.val_num_samples,
+            no_labels=args.no_labels,
+        )
+    except UsageError as error:
+        if not args.no_labels or args.val_split != _DEFAULT_VAL_SPLIT:
+            raise
+        _logger.info(f'Nothing is held out for validation ({error}); --val-split 0.05 holds out a part.')
+        return None
+
+
+def find_missing_labels(args: Namespace) -> str:
+    """Return, in words, why the training data have no labels; '' where they seem to have some, or do not open.
+
+    Args:
+        args: Training arguments.
+    """
+    root = args.data_dir or args.data
+    if args.task == 'multilabel' or args.class_map:
+        return ''
+    if _is_folder_dataset(args.dataset):
+        return why_folder_is_unlabelled(root, args.train_split, args.val_split) if root and os.path.exists(root) else ''
+    if args.dataset.partition('/')[0].lower() not in (*_TABLES, 'wds'):
+        return ''
+    try:
+        dataset = _create_split(
+            args, {'input_size': (3, 1, 1)}, '--train-split', args.train_split, is_training=True, seed=args.seed,
+            num_samples=args.train_num_samples)
+    except UsageError:
+        return ''  # said where it is opened for training
+    return why_reader_is_unlabelled(cast(Any, dataset).reader, args.target_key)
+
+
 def create_eval_dataset(args: Namespace, data_config: Dict[str, Any], num_classes: int) -> Dataset:
     """Dataset of the validation script, from `--split`, with the checks of `create_datasets`."""
     dataset = _create_split(
@@ -101,7 +145,36 @@ def create_eval_dataset(args: Namespace, data_config: Dict[str, Any], num_classe
     return dataset
 
 
+def create_class_folders(args: Namespace, data_config: Dict[str, Any], folder: str, flag: str) -> Dataset:
+    """Dataset of a folder or tar file of class folders that a flag names, as validation sees images."""
+    if not os.path.exists(folder):
+        raise UsageError(f"{flag} '{folder}' does not exist")
+    own = Namespace(**{**vars(args), 'dataset': '', 'class_map': '', 'target_key': None, 'task': 'classification'})
+    dataset = _create_split(own, data_config, flag, folder, is_training=False, folder=folder)
+    if '' in (_class_to_idx(dataset) or {}):
+        raise UsageError(f'{folder} holds images outside of class folders: move each into the folder of its class')
+    return dataset
+
+
+def create_splits(args: Namespace, data_config: Dict[str, Any], fit_split: str, split: str) -> List[Dataset]:
+    """Datasets of two splits as validation sees images; of the second alone where a folder lacks the first."""
+    root = args.data_dir or args.data
+    is_folder = _is_folder_dataset(args.dataset)
+    has_fit = bool(fit_split) and not (is_folder and root and find_split(root, fit_split) is None)
+    named = (('--fit-split', fit_split), ('--split', split))
+    return [
+        _create_split(args, data_config, flag, name, is_training=False, seed=args.seed, num_samples=args.num_samples)
+        for flag, name in named[not has_fit:]]
+
+
+def class_indices_differ(dataset: Dataset, other: Dataset) -> bool:
+    """Whether two datasets of class folders number other classes."""
+    return _class_to_idx(dataset) != _class_to_idx(other)
+
+
 def _fit_targets(args: Namespace, dataset: Dataset, num_classes: int) -> None:
+    if getattr(args, 'no_labels', False):
+        return
     if args.task == 'multilabel':
         set_multi_label_targets(args, dataset, num_classes)
     else:
@@ -113,11 +186,19 @@ def _create_split(
         data_config: Dict[str, Any],
         flag: str,
         split: str,
+        no_labels: bool = False,
+        folder: Optional[str] = None,
         **kwargs: Any,
 ) -> Dataset:
-    root = args.data_dir or args.data
+    root = folder or args.data_dir or args.data
     is_folder = _is_folder_dataset(args.dataset)
-    if is_folder:
+    leave_out = None
+    if folder:
+        kwargs['search_split'] = False
+    elif is_folder and no_labels:
+        root, leave_out = _unlabelled_folder(args, flag, split)
+        kwargs['search_split'] = False
+    elif is_folder:
         _check_split_folder(root, flag, split)
     kwargs = dict(
         kwargs,
@@ -128,13 +209,15 @@ def _create_split(
         batch_size=args.batch_size,
         input_img_mode=args.input_img_mode or ('RGB' if data_config['input_size'][0] == 3 else 'L'),
         input_key=args.input_key,
-        target_key=args.target_key,
+        target_key=_unlabelled_key(args) if no_labels else args.target_key,
         target_format=args.target_format if args.task == 'multilabel' else None,
         trust_remote_code=args.dataset_trust_remote_code,
     )
     if getattr(args, 'tf_preprocessing', False):
         kwargs['load_bytes'] = True
     dataset = _create_folder_dataset(args, flag, kwargs) if is_folder else _create_reader_dataset(args, flag, kwargs)
+    if no_labels:
+        forget_labels(dataset, leave_out)
     if is_folder:
         _settle_folders(args, dataset)
     # in validation a replaced image would make the numbers wrong
@@ -147,8 +230,8 @@ def _read_class_map(args: Namespace, is_folder: bool, root: Optional[str], split
         raise UsageError(
             f'--class-map {args.class_map} does not go with --dataset {args.dataset}, whose labels are '
             'its own: leave it out')
-    aliases = [split, *(alias for group in _SPLIT_ALIASES if split in group for alias in group)]
-    classes = read_class_map(args.class_map, [*(os.path.join(root, name) for name in aliases), root] if root else [])
+    folders = [*(os.path.join(root, name) for name in split_names(split)), root] if root else []
+    classes = read_class_map(args.class_map, folders)
     if classes and not is_folder and all(name.isdecimal() for name in classes):
         return {int(name): index for name, index in classes.items()}  # labels that have no names
     return dict(classes) if classes else None
@@ -213,24 +296,52 @@ def _is_folder_dataset(name: str) -> bool:
     return False
 
 
-def _check_split_folder(root: Optional[str], flag: str, split: str) -> None:
-    """Reject what timm's search for a split would replace by the whole data folder."""
+def _unlabelled_folder(args: Namespace, flag: str, split: str) -> Tuple[str, Optional[str]]:
+    """Return the folder, or tar file, of a split without labels, and a folder in it that is another split.
+
+    The training images are those of the split's folder, or all of `--data-dir` where it has no such folder.
+    """
+    root = args.data_dir or args.data
+    _check_root(root, flag, split)
+    if os.path.isfile(root):
+        return root, None
+    folder = find_split(root, split)
+    if folder is not None:
+        return folder, None
+    if flag == '--val-split':
+        raise _no_split_folder(root, flag, split)
+    return root, find_split(root, args.val_split) if args.val_split else None
+
+
+def _unlabelled_key(args: Namespace) -> Optional[str]:
+    """Return a column that is there: that of the images, where the one of the labels is not."""
+    return (args.input_key or 'image') if args.dataset.partition('/')[0].lower() in _TABLES else None
+
+
+def _check_root(root: Optional[str], flag: str, split: str) -> None:
     if not root:
         raise UsageError('no dataset given: pass its folder as --data-dir DIR')
     if not os.path.exists(root):
         raise UsageError(f"--data-dir '{root}' does not exist")
     if '[' in split:
         raise UsageError(f"{flag} '{split}': class folders cannot be sliced, pass the name of a folder")
-    if not os.path.isdir(root):
-        if flag == '--val-split':  # a tar file would be read as both splits
-            raise UsageError(f"--data-dir '{root}' is one file without splits: pass --val-split '' with it")
-        return
-    names = [split] + [alias for group in _SPLIT_ALIASES if split in group for alias in group if alias != split]
-    if not any(os.path.exists(os.path.join(root, n)) for n in names):
-        hint = ', or an empty one to train without validation' if flag == '--val-split' else ''
-        raise UsageError(
-            f"no folder for {flag} '{split}' in --data-dir '{root}' (looked for {', '.join(names)}): "
-            f'pass {flag} with the name of its folder{hint}')
+    if not os.path.isdir(root) and flag == '--val-split':  # a tar file would be read as both splits
+        raise UsageError(f"--data-dir '{root}' is one file without splits: pass --val-split '' with it")
+
+
+def _check_split_folder(root: Optional[str], flag: str, split: str) -> None:
+    """Reject what timm's search for a split would replace by the whole data folder."""
+    _check_root(root, flag, split)
+    if root and os.path.isdir(root) and find_split(root, split) is None:
+        raise _no_split_folder(root, flag, split)
+
+
+def _no_split_folder(root: str, flag: str, split: str) -> UsageError:
+    hint = ', or an empty one to train without validation' if flag == '--val-split' else ''
+    labels = '. For images without labels, nested at will: --no-labels' if flag == '--train-split' else ''
+    return UsageError(
+        f"no folder for {flag} '{split}' in --data-dir '{root}' (looked for {', '.join(split_names(split))}): "
+        f'pass {flag} with the name of its folder{hint}{labels}')
 
 
 def _class_to_idx(dataset: Dataset) -> Optional[Dict[str, int]]:
@@ -282,9 +393,13 @@ def _check_class_count(args: Namespace, dataset: Dataset, num_classes: int) -> N
                 f'--class-map {args.class_map} numbers {needed} classes, but the model has {num_classes}: '
                 f'pass --num-classes {needed}')
     elif '' in classes:
-        raise UsageError(f'{folder} holds images outside of class folders: move each into the folder of its class')
+        raise UsageError(
+            f'{folder} holds images outside of class folders: move each into the folder of its class, or take all as '
+            'images without labels: --no-labels')
     elif len(classes) < 2:
-        raise UsageError(f'{folder} has only one class folder with images ({next(iter(classes))}), two are the least')
+        raise UsageError(
+            f'{folder} has only one class folder with images ({next(iter(classes))}), two are the least; for images '
+            'without labels: --no-labels')
     elif len(classes) != num_classes:
         raise UsageError(
             f'{folder} has {len(classes)} class folders with images, but the model has {num_classes} '

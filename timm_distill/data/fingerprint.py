@@ -16,6 +16,7 @@ Fingerprint = Dict[str, Any]  # plain values, for a checkpoint
 
 _LOOKED_AT = 4096  # files of a dataset
 _LOOKED_AT_OF_A_GROUP = 4
+_LOOKED_AT_UNLABELLED = 256  # of the one group that images without labels are
 _BLOCK = 1 << 16
 _BATCH = 1 << 16  # rows of a table
 _NAMES_SHOWN = 5
@@ -81,6 +82,15 @@ def _list_samples(reader: Any) -> Optional[_Samples]:
     return None
 
 
+def sample_names(reader: Any) -> Optional[List[str]]:
+    """Return a name of every image that does not depend on where the data lie; None for a stream or another reader."""
+    samples = getattr(reader, 'samples', None)
+    if isinstance(samples, list) and samples and isinstance(samples[0][0], str):
+        return [os.path.relpath(path, reader.root) for path, _ in samples]
+    listed = _list_samples(reader) if samples is not None or hasattr(reader, 'image_key') else None
+    return None if listed is None else list(listed.names)
+
+
 def _inside_classes(paths: Sequence[str], root: str) -> List[str]:
     """Return names of files without root and class folder, so that those of a renamed class stay as they are."""
     start = len(root.rstrip(os.sep)) + 1
@@ -96,7 +106,7 @@ def _list_rows(reader: Any) -> _Samples:
     table, image_key, label_key = reader.dataset, reader.image_key, reader.label_key
     names = [path or '' for batch in _columns(table, image_key) for path in batch.field('path').to_pylist()]
     labels: List[Any] = [''] * len(names)
-    if label_key in table.column_names:
+    if label_key in table.column_names and label_key != image_key:  # without labels it is
         labels = [label for batch in _columns(table, label_key) for label in batch.to_pylist()]
 
     def _look(index: int) -> bytes:
@@ -143,7 +153,7 @@ def _hash_samples(samples: _Samples, classes: Dict[str, int]) -> Fingerprint:
     hashes = {name: hashlib.sha256() for name in counts}
     for name, group in zip(samples.names, groups):
         hashes[group].update(name.encode('utf-8', 'surrogatepass') + b'\n')  # names of files need not be UTF-8
-    for index, group in _choose(groups, counts):
+    for index, group in _choose(groups, counts, _LOOKED_AT_UNLABELLED if not class_names and len(counts) == 1 else 0):
         hashes[group].update(samples.look(index))
     numbers = {name: i for i, name in enumerate(sorted(counts))}
     order = hashlib.sha256(np.array([numbers[group] for group in groups], dtype='<i4').tobytes())
@@ -159,9 +169,9 @@ def _group_name(label: Any, class_names: Dict[int, str]) -> str:
     return '' if label is None or isinstance(label, (list, tuple, np.ndarray)) else str(label)
 
 
-def _choose(groups: Sequence[str], counts: Dict[str, int]) -> Iterator[Tuple[int, str]]:
+def _choose(groups: Sequence[str], counts: Dict[str, int], at_least: int = 0) -> Iterator[Tuple[int, str]]:
     """Yield the images that are looked at: a few of every group, evenly spread over it."""
-    each = min(_LOOKED_AT_OF_A_GROUP, max(1, _LOOKED_AT // max(1, len(counts))))
+    each = max(at_least, min(_LOOKED_AT_OF_A_GROUP, max(1, _LOOKED_AT // max(1, len(counts)))))
     wanted = {name: {i * count // each for i in range(each)} for name, count in counts.items()}
     seen: Dict[str, int] = dict.fromkeys(counts, 0)
     for index, group in enumerate(groups):

@@ -140,6 +140,7 @@ def create_eval_loader(
         model_dtype: Optional[torch.dtype] = None,
         distributed: bool = False,
         patch_size: Optional[PatchSize] = None,
+        persistent: bool = True,
 ) -> Any:
     """Validation loader; both scripts use it, so that equal data configs give equal numbers.
 
@@ -152,6 +153,7 @@ def create_eval_loader(
         model_dtype: Of the images; float32 if None.
         distributed: Whether each process takes its own part of the data.
         patch_size: The model's (height, width) of a patch, for `--naflex-loader`.
+        persistent: Keep the loader processes between two passes.
     """
     num_workers = args.workers
     if distributed and ('tfds' in args.dataset or 'wds' in args.dataset):
@@ -170,6 +172,7 @@ def create_eval_loader(
         cast(Any, dataset),  # torchvision's datasets work too
         input_size=data_config['input_size'],
         tf_preprocessing=tf_preprocessing,
+        persistent_workers=persistent,
         **kwargs,
     ))
 

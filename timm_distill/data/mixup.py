@@ -64,6 +64,6 @@ def _mixup_kwargs(args: Namespace, num_classes: int) -> Dict[str, Any]:
         prob=args.mixup_prob,
         switch_prob=args.mixup_switch_prob,
         label_smoothing=args.smoothing,
-        num_classes=num_classes,
+        num_classes=max(num_classes, 1),  # without labels all images are of class 0
         multi_label=args.task == 'multilabel',
     )

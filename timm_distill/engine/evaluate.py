@@ -5,7 +5,7 @@ from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -141,3 +141,45 @@ def evaluate(
             if primary and (batch_idx % log_interval == 0 or batch_idx == len(loader) - 1):
                 _log_evaluation(log_name, batch_idx, len(loader), evaluator, time.perf_counter() - start, bar)
     return evaluator.compute(compute.distributed)
+
+
+@torch.no_grad()
+def evaluate_terms(
+        measure: Callable[[torch.Tensor], Dict[str, torch.Tensor]],
+        loader: Any,
+        compute: ComputeSpec,
+        *,
+        log_name: str = 'Test',
+        progress: Optional[bool] = None,
+) -> OrderedDict[str, float]:
+    """Return the averages of loss terms over images that are not trained on.
+
+    Args:
+        measure: Gives the terms of a batch by name.
+        loader: Yields (input, target); the target is not read.
+        compute: Where and how.
+        log_name: First word of the log line.
+        progress: Show a progress bar; None shows one where stderr is a terminal.
+    """
+    left = evaluation_sample_limit(loader)
+    sums: Dict[str, torch.Tensor] = {}
+    count = torch.zeros((), dtype=torch.float64, device=compute.device)
+    primary = not compute.distributed or dist.get_rank() == 0
+    with progress_bar(loader, log_name, progress if primary else False) as bar:
+        for input, target in bar:
+            input, target = compute.prepare_batch(input, target)
+            with compute.amp_autocast():
+                terms = measure(input)
+            # all images of a batch or none are measured: what a sampler repeats is in the last one
+            number = len(input) if left is None else max(0, min(len(input), left))
+            left = None if left is None else left - number
+            for name, term in terms.items():
+                sums[name] = sums.get(name, torch.zeros_like(count)) + number * term.detach().to(count.dtype)
+            count += number
+    if compute.distributed:
+        for value in (*sums.values(), count):
+            dist.all_reduce(value)
+    averages = OrderedDict((name, (value / count).item()) for name, value in sums.items())
+    if primary and averages:
+        _logger.info(f'{log_name}: ' + '  '.join(f'{name}: {value:.4f}' for name, value in averages.items()))
+    return averages

@@ -23,13 +23,17 @@ def classifier_parameters(model: nn.Module) -> List[nn.Parameter]:
 TAP_TOLERANCE = 1e-9  # relative to the logits' spread, in float64
 
 
+def is_headless(model: nn.Module) -> bool:
+    """Whether a model is an encoder, or was built without its classifier: what it gives is its feature."""
+    return getattr(model, 'num_classes', 1) == 0 or isinstance(classifier_heads(model)[0], nn.Identity)
+
+
 def check_classifier(model: nn.Module) -> None:
     """Raise a UsageError for an encoder, or a model that was built without its classifier."""
-    classifier = getattr(model, 'get_classifier', lambda: None)()
-    if isinstance(classifier, nn.Identity) or getattr(model, 'num_classes', 1) == 0:
+    if is_headless(model):
         raise UsageError(
-            f'{type(model).__name__} has no classifier: give --num-classes N, or choose another model '
-            'if it is an encoder that takes none.')
+            f'{type(model).__name__} has no classifier: give --num-classes N, or distil without labels (--no-labels), '
+            'as an encoder that takes none has to be.')
 
 
 def classifier_reads_pre_logits(model: nn.Module, feature: RawFeature) -> bool:

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from ..errors import UsageError
-from .classifier import classifier_heads, classifier_reads_pre_logits, last_linear
+from .classifier import classifier_heads, classifier_reads_pre_logits, is_headless, last_linear
 from .head import HeadInput, find_head_input, head_keeps_statistics
 from .inputs import RawFeature, evaluation_mode, logits_of, random_images
 from .reader import ModelSpec, read
@@ -48,13 +48,16 @@ def inspect(
         if has_head(model) and not whole:
             spec = _inspect_parts(model, images, trains, with_head)
         else:
-            spec = ModelSpec(False, classifiers=_classifier_names(model, images, trains))
+            headless = trains and is_headless(model)
+            names = () if headless else _classifier_names(model, images, trains)
+            spec = ModelSpec(False, classifiers=names, headless=headless)
             spec = replace(spec, head=None if trains else _find_whole_head(model, spec, images))
         return replace(spec, features=_measure(model, spec, images))
 
 
 def _inspect_parts(model: nn.Module, images: torch.Tensor, trains: bool, with_head: bool) -> ModelSpec:
-    classifiers = _classifier_names(model, images, trains) if trains else ()
+    headless = trains and is_headless(model)
+    classifiers = _classifier_names(model, images, trains) if trains and not headless else ()
     layout = resolve_feature_layout(model, images.shape[1:])
     raw = model.forward_features(images)
     pre_logits = images if trains else _run_head(model, raw)
@@ -71,6 +74,7 @@ def _inspect_parts(model: nn.Module, images: torch.Tensor, trains: bool, with_he
         reuses_pre_logits=reuses_pre_logits,
         head=find_head_input(model, raw, layout, pre_logits, reuses_pre_logits) if with_head else None,
         no_map=layout.explain(layout.to_positions(last_stage_feature(raw, model))),
+        headless=headless,
     )
 
 

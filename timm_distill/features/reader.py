@@ -38,6 +38,7 @@ class ModelSpec:
         head: What the head can be run on by itself, None where it cannot or need not.
         no_map: Why the last-stage feature is no map, '' where it is one.
         tail: What follows the last stage but one, where that was asked for and found.
+        headless: Whether it has no classifier and trains: what it gives are pre-logits and logits alike.
     """
     split: bool
     features: Optional[FeatureSpec] = None
@@ -49,6 +50,7 @@ class ModelSpec:
     head: Optional[HeadInput] = None
     no_map: str = ''
     tail: Optional[Tail] = None
+    headless: bool = False
 
     @property
     def outputs(self) -> FrozenSet[str]:
@@ -124,7 +126,11 @@ class Reading:
 
         Pre-logits of several classifiers (class and distillation token) are averaged, as timm does.
         """
-        if 'pre_logits' not in self.outputs and (self.spec.split or not self.outputs & MAPS):
+        if self.spec.headless:
+            output = self._run_head(raw)
+            self.note_logits(output)
+            self.note_pre_logits(as_vectors(output))
+        elif 'pre_logits' not in self.outputs and (self.spec.split or not self.outputs & MAPS):
             if self.outputs & {'logits', 'token_logits'}:
                 self.note_logits(self._run_head(raw))
         elif self.spec.classifiers:
@@ -158,6 +164,15 @@ class Reading:
         self.features.feature = feature
         if 'stages' in self.outputs and not self.features.stages:
             self.features.stages = (feature,)
+
+
+def as_vectors(output: Any) -> torch.Tensor:
+    """Return what a model without a classifier gives as [B, D]; maps and tokens are averaged, several heads as well."""
+    if isinstance(output, (tuple, list)):
+        return torch.stack([as_vectors(part) for part in output]).mean(0)
+    if output.ndim == 3:
+        return output.mean(1)
+    return output.mean((2, 3)) if output.ndim == 4 else output.flatten(1)
 
 
 def read(model: nn.Module, spec: ModelSpec, images: torch.Tensor, outputs: AbstractSet[str] = LOGITS) -> Features:

@@ -65,6 +65,7 @@ class DistillMethod(nn.Module):
         adapter: Name of the adapter that the method puts on the student's path, if it does.
         schedules: Published weight schedules by name, for `--kd-schedule`.
         needs_indices: Reads the indices of the batch's samples in the training set.
+        reads_labels: Reads what class an image is of: `target`, or the labels of the training set.
         needs_class_means: Reads the teacher's mean pre-logits of every class, given to `set_class_means`.
         needs_classifier: Reads the weight of the teacher's classifier, given to `set_classifier`.
         mixed_images: Whether mixup and cutmix make sense.
@@ -80,6 +81,7 @@ class DistillMethod(nn.Module):
     adapter: ClassVar[Optional[str]] = None
     schedules: ClassVar[Mapping[str, Steps]] = {}
     needs_indices: ClassVar[bool] = False
+    reads_labels: bool = False  # an option of the method may change it
     needs_class_means: ClassVar[bool] = False
     needs_classifier: ClassVar[bool] = False
     mixed_images: ClassVar[bool] = True
@@ -133,7 +135,7 @@ class DistillMethod(nn.Module):
         Args:
             student: Features of the student, as asked for by `student_outputs`, with gradients.
             teacher: Features of the teacher, as asked for by `teacher_outputs`.
-            target: Class indices [B] or soft targets [B, K].
+            target: Class indices [B] or soft targets [B, K]; says nothing where there are no labels.
 
         Returns:
             Scalars by name; every name begins with the method's and ends in '_loss'.
@@ -146,6 +148,11 @@ class DistillMethod(nn.Module):
         return 'logits' in cls.teacher_outputs and 'head' not in cls.teacher_outputs
 
     @classmethod
+    def reads_student_classes(cls) -> bool:
+        """Whether the student has to have a classifier: its logits are read, or there is a mean for each class."""
+        return cls.needs_class_means or bool(cls.student_outputs & {'logits', 'token_logits', 'head'})
+
+    @classmethod
     def describe_needs(cls) -> str:
         """Return one line on what the method reads."""
         needs = [
@@ -153,6 +160,8 @@ class DistillMethod(nn.Module):
             for model, outputs in (('teacher', cls.teacher_outputs), ('student', cls.student_outputs)) if outputs]
         if cls.adapter:
             needs.append(f"adapter '{cls.adapter}' on the student's path, merged at every save")
+        if cls.reads_labels:
+            needs.append('labels')
         if cls.needs_class_means:
             needs.append('class means of the teacher, from a pass over the training set')
         if cls.needs_classifier:

@@ -223,6 +223,45 @@ def check_mixing(kd: str, flags: Sequence[str]) -> None:
             f'among the methods that take mixed images: {", ".join(others)}.')
 
 
+def check_labels(recipe: Recipe, reason: str, with_classifier: bool) -> None:
+    """Check that the methods of a recipe can work without labels.
+
+    Args:
+        recipe: The methods, with their options.
+        reason: Why there are no labels, in words.
+        with_classifier: Whether the student has a classifier.
+
+    Raises:
+        UsageError: If one cannot; names those that can.
+    """
+    if not parse_kd(recipe.kd):
+        raise UsageError(
+            f'There are no labels ({reason}), and without them only a teacher says what to learn: give --teacher NAME '
+            f'with --kd {", ".join(_list_unlabelled(with_classifier))}, joined by + where there are several.')
+    if recipe.task_loss_weight:
+        raise UsageError(
+            f'--task-loss-weight {recipe.task_loss_weight:g} needs labels, and there are none ({reason}): leave it '
+            'out.')
+    methods = create_composition(replace(recipe, task_loss_weight=None)).methods
+    on_labels = [name for name, method in methods.items() if method.reads_labels]
+    on_logits = [
+        name for name, method in methods.items()
+        if not with_classifier and name not in on_labels and method.reads_student_classes()]
+    words = [f'{"+".join(names)} needs {what}' for names, what in (
+        (on_labels, f'labels, and there are none ({reason})'),
+        (on_logits, 'a student with a classifier, and this one has none (--num-classes 0)')) if names]
+    if words:
+        raise UsageError(
+            f'--kd {"; ".join(words)}. What works here: {", ".join(_list_unlabelled(with_classifier))}.')
+
+
+def _list_unlabelled(with_classifier: bool) -> List[str]:
+    classes = {name: METHODS.get(name).cls for name in METHODS.names()}
+    return [
+        name for name, cls in classes.items()
+        if not cls.reads_labels and (with_classifier or not cls.reads_student_classes())]
+
+
 def _find_method(what: str, name: str, known: Iterable[str], kd: str) -> str:
     """Return the method of a `--kd` value that a name means: 'sdd' means 'sdd:kd' where no other takes a method so.
 

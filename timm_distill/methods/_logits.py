@@ -1,5 +1,5 @@
 """Base of the methods that compare the logits of each sample by itself."""
-from typing import ClassVar, Dict
+from typing import Dict
 
 import torch
 
@@ -11,12 +11,9 @@ from ._base import DistillMethod
 class LogitMethod(DistillMethod):
     """Base of the methods whose terms are means over samples of a loss of each sample's logits.
 
-    Another method can take them (`sdd:kd`): it gives other logits and weighs the samples.
-
-    Attributes:
-        reads_labels: Whether a loss depends on the label: then a sample whose class the teacher does not know has none.
+    Another method can take them (`sdd:kd`): it gives other logits and weighs the samples. Where a loss reads the label,
+    a sample whose class the teacher does not know has none.
     """
-    reads_labels: ClassVar[bool] = False
 
     def sample_losses(
             self,

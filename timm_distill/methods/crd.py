@@ -82,6 +82,7 @@ class CRD(DistillMethod):
     student_outputs = frozenset({'pre_logits'})
     teacher_outputs = frozenset({'pre_logits'})
     needs_indices = True
+    reads_labels = True
     mixed_images = False
 
     student_bank: torch.Tensor
@@ -112,6 +113,7 @@ class CRD(DistillMethod):
         self.temperature = float(temperature)
         self.momentum = float(momentum)
         self.mode = mode
+        self.reads_labels = mode != 'instance'
         self.half_banks = half_banks
         self.num_samples = 0
 

@@ -90,6 +90,7 @@ class ND(DistillMethod):
     student_outputs = frozenset({'pre_logits'})
     teacher_outputs = frozenset({'pre_logits'})
     needs_class_means = True
+    reads_labels = True
     class_means: torch.Tensor
 
     def __init__(self, dropout: Annotated[float, Range(0, 1, without_high=True)] = 0.5):

@@ -107,6 +107,7 @@ class OFA(DistillMethod):
     weight_source = "the authors' code"
     student_outputs = frozenset({'logits', 'stages'})
     teacher_outputs = frozenset({'logits'})
+    reads_labels = True
 
     def __init__(
             self,

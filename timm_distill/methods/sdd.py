@@ -93,6 +93,7 @@ class SDD(WrapperMethod):
     """
     paper = 'Luo, CVPR 2024, https://arxiv.org/abs/2403.13512'
     weight_source = "the inner method's"
+    reads_labels = True
     inner_type = LogitMethod
     inner: LogitMethod
     student_outputs = frozenset({'logits', 'feature', 'head'})

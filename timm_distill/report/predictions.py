@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Callable, List, Optional, Tuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
+
+from ..utils.distributed import gather_in_order
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def collect_predictions(
         with amp_autocast():
             recorder(images.to(device=device, dtype=dtype))
         labels.append(target.to(device))
-    return Predictions(*recorder.read(num_samples), _in_order(torch.cat(labels), num_samples).cpu())
+    return Predictions(*recorder.read(num_samples), gather_in_order(
+        torch.cat(labels), device, num_samples).cpu())
 
 
 class PredictionRecorder(nn.Module):
@@ -99,17 +101,8 @@ class PredictionRecorder(nn.Module):
             num_samples: Images of the set; what a distributed sampler repeats to fill its last batch is cut off.
         """
         columns = (torch.cat(self._classes), torch.cat(self._confidences))
-        classes, confidences = (_in_order(column, num_samples).cpu() for column in columns)
+        classes, confidences = (gather_in_order(column, column.device, num_samples).cpu() for column in columns)
         return classes, confidences
-
-
-def _in_order(column: torch.Tensor, num_samples: Optional[int]) -> torch.Tensor:
-    """Put together what the ranks have of a column: rank r of W holds the images r, r + W, r + 2 W, ..."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        parts = [torch.empty_like(column) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, column)
-        column = torch.stack(parts, dim=1).flatten()
-    return column[:num_samples]
 
 
 def agreement(student: torch.Tensor, teacher: torch.Tensor) -> float:

@@ -35,7 +35,9 @@ from .device import (
     resolve_dtype,
     resolve_precision,
 )
+from .labels import settle_labels
 from .models import build_student, check_train_sizes, comes_with_weights, fit_input_size
+from .probing import Probes
 from .state import Run
 from .unchanged import check_equal_data
 from .validation import ranking_metric
@@ -47,6 +49,7 @@ def build_run(args: argparse.Namespace) -> Run:
     """Build everything that can fail before anything is written."""
     device, precision = setup_device(args)
     utils.random_seed(args.seed, args.rank)
+    settle_labels(args, recipe_of(args))
     student = build_student(args)
     data_config = resolve_data_config(vars(args), model=student, verbose=args.rank == 0)
     data_config = fit_input_size(args, student, data_config)
@@ -62,7 +65,9 @@ def build_run(args: argparse.Namespace) -> Run:
     task = build_task(args, student, data_config, device, precision, loaders)
     optimizer = build_optimizer(args, task, loaders.batch_size)
     scheduler, num_epochs = build_scheduler(args, optimizer, loaders, task)
-    return Run(args, device, precision, data_config, loaders, task, optimizer, scheduler, num_epochs)
+    run = Run(args, device, precision, data_config, loaders, task, optimizer, scheduler, num_epochs)
+    run.probes = Probes(args, data_config, loaders, run.compute, task)
+    return run
 
 
 def setup_device(args: argparse.Namespace) -> Tuple[torch.device, Precision]:
@@ -106,9 +111,10 @@ def build_task(
         task = create_distill_task(
             student,
             **kwargs,
-            criterion=create_train_loss(args, device, args.num_classes),
+            criterion=None if args.no_labels else create_train_loss(args, device, args.num_classes),
+            has_labels=not args.no_labels,
             num_samples=len(dataset) if indexed else None,
-            sample_labels=read_labels(dataset) if indexed and args.task != 'multilabel' else None,
+            sample_labels=read_labels(dataset) if indexed and has_single_labels(args) else None,
             student_pretrained=comes_with_weights(args),
             teacher_device=torch.device('cpu') if args.teacher_fsdp else None,
             device=device,
@@ -130,24 +136,34 @@ def build_task(
     return task
 
 
+def has_single_labels(args: argparse.Namespace) -> bool:
+    """Whether each training image has one label."""
+    return args.task != 'multilabel' and not args.no_labels
+
+
 def distill_kwargs(
         args: argparse.Namespace,
         data_config: Dict[str, Any],
         class_names: Sequence[str] = (),
 ) -> Dict[str, Any]:
     """Map the distillation flags to arguments of `create_distill_task`, as timm's `optimizer_kwargs` does."""
-    recipe = {field.name: getattr(args, field.name) for field in fields(Recipe) if field.name != 'num_epochs'}
     names = (
         'teacher', 'teacher_checkpoint', 'teacher_pretrained', 'teacher_kwargs', 'teacher_weights', 'teacher_mean',
         'teacher_std', 'teacher_img_size')
     return dict(
-        kd=Recipe(**recipe, num_epochs=count_epochs(args)),
+        kd=recipe_of(args),
         data=DataSpec(
             data_config['input_size'], data_config['mean'], data_config['std'], class_names=class_names, fits=True),
         teacher_dtype=resolve_dtype(args.teacher_dtype),
         teacher_classes=args.teacher_classes or None,
         **{name: getattr(args, name) for name in names},
     )
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """Return the methods, with options and weights, as the flags say."""
+    recipe = {field.name: getattr(args, field.name) for field in fields(Recipe) if field.name != 'num_epochs'}
+    return Recipe(**recipe, num_epochs=count_epochs(args))
 
 
 def check_task(args: argparse.Namespace, task: DistillTask) -> None:
@@ -159,7 +175,7 @@ def check_task(args: argparse.Namespace, task: DistillTask) -> None:
             'multi-label model has none: use a method that reads features alone (--list-kd)')
     if task.teacher is None:
         return
-    if not task.trains_classifier and args.rank == 0:
+    if not task.trains_classifier and args.num_classes and args.rank == 0:
         _logger.warning(
             f'--task-loss-weight 0 and no weighted method of --kd {args.kd} reads the logits: nothing '
             'trains the classifier, which is saved and released as it began. Its accuracy says nothing, '

@@ -80,9 +80,10 @@ def run_epoch(run: Run, epoch: int, recorder: Recorder, position: Optional[Dict[
     share_batch_norm(args, run.task.get_trainable_module())
     metric = None
     validating = (epoch + 1) % args.val_interval == 0 or epoch + 1 in (run.last_epoch, *args.save_epochs)
+    validating = validating or run.probes is not None and run.probes.is_due(epoch)
     if validating:
         with recorder.interruptible(epoch, last_update):
-            eval_metrics = validate_student(run)
+            eval_metrics = validate_student(run, epoch)
         if recorder.metric == 'ranking_loss':
             (eval_metrics or train_metrics)['ranking_loss'] = run.task.unscheduled_loss(train_metrics)
         metric = recorder.rank(train_metrics, eval_metrics)

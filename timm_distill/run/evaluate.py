@@ -5,7 +5,7 @@ The model is built by timm alone.
 import logging
 from argparse import Namespace
 from collections import OrderedDict
-from typing import Any, Dict, List, Optional, Tuple, cast
+from typing import Any, Dict, List, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -15,13 +15,18 @@ from timm.layers import apply_test_time_pool, set_fast_norm
 from timm.models import get_pretrained_cfg, reparameterize_model
 from torch.utils.data import Dataset
 
+from ..args import PROBE_METRICS
 from ..checkpoint.weights import read_weights
 from ..data import create_eval_dataset, create_eval_loader
+from ..data.probes import create_probe_splits
 from ..engine.evaluate import ComputeSpec, evaluate, evaluator_class
 from ..errors import UsageError
+from ..features.classifier import is_headless
 from ..features.inputs import find_patch_size
+from ..features.pooled import PooledFeatures
 from ..models.named import check_name, create_model
-from .device import enable_fast_math, resolve_device_name, resolve_precision
+from .device import Precision, enable_fast_math, resolve_device_name, resolve_precision
+from .probing import collect_features, probe_features
 
 _logger = logging.getLogger(__name__)
 
@@ -42,11 +47,52 @@ def evaluate_model(args: Namespace) -> Dict[str, Any]:
         set_fast_norm()
     model = build_model(args)
     data_config = resolve_data_config(vars(args), model=model, use_test_size=not args.use_train_size, verbose=True)
+    param_count = sum(p.numel() for p in model.parameters())
+    probes = [name for name, asked in zip(PROBE_METRICS, (args.knn, args.probe)) if asked]
+    if is_headless(model) and not probes:
+        raise UsageError(f"--model '{args.model}' has no classifier: --knn and --probe measure its features")
+    metrics: Dict[str, float] = OrderedDict()
+    if probes:
+        metrics.update(probe_model(args, model, data_config, device, precision, probes))
+    if not is_headless(model):
+        classified, data_config = classify(args, model, data_config, device, precision)
+        metrics.update(classified)
+    return create_results(args.model, metrics, data_config, param_count)
+
+
+def probe_model(
+        args: Namespace,
+        model: nn.Module,
+        data_config: Dict[str, Any],
+        device: torch.device,
+        precision: Precision,
+        names: Sequence[str],
+) -> Dict[str, float]:
+    """Return the top-1 accuracies of probes of a model's frozen features."""
+    loaders = [
+        create_eval_loader(args, data_config, dataset, device, model_dtype=precision.model_dtype, persistent=False)
+        for dataset in create_probe_splits(args, data_config)]
+    pooled = PooledFeatures(model.to(device=device, dtype=precision.model_dtype), data_config['input_size']).eval()
+    compute = _compute_spec(args, device, precision)
+    return probe_features([collect_features(pooled, loader, compute) for loader in loaders], device, names)
+
+
+def _compute_spec(args: Namespace, device: torch.device, precision: Precision) -> ComputeSpec:
+    return ComputeSpec(device, precision.model_dtype, precision.autocast, args.channels_last, not args.no_prefetcher)
+
+
+def classify(
+        args: Namespace,
+        model: nn.Module,
+        data_config: Dict[str, Any],
+        device: torch.device,
+        precision: Precision,
+) -> Tuple[Dict[str, float], Dict[str, Any]]:
+    """Return the metrics of a model's predictions, and the data config as test-time pooling leaves it."""
     num_classes = cast(int, model.num_classes)
     valid_labels = read_valid_labels(args.valid_labels, num_classes)
     dataset = create_eval_dataset(args, data_config, len(valid_labels) or num_classes)
     patch_size = find_patch_size(model) if args.naflex_loader else None
-    param_count = sum(p.numel() for p in model.parameters())
     model, data_config = prepare_model(model, data_config, args, device, precision.model_dtype)
     extras = ExtraMetrics(args, dataset)
     metrics = evaluate(
@@ -54,13 +100,13 @@ def evaluate_model(args: Namespace) -> Dict[str, Any]:
         create_eval_loader(
             args, data_config, dataset, device, model_dtype=precision.model_dtype,
             patch_size=patch_size),
-        ComputeSpec(device, precision.model_dtype, precision.autocast, args.channels_last, not args.no_prefetcher),
+        _compute_spec(args, device, precision),
         create_evaluator=evaluator_class(args.task, args.multilabel_threshold),
         on_output=extras.add,
         log_interval=args.log_freq,
     )
     metrics.update(extras.compute())
-    return create_results(args.model, metrics, data_config, param_count)
+    return metrics, data_config
 
 
 def build_model(args: Namespace) -> nn.Module:
@@ -88,13 +134,15 @@ def build_model(args: Namespace) -> nn.Module:
 
 
 def infer_num_classes(name: str, state_dict: Dict[str, torch.Tensor]) -> Optional[int]:
-    """Rows of the classifier in the weights; None where the classifier's name is not known or not in them."""
+    """Rows of the classifier in the weights, 0 where they have none; None where the classifier's name is not known."""
     cfg = None if ':' in name else get_pretrained_cfg(name, allow_unregistered=True)
     classifier = getattr(cfg, 'classifier', None)
     if isinstance(classifier, (tuple, list)):
         classifier = classifier[0]
     weight = state_dict.get(f'{classifier}.weight')
-    return None if weight is None else weight.shape[0]
+    if weight is None:
+        return None if not classifier or any(name.startswith(f'{classifier}.') for name in state_dict) else 0
+    return weight.shape[0]
 
 
 def load_weights(model: nn.Module, state_dict: Dict[str, torch.Tensor], args: Namespace) -> None:
@@ -264,6 +312,7 @@ def describe_results(row: Dict[str, Any]) -> str:
     """Return a line for the log."""
     if 'map' in row:
         return f" * mAP {row['map']:.3f} F1 micro {row['micro_f1']:.3f} macro {row['macro_f1']:.3f}"
-    line = ' * Acc@1 {top1:.3f} ({top1_err:.3f}) Acc@5 {top5:.3f} ({top5_err:.3f})'.format(**row)
-    names = [name for name in row if name.endswith(('precision', 'recall', 'f1_score'))]
-    return ' | '.join([line, *(f'{name} {row[name]:.3f}' for name in names)])
+    accuracy = ' * Acc@1 {top1:.3f} ({top1_err:.3f}) Acc@5 {top5:.3f} ({top5_err:.3f})'
+    parts = [accuracy.format(**row)] if 'top1' in row else []
+    names = [name for name in row if name in PROBE_METRICS or name.endswith(('precision', 'recall', 'f1_score'))]
+    return ' | '.join([*parts, *(f'{name} {row[name]:.3f}' for name in names)])

@@ -48,7 +48,13 @@ def prepare_run(run: Run, checkpoint: Optional[Dict[str, Any]]) -> Tuple[int, Op
 def report_teacher(run: Run) -> None:
     """Print the teacher's accuracy first, so that nobody distils from a broken one."""
     args, teacher = run.args, run.task.teacher
-    if not isinstance(teacher, Teacher) or run.loaders.eval is None or args.teacher_eval is False:
+    if run.probes is not None and args.teacher_eval is not False:
+        metrics = run.probes.measure_teacher()
+        if metrics and args.rank == 0:
+            _logger.info(
+                f'Teacher {args.teacher} ' + ', '.join(f'{name}: {value:.3f}' for name, value in metrics.items()))
+    without = run.loaders.eval is None or args.teacher_eval is False or args.no_labels
+    if not isinstance(teacher, Teacher) or without:
         return
     if teacher.num_classes != args.num_classes:
         _logger.warning(

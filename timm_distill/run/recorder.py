@@ -227,7 +227,7 @@ class Recorder:
 
     def rank(self, train_metrics: Dict[str, float], eval_metrics: Optional[Dict[str, float]]) -> float:
         """Return the value that ranks an epoch; nan where its loss is not finite, whatever the accuracy then says."""
-        metrics = eval_metrics or train_metrics
+        metrics = {**train_metrics, **(eval_metrics or {})}
         return metrics[self.metric] if math.isfinite(metrics.get('loss', 0.)) else math.nan
 
     def summarize(
@@ -392,7 +392,7 @@ class Recorder:
         if not self.result.stopped_by:
             self._check_complete()
         worst = math.inf if self.saver.decreasing else -math.inf
-        values = [(x.get('validation', x['train'])[self.metric], x) for x in self.result.history]
+        values = [({**x['train'], **x.get('validation', {})}[self.metric], x) for x in self.result.history]
         ranked = sorted(
             values, key=lambda v: v[0] if math.isfinite(v[0]) else worst, reverse=self.saver.decreasing)
         self.result.history = [x for _, x in ranked]
@@ -402,7 +402,7 @@ class Recorder:
         """Raise NonFiniteLossError if weights, losses or updates at the end of the run are not finite."""
         assert self.saver is not None
         newest = max(self.result.history, key=lambda x: x['epoch'], default=None)
-        loss = (newest.get('validation') or newest['train']).get('loss', 0.) if newest else 0.
+        loss = {**newest['train'], **newest.get('validation', {})}.get('loss', 0.) if newest else 0.
         reason = '' if self.saver.finite else self.saver.diverged
         if not reason and not math.isfinite(loss):
             reason = f'the loss of its newest epoch is {loss}'

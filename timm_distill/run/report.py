@@ -73,7 +73,7 @@ def write_run_report(run: Run, recorder: Recorder, command: str = '', warnings: 
             _logger.info("No report: pip install 'timm_distill[report]' draws one, --no-report leaves it out.")
         return
     student = teacher = None
-    if run.loaders.eval is not None and has_single_predictions(args):
+    if run.loaders.eval is not None and has_single_predictions(args) and not args.no_labels:
         num_samples = count_samples(run.loaders.eval)
         student = collect_predictions(
             best_student(run, recorder), run.loaders.eval, run.device, run.precision.autocast,

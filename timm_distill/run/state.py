@@ -13,6 +13,7 @@ from ..export.provenance import collect_provenance
 from ..task import DistillTask
 from ..utils.text import printable
 from .device import Precision
+from .probing import Probes
 
 
 @dataclass
@@ -53,6 +54,7 @@ class Run:
         optimizer: Over everything that trains.
         scheduler: Learning rate schedule, None for a constant rate.
         num_epochs: Length of the run.
+        probes: Measures frozen features, None where nothing asks for it.
         teacher_predictions: What the teacher predicts on the validation data, and how surely; None where it cannot.
         streak: Updates in a row that were not finite, at the end of the newest epoch.
         timing: Where the time of training went.
@@ -66,6 +68,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: Any
     num_epochs: int
+    probes: Optional[Probes] = None
     teacher_predictions: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
     streak: Streak = field(default_factory=Streak)
     timing: StepTiming = field(default_factory=StepTiming)

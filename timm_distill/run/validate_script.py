@@ -13,7 +13,7 @@ import torch
 from timm.models import is_model, list_models
 from timm.utils import check_batch_size_retry, decay_batch_step, natural_key, setup_default_logging
 
-from ..args import check_validate_args, create_validate_parser, parse_args
+from ..args import PROBE_METRICS, check_validate_args, create_validate_parser, parse_args
 from ..checkpoint.file import check_file, why_unwritten, written_at_once
 from ..data import user_message
 from ..errors import UsageError
@@ -95,8 +95,8 @@ def validate_many(args: Namespace, jobs: List[Tuple[str, str]]) -> List[Dict[str
         _logger.warning(f'Interrupted after {len(rows)} of {len(jobs)}.')
     if not rows:
         raise UsageError(f'None of the {len(jobs)} evaluations succeeded, see the messages above.')
-    metric = 'map' if args.task == 'multilabel' else 'top1'
-    return sorted(rows, key=lambda row: row[metric], reverse=True)
+    metrics = ('map', 'top1', *PROBE_METRICS)
+    return sorted(rows, key=lambda row: next(row[name] for name in metrics if name in row), reverse=True)
 
 
 def validate(args: Namespace) -> Dict[str, Any]:
@@ -132,6 +132,6 @@ def write_results(path: str, results: Results, format: str = 'csv') -> None:
             json.dump(results, f, indent=4)
             return
         rows = results if isinstance(results, list) else [results]
-        writer = csv.DictWriter(f, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(f, fieldnames=list(dict.fromkeys(name for row in rows for name in row)), restval='')
         writer.writeheader()
         writer.writerows(rows)

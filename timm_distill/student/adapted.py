@@ -11,7 +11,7 @@ from timm.models import group_parameters
 
 from ..adapters import Adapter
 from ..errors import UsageError
-from ..features.inputs import logits_of, resize_images
+from ..features.inputs import evaluation_mode, logits_of, resize_images
 from ..features.reader import LOGITS, ModelSpec, read
 from ..features.spec import Features
 from ..features.stages import has_head
@@ -79,9 +79,23 @@ class AdaptedStudent(nn.Module):
         if teacher is None or target is None:
             return logits
         self._make_comparable(features, teacher)
-        terms = {name: self._run_method(name, features, teacher, target) for name in self.methods}
+        terms = self._run_methods(features, teacher, target, list(self.methods))
         task_logits = features.logits if teacher.classes is None else self.transform_logits(logits)
         return logits, task_logits, terms  # type: ignore[return-value]
+
+    def measure(
+            self,
+            images: torch.Tensor,
+            teacher: Features,
+            target: torch.Tensor,
+            methods: Sequence[str],
+    ) -> Dict[str, torch.Tensor]:
+        """Return the unweighted terms of some methods, with batch norms and dropout as in evaluation."""
+        with evaluation_mode(self):
+            features = self.forward_with_features(images, teacher)
+            self._make_comparable(features, teacher)
+            terms = self._run_methods(features, teacher, target, methods)
+        return {name: value for named in terms.values() for name, value in named.items()}
 
     def _make_comparable(self, features: Features, teacher: Features) -> None:
         """Bring the logits of both to the classes that both know, and through the methods' maps."""
@@ -97,6 +111,15 @@ class AdaptedStudent(nn.Module):
             model.logits, model.token_logits = _transform(model.logits), _transform(model.token_logits)
             model.head = None if model.head is None else _behind(model.head)
         features.transform_logits = _transform  # type: ignore[assignment]
+
+    def _run_methods(
+            self,
+            features: Features,
+            teacher: Features,
+            target: torch.Tensor,
+            names: Sequence[str],
+    ) -> MethodTerms:
+        return {name: self._run_method(name, features, teacher, target) for name in names}
 
     def _run_method(
             self,

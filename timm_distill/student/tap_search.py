@@ -15,9 +15,9 @@ import torch.nn as nn
 from ..errors import UsageError
 from ..features.classifier import (
     TAP_TOLERANCE,
-    check_classifier,
     classifier_linear,
     classifier_reads_pre_logits,
+    is_headless,
     last_linear,
 )
 from ..features.grids import candidate_layouts
@@ -46,6 +46,7 @@ from .tap import TAP_POINTS, StudentTap, TapSite
 
 _logger = logging.getLogger(__name__)
 _AUTOMATIC_POINTS = ('features', 'pre_logits')
+_HEADLESS_POINTS = ('features', 'side')  # of a model whose output is its feature
 
 
 class _NoTap(Exception):
@@ -56,19 +57,20 @@ def resolve_student_tap(student: nn.Module, input_size: Sequence[int], point: st
     """Find where an adapter can sit in a student and measure that it folds away.
 
     Args:
-        student: timm model with a classifier. Not changed, and neither is the global random state.
+        student: timm model. Not changed, and neither is the global random state.
         input_size: Input as (channels, height, width).
-        point: 'auto' tries features, then pre-logits; the name of a point forces it.
+        point: 'auto' tries features, then pre-logits, without a classifier features, then the side; the name of a point
+            forces it.
 
     Raises:
         UsageError: If no point fits, with the reason for each.
     """
     if point != 'auto' and point not in TAP_POINTS:
         raise UsageError(f"Unknown tap '{point}'. --kd-tap takes: auto, {', '.join(TAP_POINTS)}.")
-    check_classifier(student)
+    points = _HEADLESS_POINTS if is_headless(student) else _AUTOMATIC_POINTS
     rejected: List[str] = []
     with evaluation_mode(student):
-        for candidate in _AUTOMATIC_POINTS if point == 'auto' else (point,):
+        for candidate in points if point == 'auto' else (point,):
             try:
                 tap = _measure_point(student, input_size, candidate)
             except _NoTap as e:
@@ -82,6 +84,8 @@ def resolve_student_tap(student: nn.Module, input_size: Sequence[int], point: st
 
 def _measure_point(student: nn.Module, input_size: Sequence[int], point: str) -> StudentTap:
     images = random_images(student, input_size)
+    if point == 'pre_logits' and is_headless(student):
+        raise _NoTap('the model has no classifier')
     if not has_head(student):
         if point != 'pre_logits':
             raise _NoTap('the model has no forward_features() and forward_head()')

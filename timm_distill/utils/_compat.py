@@ -2,7 +2,7 @@
 
 Whatever a new version of either renames is mended here.
 """
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -18,10 +18,10 @@ from torch.utils._pytree import (  # arguments of operators are nested; the publ
 from torch.utils.data import DataLoader, Dataset
 
 __all__ = [
-    'BatchNormBase', 'TorchDispatchMode', 'allow_retained_graphs', 'feature_take_indices', 'foreach_add_',
-    'foreach_copy_', 'foreach_div_', 'foreach_mul_', 'foreach_sub', 'get_grad_scaler', 'get_learning_rates',
-    'get_model_kwargs', 'has_started', 'ignore_in_ddp', 'list_non_persistent_buffers', 'masks_updates',
-    'replace_dataset', 'tree_flatten', 'tree_leaves', 'tree_unflatten', 'writes_to_arguments',
+    'BatchNormBase', 'TorchDispatchMode', 'add_class_to_shards', 'allow_retained_graphs', 'feature_take_indices',
+    'foreach_add_', 'foreach_copy_', 'foreach_div_', 'foreach_mul_', 'foreach_sub', 'get_grad_scaler',
+    'get_learning_rates', 'get_model_kwargs', 'has_started', 'ignore_in_ddp', 'list_non_persistent_buffers',
+    'masks_updates', 'replace_dataset', 'tree_flatten', 'tree_leaves', 'tree_unflatten', 'writes_to_arguments',
 ]
 
 # One kernel for a list of tensors, as torch's own optimizers run them; torch has no public one.
@@ -93,3 +93,25 @@ def replace_dataset(loader: DataLoader, dataset: Dataset) -> None:
     timm wraps datasets inside of the function that creates the loader, and torch lets nobody assign one later.
     """
     loader.__dict__['dataset'] = dataset
+
+
+def add_class_to_shards(reader: Any) -> None:
+    """Let timm's reader of a WebDataset take samples without `cls`, for which it has no option, as of class 0."""
+    if not isinstance(reader.__dict__.get('_lazy_init'), _StartWithClass):
+        reader._lazy_init = _StartWithClass(reader)
+
+
+class _StartWithClass:
+    """Makes the pipeline of a WebDataset reader, which it does where it is first read: in a loader's process."""
+
+    def __init__(self, reader: Any):
+        self.reader = reader
+
+    def __call__(self) -> None:
+        type(self.reader)._lazy_init(self.reader)
+        self.reader.ds.pipeline.insert(-2, _add_class)  # before samples are decoded and renamed
+
+
+def _add_class(samples: Iterable[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
+    for sample in samples:
+        yield {**sample, 'cls': b'0'}
