@@ -27,7 +27,7 @@ def run_ranks(function: Callable[[int, int], Any], folder: Path, world_size: int
     for process in processes:
         process.start()
     for process in processes:
-        process.join(240)
+        process.join(600)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()  # one whose partner has died waits for ever

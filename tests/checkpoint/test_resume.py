@@ -68,7 +68,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 def finish(argv: List[str], log: Path, world_size: int = 1) -> None:
-    assert Launch(argv, str(log), world_size).wait(240) == 0, log.read_text()[-3000:]
+    assert Launch(argv, str(log), world_size).wait(600) == 0, log.read_text()[-3000:]
 
 
 def wait_for_output(launch: Launch, log: Path, size: float, delay: float) -> None:
@@ -92,7 +92,7 @@ def kill_and_resume(argv: List[str], log: Path, world_size: int, full_size: int,
             size = (log.stat().st_size if log.exists() else 0) + generator.uniform(0.1, 0.5) * full_size
             wait_for_output(launch, log, size, generator.uniform(0, 0.05))
             launch.send(signal.SIGKILL)
-        code = launch.wait(240)
+        code = launch.wait(600)
         assert code in (0, -signal.SIGKILL), log.read_text()[-3000:]
         if code == 0:
             return i
@@ -151,7 +151,7 @@ def test_signal_to_all_processes_saves_and_exits_with_a_code_of_its_own(
     for child in children(launch.processes[0].pid):
         os.kill(child, number)  # a scheduler and a terminal signal loader processes too
     launch.send(number)
-    assert launch.wait(240) == code, log.read_text()[-3000:]
+    assert launch.wait(600) == code, log.read_text()[-3000:]
     assert f'Stopped by {signal.Signals(number).name}' in log.read_text()
     assert '--experiment stopped --resume auto' in log.read_text()
     finish([*argv, '--experiment', 'stopped', '--resume', 'auto'], log)
@@ -169,6 +169,6 @@ def test_signal_to_one_rank_stops_all_at_the_same_update(images: Path, tmp_path:
     while 'Train: 1 [' not in (log.read_text() if log.exists() else ''):
         assert launch.wait(0.01) is None, log.read_text()[-3000:]
     os.kill(launch.processes[1].pid, signal.SIGTERM)
-    assert launch.wait(240) == 75, log.read_text()[-3000:]
+    assert launch.wait(600) == 75, log.read_text()[-3000:]
     assert [process.exitcode for process in launch.processes] == [75, 75]
     assert log.read_text().count('Stopped by SIGTERM') == 2

@@ -31,6 +31,11 @@ STUDENTS: Dict[str, Tuple[str, Dict[str, Any]]] = {
 }
 ADAPTERS = {'bn_residual': (True, True), 'bn': (True, False), 'plain_residual': (False, True), 'plain': (False, False)}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+# All of float64; of float32, which differs by rounding, every student and every adapter.
+MERGES = {
+    f'{kind}-{adapter}-{str(dtype)[6:]}': (kind, adapter, dtype)
+    for dtype in TOLERANCE for i, kind in enumerate(STUDENTS) for j, adapter in enumerate(ADAPTERS)
+    if dtype == torch.float64 or i % len(ADAPTERS) == j}
 
 
 def create_student(kind: str, **kwargs: Any) -> nn.Module:
@@ -66,9 +71,7 @@ def unmerged_logits(task: DistillTask, images: torch.Tensor, ema: bool) -> torch
 
 
 @pytest.mark.parametrize('ema', [False, True], ids=['raw', 'ema'])
-@pytest.mark.parametrize('dtype', TOLERANCE, ids=['float64', 'float32'])
-@pytest.mark.parametrize('adapter', ADAPTERS)
-@pytest.mark.parametrize('kind', STUDENTS)
+@pytest.mark.parametrize(('kind', 'adapter', 'dtype'), MERGES.values(), ids=list(MERGES))
 def test_merged_logits_equal_unmerged(kind: str, adapter: str, dtype: torch.dtype, ema: bool) -> None:
     task = trained_task(kind, adapter, dtype)
     images = torch.randn(4, *SIZE, dtype=dtype)

@@ -315,8 +315,8 @@ def test_dry_run_of_a_method_with_class_means_needs_none(caplog: Any, capsys: An
 
 
 def test_pass_of_a_run_that_reads_sample_indices_too(digits_dir: Path, teacher_file: Path, tmp_path: Path) -> None:
-    for kd in ('nd', 'crd+nd'):
-        run(digits_dir, tmp_path / kd, '--kd', kd, '--train-crop-mode', 'rrc', teacher=teacher_file)
+    for kd, options in (('nd', ()), ('crd+nd', ('--kd-kwargs', 'crd.negatives=8'))):
+        run(digits_dir, tmp_path / kd, '--kd', kd, '--train-crop-mode', 'rrc', *options, teacher=teacher_file)
     plain, indexed = (next((tmp_path / kd / 'class_means').iterdir()) for kd in ('nd', 'crd+nd'))
     assert plain.name == indexed.name
     assert torch.equal(load_class_means(str(plain), (10, WIDTH)), load_class_means(str(indexed), (10, WIDTH)))
