@@ -139,3 +139,22 @@ class Launch:
         for process in self.processes:
             if process.is_alive():
                 os.kill(process.pid, number)
+
+
+class ScriptProcess:
+    """The training script in place of the `subprocess.Popen` of one that starts it, without importing torch again.
+
+    Args:
+        command: Interpreter, script and flags.
+        stdout: File that its output is appended to.
+        others: What the fork server gives all its processes alike.
+    """
+
+    def __init__(self, command: Sequence[str], stdout: Any, **others: Any):
+        self._launch = Launch(command[2:], stdout.name)
+
+    def send_signal(self, number: int) -> None:
+        self._launch.send(number)
+
+    def wait(self) -> Optional[int]:
+        return self._launch.wait()

@@ -12,6 +12,7 @@ from typing import Any, Dict, List
 import pytest
 import timm
 import torch
+from kill_runs import ScriptProcess
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 
 from timm_distill.args import check_train_args, create_train_parser, parse_args
@@ -201,15 +202,28 @@ def test_figures_of_the_document_are_those_of_the_table() -> None:
         assert figures == run.TABLE['pairs'][row[0]]['published']
 
 
-@pytest.mark.slow
-def test_one_command_trains_teacher_and_student_and_goes_on(digits_dir: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable, str(FOLDER / 'run.py'), 'norm', 'vgg13-vgg8', '--output', str(tmp_path), '--data-dir',
-        str(digits_dir), '--dataset', '', '--num-classes', '10', '--epochs', '1', '--train-batches-per-epoch', '2',
-        '-j', '0', '--device', 'cpu', '--no-report']
-    first = subprocess.run(command, cwd=REPO_DIR, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr[-2000:]
-    assert {path.name for path in tmp_path.iterdir()} == {'teacher-vgg13', 'norm-vgg13-vgg8'}
-    written = (tmp_path / 'teacher-vgg13' / 'last.pth.tar').stat().st_mtime_ns
-    assert subprocess.run(command, cwd=REPO_DIR, capture_output=True).returncode == 0
-    assert (tmp_path / 'teacher-vgg13' / 'last.pth.tar').stat().st_mtime_ns == written
+def test_one_command_trains_teacher_and_student_and_goes_on(
+        digits_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, log = tmp_path / 'output', tmp_path / 'log'
+    flags = [
+        'norm', 'vgg13-vgg8', '--output', str(output), '--data-dir', str(digits_dir), '--dataset', '',
+        '--num-classes', '10', '--epochs', '1', '--train-batches-per-epoch', '2', '-j', '0', '--device', 'cpu',
+        '--no-report']
+
+    def start(command: List[str]) -> 'subprocess.CompletedProcess[bytes]':
+        with open(log, 'a') as file:
+            return subprocess.CompletedProcess(command, ScriptProcess(command, file).wait())
+
+    monkeypatch.setattr(run, 'subprocess', Namespace(run=start))
+    assert run.main(flags) == 0, log.read_text()[-2000:]
+    assert {path.name for path in output.iterdir()} == {'teacher-vgg13', 'norm-vgg13-vgg8'}
+    written = (output / 'teacher-vgg13' / 'last.pth.tar').stat().st_mtime_ns
+    assert run.main(flags) == 0
+    assert (output / 'teacher-vgg13' / 'last.pth.tar').stat().st_mtime_ns == written
+
+
+def test_script_prints_the_commands_that_it_would_run() -> None:
+    out = subprocess.run(
+        [sys.executable, str(FOLDER / 'run.py'), 'norm', 'vgg13-vgg8', '--list', '--data-dir', 'DIR'],
+        capture_output=True, text=True, check=True)
+    assert len(out.stdout.splitlines()) == 3

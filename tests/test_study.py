@@ -5,10 +5,12 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, List
 
 import pytest
 import yaml
+from kill_runs import ScriptProcess
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / 'benchmarks'
 sys.path.append(str(BENCHMARKS))
@@ -39,13 +41,11 @@ def write_plan(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def run_study(plan: Path, digits_dir: Path, *flags: str) -> 'subprocess.CompletedProcess[str]':
+def study_flags(plan: Path, digits_dir: Path) -> List[str]:
     folder = plan.parent
-    command = [
-        sys.executable, str(BENCHMARKS / 'study.py'), str(plan), '--data-root', str(digits_dir.parent),
-        '--output', str(folder / 'out'), '--results', str(folder / 'rows.csv'), '--docs', str(folder), *flags]
-    env = {**os.environ, 'PYTHONPATH': str(BENCHMARKS.parent)}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=800)
+    return [
+        str(plan), '--data-root', str(digits_dir.parent), '--output', str(folder / 'out'),
+        '--results', str(folder / 'rows.csv'), '--docs', str(folder)]
 
 
 def test_plan_becomes_runs_of_every_setting_student_and_seed(tmp_path: Path) -> None:
@@ -159,18 +159,28 @@ def test_every_plan_of_the_repository_is_valid() -> None:
 
 
 @pytest.mark.slow
-def test_study_runs_what_is_missing_and_writes_its_table(tmp_path: Path, digits_dir: Path) -> None:
-    plan = write_plan(tmp_path)
-    first = run_study(plan, digits_dir, '--only', 'alone')
-    assert first.returncode == 0, first.stderr
-    second = run_study(plan, digits_dir)
-    assert second.returncode == 0, second.stderr
-    assert '2 of 3 runs are done' in second.stdout
+def test_study_runs_what_is_missing_and_writes_its_table(
+        tmp_path: Path,
+        digits_dir: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture,
+) -> None:
+    import study
+    monkeypatch.setattr(study, 'subprocess', SimpleNamespace(Popen=ScriptProcess, STDOUT=None))
+    monkeypatch.setattr(study.signal, 'signal', lambda *_: None)
+    flags = study_flags(write_plan(tmp_path), digits_dir)
+    assert study.main([*flags, '--only', 'alone']) == 0
+    capsys.readouterr()
+    assert study.main(flags) == 0
+    assert '2 of 3 runs are done' in capsys.readouterr().out
     with open(tmp_path / 'rows.csv', newline='') as f:
         rows = {(row['setting'], row['seed']): row for row in csv.DictReader(f)}
     assert set(rows) == {('alone', '0'), ('alone', '1'), ('norm', '0')}
     assert all(float(row['top1']) == pytest.approx(float(row['curve'].split()[-1])) for row in rows.values())
-    assert run_study(write_plan(tmp_path, seeds=[0, 1, 2]), digits_dir, '--table').returncode == 0
+    command = [
+        sys.executable, str(BENCHMARKS / 'study.py'), *study_flags(write_plan(tmp_path, seeds=[0, 1, 2]), digits_dir)]
+    env = {**os.environ, 'PYTHONPATH': str(BENCHMARKS.parent)}
+    subprocess.run([*command, '--table'], env=env, check=True, timeout=800)
     text = (tmp_path / 'results.md').read_text()
     assert '3 of the 4 runs of this plan have been made' in text
     assert '| alone | 2 of 3 |' in text and (tmp_path / 'results-tiny.png').exists()
