@@ -66,6 +66,7 @@ class DistillTask(TrainingTask):
         self.trainable_module: nn.Module = module
         self.teacher = teacher
         self.targets: Optional[CachedTargets] = None  # of a run whose targets carry the keys of views
+        self.summon_teacher: Optional[Callable[[], Teacher]] = None  # where one is known by its cache and can be had
         self.criterion = criterion
         self.weights = dict(weights)
         self.schedules = {name: method.weight for name, method in module.methods.items()} | dict(schedules or {})
@@ -251,12 +252,15 @@ class DistillTask(TrainingTask):
                 target, teacher.indices = _split_indices(target)
             return target, teacher
         target, keys = split_keys(target)
-        live = None if isinstance(self.teacher, StoredTeacher) else self._run_teacher
+        is_stored = isinstance(self.teacher, StoredTeacher)
+        live = None if is_stored and self.summon_teacher is None else self._run_teacher
         teacher = self._with_aliases(self.targets.read(keys, input, live))
         teacher.indices = self.targets.grid.indices(keys)
         return target, teacher
 
     def _run_teacher(self, images: torch.Tensor) -> Features:
+        if isinstance(self.teacher, StoredTeacher) and self.summon_teacher is not None:
+            self.teacher = self.summon_teacher()
         assert self.teacher is not None
         return self.teacher(images, self._teacher_outputs)
 

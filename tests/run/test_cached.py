@@ -222,6 +222,21 @@ def test_teacher_outputs_that_are_not_finite_are_not_stored(
         runs('--kd', 'kd', '--epochs', '1')
 
 
+def test_damage_found_while_a_run_reads_brings_its_teacher_and_is_mended(
+        filled: Runs,
+        caplog: pytest.LogCaptureFixture,
+) -> None:
+    damaged = filled.root / 'damaged'
+    shutil.copytree(filled.cache, damaged)
+    shard = next(damaged.glob('*/*.rows'))
+    data = bytearray(shard.read_bytes())
+    data[1000] ^= 1
+    shard.write_bytes(data)
+    assert_equal(filled.first, filled('--kd', 'kd', *filled.teacher, '--epochs', '1', cache=damaged))
+    assert 'is damaged and was taken out' in caplog.text
+    assert_equal(filled.first, filled('--kd', 'kd', '--epochs', '1', cache=damaged))
+
+
 def test_a_run_without_teacher_leaves_the_cache_as_it_is(filled: Runs, request: pytest.FixtureRequest) -> None:
     request.getfixturevalue('no_teacher')
     before = {path: path.read_bytes() for path in filled.cache.rglob('*') if path.is_file()}

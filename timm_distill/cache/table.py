@@ -188,12 +188,7 @@ class Table:
             self._files.pop(number).close()
         if os.path.exists(path):
             os.replace(path, f'{path}.damaged')
-        lost = 0
-        for start, block in self._blocks(0, self.num_slots):
-            places = start + np.flatnonzero((block != 0) & ((block - 1) >> _ROW_BITS == number))
-            for slot in places:
-                self._set_entry(int(slot), 0)
-            lost += len(places)
+        lost = self._forget_rows(number, 0)
         _logger.warning(
             f'{path} is damaged and was taken out of the cache (it is {path}.damaged now): {lost} rows are filled '
             'again when their turn comes.')
@@ -217,6 +212,16 @@ class Table:
             self.drop(number)
             return None
         return body[8:-4]
+
+    def _forget_rows(self, number: int, start: int) -> int:
+        """Take the rows of a shard from `start` on out of the index; returns how many."""
+        lost, first = 0, (number << _ROW_BITS) + start + 1
+        for block_start, block in self._blocks(0, self.num_slots):
+            places = block_start + np.flatnonzero((block >= first) & (block < (number + 1) << _ROW_BITS))
+            for slot in places:
+                self._set_entry(int(slot), 0)
+            lost += len(places)
+        return lost
 
     def _forget(self, slot: int) -> None:
         if self.writable:
@@ -265,6 +270,8 @@ class Table:
         path = os.path.join(self.folder, 'index.bin')
         if self.writable:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            if not os.path.exists(os.path.join(self.folder, 'index.json')):
+                os.ftruncate(handle, 0)  # nothing says what is in it: built again
             if os.fstat(handle).st_size < 8 * self.num_slots:
                 os.ftruncate(handle, 8 * self.num_slots)
             return os.fdopen(handle, 'r+b', buffering=0)
@@ -291,13 +298,16 @@ class Table:
 
     def _is_indexed(self) -> bool:
         counted = self._counted()
-        return all(self._rows_of(number) <= counted.get(number, 0) for number in self.shards())
+        return all(self._rows_of(number) == counted.get(number, 0) for number in {*self.shards(), *counted})
 
     def _update_index(self) -> None:
         """Find the rows that no process has noted in the index."""
         if not self.writable and self._temporary is None:
             return
         counted = {} if self._temporary is not None else self._counted()
+        for number, rows in counted.items():
+            if self._rows_of(number) < rows:  # cut short since then, or gone
+                self._forget_rows(number, self._rows_of(number))
         for number in self.shards():
             for row in range(counted.get(number, 0), self._rows_of(number)):
                 file = self._open_shard(number)

@@ -108,6 +108,9 @@ def create_loaders(
     if dataset_eval is not None:
         batch_size = args.validation_batch_size
         loader_eval = create_eval_loader(args, data_config, dataset_eval, device, batch_size=batch_size, **common)
+    if grid is not None and find_resumable(loader_eval) is not None:
+        # starting its processes draws from the run's generator, early where a live teacher is evaluated first
+        cast(ResumableLoader, find_resumable(loader_eval)).loader.generator = torch.Generator()
     batch_size, batch_scale = _batch_sizes(args, loader_train, device, distributed)
     return DataLoaders(loader_train, loader_eval, mixup_fn, batch_size, batch_scale, fingerprints, grid)
 

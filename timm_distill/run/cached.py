@@ -3,6 +3,7 @@ import argparse
 import hashlib
 import logging
 import os
+from functools import partial
 from typing import Any, Dict, List, Optional, Union
 
 import torch
@@ -145,27 +146,32 @@ def attach_targets(
     task.targets = CachedTargets(folder, loaders.grid, codecs, writable)
     missing = _from_first_rank(args, task.targets.count_missing(loaders.grid.num_views))
     _report_size(args, task.targets, missing)
-    if (missing or args.cache_check) and not isinstance(task.teacher, Teacher):
-        _bring_teacher(args, task, data_config, loaders, precision, header, missing)
+    if isinstance(task.teacher, Teacher):
+        return
+    if args.teacher:
+        task.summon_teacher = partial(_summon_teacher, args, data_config, loaders, precision, folder, task.device)
+    if missing and not args.teacher:
+        raise UsageError(
+            f'--teacher-cache {args.teacher_cache} lacks {missing} of {len(loaders.grid)} views of what --kd {args.kd} '
+            f'reads ({", ".join(codec.name for codec in codecs.values())}): give --teacher to fill them')
+    if task.summon_teacher is not None and (missing or args.cache_check):
+        task.teacher = task.summon_teacher()
 
 
-def _bring_teacher(
+def _summon_teacher(
         args: argparse.Namespace,
-        task: DistillTask,
         data_config: Dict[str, Any],
         loaders: DataLoaders,
         precision: Precision,
-        header: Header,
-        missing: int,
-) -> None:
-    assert task.targets is not None
-    if not args.teacher:
-        total = len(task.targets.grid)
-        raise UsageError(
-            f'--teacher-cache {args.teacher_cache} lacks {missing} of {total} views of what --kd {args.kd} reads '
-            f'({", ".join(codec.name for codec in task.targets.codecs.values())}): give --teacher to fill them')
-    task.teacher = create_live_teacher(args, data_config, task.device, precision)
-    check_header(task.targets.folder, header, _describe(args, data_config, loaders, task.teacher, precision))
+        folder: str,
+        device: torch.device,
+) -> Teacher:
+    """Create the teacher of a cache that is there already, also in the middle of a run whose cache is damaged."""
+    teacher = create_live_teacher(args, data_config, device, precision)
+    header = read_header(folder)
+    assert header is not None
+    check_header(folder, header, _describe(args, data_config, loaders, teacher, precision))
+    return teacher
 
 
 def choose_codecs(
