@@ -130,6 +130,6 @@ def test_the_probe_of_the_merge_is_copied_once_in_an_epoch() -> None:
     first, second, *_ = create_batches()
     task.set_epoch(0)
     task(*first)
-    probe = task._probe
+    probe = task._merged.probe
     task(*second)
-    assert task._probe is probe
+    assert task._merged.probe is probe

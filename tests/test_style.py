@@ -97,3 +97,11 @@ def test_the_package_keeps_the_type_checker_on() -> None:
     ignored = sum(
         path.read_text(encoding='utf-8').count('# type: ignore') for path in (REPO_DIR / 'timm_distill').rglob('*.py'))
     assert ignored < 20, 'mend the type, or cast it'
+
+
+def test_flags_are_written_in_one_place_alone() -> None:
+    written = re.compile(r'(^|[\s,(.])args\.\w+(, \w*\.?args\.\w+)* = |setattr\(\w*\.?args\b|vars\(\w*\.?args\)\[')
+    found = {
+        str(path.relative_to(REPO_DIR)) for path in source_files() if path.is_relative_to(REPO_DIR / 'timm_distill')
+        if path.parent.name != 'args' and any(written.search(line) for line in path.read_text('utf-8').splitlines())}
+    assert found == {'timm_distill/utils/settings.py'}, 'settle() writes what a run makes of its flags'

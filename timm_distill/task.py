@@ -1,8 +1,7 @@
 """The distillation task: a student with its adapters, a frozen teacher, methods, weights and schedules."""
 import logging
-import math
 from functools import partial
-from typing import Any, Callable, Dict, FrozenSet, Iterator, List, Mapping, Optional, Sequence, Tuple, Union, cast
+from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -16,17 +15,15 @@ from .data.views import split_keys
 from .engine.grad_norms import reached_tensors
 from .errors import MergeError, UsageError
 from .features.classifier import classifier_parameters
-from .features.inputs import random_images
 from .features.spec import Features
 from .student.adapted import AdaptedStudent
-from .student.merge import MERGE_TOLERANCE
+from .student.merged import MergedStudents
 from .teacher.stored import StoredTeacher
 from .teacher.teacher import Teacher
 from .utils._compat import ignore_in_ddp
 
 _logger = logging.getLogger(__name__)
 
-_PROBE_IMAGES = 4
 _MANY_EPOCHS = 10000
 
 
@@ -77,9 +74,7 @@ class DistillTask(TrainingTask):
         self._factors: Dict[str, float] = {}  # of the schedules in the current epoch, by method
         self._term_methods: Dict[str, str] = {}  # which method a term of a result is of
         self._untrained: Optional[List[nn.Parameter]] = None  # by terms with a weight, in the current epoch
-        self._probe: Optional[torch.Tensor] = None
-        self._merged: Dict[bool, nn.Module] = {}  # a plain dict: these copies are neither saved nor trained
-        self._compile_eval: Optional[Callable[[nn.Module], nn.Module]] = None
+        self._merged = MergedStudents(self.input_size)
         self.set_epoch(0)
 
     @property
@@ -92,7 +87,7 @@ class DistillTask(TrainingTask):
         self._factors = {name: self.schedules[name](epoch) for name in self.module.methods}
         self.module.unweighted = frozenset(name for name in self.module.methods if not self._has_weight(name))
         self._untrained = None
-        self._probe = None
+        self._merged.note_probe(None)
 
     def _has_weight(self, name: str) -> bool:
         """Whether a method has a term with a weight in the current epoch."""
@@ -124,10 +119,10 @@ class DistillTask(TrainingTask):
         Returns:
             'loss' (weighted sum), 'output' (logits, [B, K]) and, with methods, 'task_loss' and their unweighted terms.
         """
-        if self._probe is None and isinstance(input, torch.Tensor):  # patch sequences come as a dict
+        if self._merged.probe is None and isinstance(input, torch.Tensor):  # patch sequences come as a dict
             for method in self.module.methods.values():
                 method.check_ready()
-            self._probe = input[:_PROBE_IMAGES].detach().clone()
+            self._merged.note_probe(input)
         if self.teacher is None:
             logits = self.trainable_module(input)
             assert self.criterion is not None  # for mypy: without labels there is a teacher
@@ -353,8 +348,7 @@ class DistillTask(TrainingTask):
         self.trainable_module = _compile(self.trainable_module)
         if self.teacher is not None:
             self.teacher.compile(backend=backend, mode=mode, **compile_kwargs)
-        self._compile_eval = _compile
-        self._merged.clear()
+        self._merged.compile_with(_compile)
         return self.trainable_module
 
     def compile_ema(self, backend: str = 'inductor', mode: Optional[str] = None, **compile_kwargs: Any) -> None:
@@ -368,20 +362,7 @@ class DistillTask(TrainingTask):
         trained = self._trained_module(ema)
         if trained is None:
             return None
-        self._load_plain(trained, ema, trained.merged_state_dict())
-        return self._merged[ema].eval()
-
-    def _load_plain(self, trained: AdaptedStudent, ema: bool, state: Mapping[str, torch.Tensor]) -> nn.Module:
-        """Load a merged state dict into the plain model that is kept for it, without its compile wrapper."""
-        if ema not in self._merged:
-            plain = trained.plain_student(self._probe_images(trained))
-            self._merged[ema] = self._compile_eval(plain) if self._compile_eval else plain
-        plain = unwrap_model(self._merged[ema])
-        plain.load_state_dict(state)
-        return plain.eval()
-
-    def _probe_images(self, trained: AdaptedStudent) -> torch.Tensor:
-        return random_images(trained, self.input_size, _PROBE_IMAGES)
+        return self._merged.load(trained, ema, trained.merged_state_dict())
 
     def _trained_module(self, ema: bool) -> Optional[AdaptedStudent]:
         module = self.get_trainable_module(ema=ema)
@@ -418,12 +399,15 @@ class DistillTask(TrainingTask):
         suffix = '_ema' if ema else ''
         entries = {f'state_dict{suffix}': state, f'task_state{suffix}': self.get_task_state(ema=ema)}
         try:
-            self._verify_merge(trained, ema, state)
+            error = self._merged.verify(trained, ema, state)
         except MergeError as e:
             raw = {'student': trained.student.state_dict(), 'adapters': trained.adapters.state_dict()}
             if nonfinite_tensors(raw, constant=None):
                 e.spoiled_state = entries
             raise
+        if self.verbose and error is not None:
+            what = 'EMA student' if ema else 'student'
+            _logger.info(f"Merged {what} verified: largest logit difference {error:.1e} of the logits' spread.")
         return entries
 
     def load_checkpoint_state(
@@ -448,37 +432,6 @@ class DistillTask(TrainingTask):
                 f'{"+".join(trained.methods) or "none"}. Resume with the former, or start from its '
                 'weights with --initial-checkpoint.')
         trained.load_task_state(state_dict, task_state)
-
-    @torch.no_grad()
-    def _verify_merge(self, trained: AdaptedStudent, ema: bool, state: Mapping[str, torch.Tensor]) -> None:
-        """Compare the student as trained with a plain model that the state dict of the file was loaded into."""
-        if not trained.adapters or trained.tap is None or trained.tap.point == 'side':
-            return
-        plain = self._load_plain(trained, ema, state)
-        parameter = next(trained.parameters())
-        error = float('nan')
-        for images in self._probes(trained):
-            error = trained.merge_error(images.to(parameter.device, parameter.dtype), plain)
-            if math.isfinite(error):
-                break  # logits of images that overflow tell nothing of the merge
-        tolerance = MERGE_TOLERANCE[parameter.dtype]
-        what = 'EMA student' if ema else 'student'
-        if not error <= tolerance:  # true for nan
-            raise MergeError(
-                f'The merged {what} differs from the {what} as trained: largest logit difference {error:.2g} of the '
-                f"logits' spread, allowed {tolerance:g}. A nan means that the weights are not finite.",
-                {'state_dict': trained.student.state_dict(), 'task_state': trained.task_state()},
-            )
-        if self.verbose:
-            _logger.info(f"Merged {what} verified: largest logit difference {error:.1e} of the logits' spread.")
-
-    def _probes(self, trained: AdaptedStudent) -> Iterator[torch.Tensor]:
-        """Yield batches to measure a merge on: the finite images of the epoch's first batch, then random ones."""
-        if self._probe is not None:
-            finite = self._probe[self._probe.flatten(1).isfinite().all(1)]
-            if len(finite):
-                yield finite
-        yield self._probe_images(trained)
 
 
 def merge_student(task: DistillTask, ema: bool = False) -> nn.Module:

@@ -5,6 +5,7 @@ import os
 from typing import Any, Dict, List, Optional, Tuple
 
 from ..errors import UsageError
+from ..utils.settings import settle
 from ..utils.text import model_file_name
 from .file import DamagedFileError, read_checkpoint
 from .lock import FolderLock
@@ -40,17 +41,18 @@ def resolve_resume(args: argparse.Namespace, lock: Optional[FolderLock] = None) 
     if not args.resume:
         return None
     if args.resume != 'auto':
-        args.resume, checkpoint = _read_or_fall_back(args.resume)
-        _check_named(args.resume, checkpoint)
+        path, checkpoint = _read_or_fall_back(args.resume)
+        _check_named(path, checkpoint)
+        settle(args, resume=path)
         return checkpoint
     for folder in _run_folders(args):
         if lock is not None and os.path.isdir(folder):
             lock.acquire(folder)
         newest = find_newest(folder)
         if newest is not None:
-            args.resume, checkpoint = newest
-            args.output, args.experiment = os.path.split(os.path.abspath(folder))
-            return checkpoint
+            output, experiment = os.path.split(os.path.abspath(folder))
+            settle(args, resume=newest[0], output=output, experiment=experiment)
+            return newest[1]
         used = used_by(folder)
         if used:
             raise UsageError(
@@ -58,7 +60,7 @@ def resolve_resume(args: argparse.Namespace, lock: Optional[FolderLock] = None) 
                 'and no good checkpoint to go on from, see the messages above. Name one with --resume '
                 'FILE, or begin again with --overwrite or another --experiment.')
     _logger.info('--resume auto: there is no checkpoint yet, this is a new run.')
-    args.resume = ''
+    settle(args, resume='')
     return None
 
 

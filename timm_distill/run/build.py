@@ -26,6 +26,7 @@ from ..task import DistillTask
 from ..teacher.teacher import Teacher
 from ..utils._compat import get_learning_rates
 from ..utils.distributed import share_weights
+from ..utils.settings import settle
 from .cached import attach_targets, count_views, resolve_teacher
 from .device import (
     Precision,
@@ -73,7 +74,7 @@ def build_run(args: argparse.Namespace) -> Run:
 def setup_device(args: argparse.Namespace) -> Tuple[torch.device, Precision]:
     """Choose device and precision, and join the process group."""
     import_device_modules(args.device_modules or ())
-    args.device = resolve_device_name(args.device)
+    settle(args, device=resolve_device_name(args.device))
     enable_fast_math()
     device = utils.init_distributed_device(args)
     if args.sync_bn and args.distributed and device.type == 'cpu':
@@ -131,7 +132,7 @@ def build_task(
     if isinstance(task.teacher, Teacher) and args.teacher_fsdp:
         task.teacher.shard(device)
     if args.distributed and args.sync_bn:
-        args.dist_bn = ''  # synchronised statistics need no distribution after the epoch
+        settle(args, dist_bn='')  # synchronised statistics need no distribution after the epoch
         task.trainable_module = convert_sync_batchnorm(task.trainable_module)
     return task
 
@@ -194,7 +195,7 @@ def check_task(args: argparse.Namespace, task: DistillTask) -> None:
 def build_optimizer(args: argparse.Namespace, task: DistillTask, batch_size: float) -> torch.optim.Optimizer:
     """Create the optimizer over everything that trains: student, adapter and methods."""
     if not args.lr:
-        args.lr = scale_learning_rate(args, batch_size)
+        settle(args, **scale_learning_rate(args, batch_size))
     try:
         optimizer = create_optimizer_v2(task.trainable_module, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     except Exception as e:  # every optimizer checks its arguments in its own way
@@ -236,19 +237,18 @@ def scale_added_rates(
     optimizer.param_groups[:] = groups  # in place: optimizers that wrap others share the list
 
 
-def scale_learning_rate(args: argparse.Namespace, batch_size: float) -> float:
-    """Compute the learning rate from `--lr-base` and the global batch size, as timm does."""
+def scale_learning_rate(args: argparse.Namespace, batch_size: float) -> Dict[str, Any]:
+    """Compute the learning rate from `--lr-base` and the global batch size, as timm does; return what flags it sets."""
     global_batch_size = batch_size * args.world_size * args.grad_accum_steps
     ratio = global_batch_size / args.lr_base_size
-    if not args.lr_base_scale:
-        adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
-        args.lr_base_scale = 'sqrt' if adaptive else 'linear'
-    lr = args.lr_base * (ratio ** 0.5 if args.lr_base_scale == 'sqrt' else ratio)
+    adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
+    scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
+    lr = args.lr_base * (ratio ** 0.5 if scale == 'sqrt' else ratio)
     if args.rank == 0:
         _logger.info(
-            f'Learning rate {lr:g}: --lr-base {args.lr_base} scaled ({args.lr_base_scale}) from a batch of '
+            f'Learning rate {lr:g}: --lr-base {args.lr_base} scaled ({scale}) from a batch of '
             f'{args.lr_base_size} to {global_batch_size:g}.')
-    return lr
+    return dict(lr=lr, lr_base_scale=scale)
 
 
 def build_scheduler(

@@ -11,6 +11,7 @@ from timm.layers import convert_splitbn_model
 from ..errors import UsageError
 from ..features.inputs import runnable_size
 from ..models.named import create_model
+from ..utils.settings import settle
 
 _logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def build_student(args: argparse.Namespace) -> nn.Module:
     if args.grad_checkpointing:
         student.set_grad_checkpointing(enable=True)
     if args.num_classes is None:
-        args.num_classes = student.num_classes
+        settle(args, num_classes=student.num_classes)
     if args.split_bn:
         student = convert_splitbn_model(student, max(args.aug_splits, 2))
     return student
