@@ -29,7 +29,7 @@ class MergedStudents:
     def __init__(self, input_size: Sequence[int]):
         self.input_size = input_size
         self._models: Dict[bool, nn.Module] = {}
-        self._compile: Callable[[nn.Module], nn.Module] = lambda model: model
+        self._compile: Optional[Callable[[nn.Module], nn.Module]] = None
         self.probe: Optional[torch.Tensor] = None
 
     def note_probe(self, images: Optional[torch.Tensor]) -> None:
@@ -44,7 +44,8 @@ class MergedStudents:
     def load(self, trained: AdaptedStudent, ema: bool, state: Mapping[str, torch.Tensor]) -> nn.Module:
         """Load a merged state dict into the model that is kept for it; return that in eval mode."""
         if ema not in self._models:
-            self._models[ema] = self._compile(trained.plain_student(self._random_probe(trained)))
+            plain = trained.plain_student(self._random_probe(trained))
+            self._models[ema] = self._compile(plain) if self._compile is not None else plain
         unwrap_model(self._models[ema]).load_state_dict(state)
         return self._models[ema].eval()
 
