@@ -12,10 +12,12 @@ from .adapters import Adapter, create_adapter
 from .errors import UsageError, arguments_in_messages
 from .features.classifier import check_classifier
 from .features.inputs import count_flops, evaluation_mode, random_images, runnable_size
+from .features.parts import complete
 from .features.spec import PairSpec
 from .features.stages import count_classes
 from .methods import DistillMethod
 from .methods._composition import Composition, Recipe, check_labels, create_composition
+from .models.external import is_external
 from .models.named import create_model
 from .student.adapted import AdaptedStudent
 from .student.inspection import inspect_student
@@ -177,7 +179,8 @@ def _split_options(options: Mapping[str, Any]) -> Tuple[Dict[str, Any], ...]:
 def _create_student(student: Union[str, nn.Module], num_classes: Optional[int], kwargs: Optional[Dict]) -> nn.Module:
     if isinstance(student, nn.Module):
         return student
-    return create_model(student, 'student', '--model-kwargs', num_classes=num_classes, **(kwargs or {}))
+    model = create_model(student, 'student', '--model-kwargs', num_classes=num_classes, **(kwargs or {}))
+    return complete(model, student, 'student', num_classes=num_classes) if is_external(student) else model
 
 
 def _resolve_teacher(

@@ -15,6 +15,7 @@ from .factory import DataSpec, create_distill_task
 from .features.inputs import evaluation_mode, random_images
 from .features.stages import classes_of
 from .methods import Recipe
+from .models.external import is_code, is_external, pretrained_classes
 from .models.named import is_hub
 from .student.merge import MERGE_TOLERANCE
 from .task import DistillTask
@@ -158,6 +159,8 @@ def _teacher_classes(name: str, pretrained: bool) -> Optional[int]:
         except Exception as e:  # a hub and a folder raise errors of many libraries; said where the teacher is built
             _logger.debug(f'The class count of {name} is not known: {e}')
             return None
+    if pretrained and is_external(name):
+        return None if is_code(name) else pretrained_classes(name)
     if not pretrained or not timm.is_model(name) or not timm.is_model_pretrained(name):
         return None
     return timm.get_pretrained_cfg(name).num_classes

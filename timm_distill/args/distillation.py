@@ -12,7 +12,8 @@ def add_distillation_args(parser: ArgumentParser) -> None:
     group = parser.add_topic('kd', 'Distillation')
     group.add_argument(
         '--teacher', metavar='NAME', default=None,
-        help='teacher: a timm model name, hf-hub:org/name or local-dir:/path')
+        help='teacher: a timm model name, hf-hub:org/name, local-dir:/path, torchvision:name or '
+             'FILE.py:function')
     group.add_argument(
         '--teacher-checkpoint', metavar='FILE', default='',
         help='teacher weights (.safetensors, .pth or a training checkpoint) instead of pretrained ones')

@@ -23,6 +23,9 @@ def create_export_parser() -> argparse.ArgumentParser:
         '--onnx', metavar='FILE', default='',
         help='also write an ONNX graph with a free batch size, compared with torch in onnxruntime')
     parser.add_argument(
+        '--model', metavar='FILE.py:FUNCTION', default='',
+        help='the student, where a function of a file builds it: the file is run')
+    parser.add_argument(
         '--use-ema', action=argparse.BooleanOptionalAction, default=None,
         help='averaged weights or raw ones (default: averaged where the file has them)')
     parser.add_argument(

@@ -14,8 +14,17 @@ from timm.utils import setup_default_logging
 from ..args import create_export_parser
 from ..checkpoint.file import check_file, check_folder, why_unwritten
 from ..errors import UsageError
+from ..models.external import is_external
 from ..utils.console import program_name, run_script
-from .release import Release, _require, export_hub, export_onnx, export_weights, load_release, push_to_hub
+from .release import (
+    Release,
+    _require,
+    export_hub,
+    export_onnx,
+    export_weights,
+    load_release,
+    push_to_hub,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Tuple[str, ...]:
     check_folder(folder, '--output')
     if args.onnx:
         _require('onnx', 'onnxscript', 'onnxruntime')
-    release = load_release(args.checkpoint, args.use_ema)
+    release = load_release(args.checkpoint, args.use_ema, args.model)
     try:
         return _write(release, args, folder)
     except (OSError, SafetensorError) as e:
@@ -45,10 +54,16 @@ def main(argv: Optional[Sequence[str]] = None) -> Tuple[str, ...]:
 
 def _write(release: Release, args: argparse.Namespace, folder: str) -> Tuple[str, ...]:
     written = [export_hub(release, folder)]
-    _logger.info(f"Hub folder {folder}: timm.create_model('local-dir:{folder}', pretrained=True)")
+    if is_external(release.architecture):
+        _logger.info(f'Folder {folder}: not a model of timm, its README.md says how to load it.')
+    else:
+        _logger.info(f"Hub folder {folder}: timm.create_model('local-dir:{folder}', pretrained=True)")
     if args.weights:
         written.append(export_weights(release, args.weights))
-        _logger.info(f"Weights {args.weights}: timm.create_model('{release.architecture}', checkpoint_path=...)")
+        how = f"timm.create_model('{release.architecture}', checkpoint_path=...)"
+        if is_external(release.architecture):
+            how = f'a state dict of {release.architecture}'
+        _logger.info(f'Weights {args.weights}: {how}')
     if args.onnx:
         error = export_onnx(release, args.onnx)
         written.append(args.onnx)

@@ -38,6 +38,7 @@ def create_model_card(
         data_config: Mapping[str, Any],
         ema: bool = False,
         repo_id: Optional[str] = None,
+        load: str = '',
 ) -> ModelCard:
     """Return a model card of the hub; `str()` of it is Markdown with front matter.
 
@@ -47,13 +48,14 @@ def create_model_card(
         data_config: Input size, normalisation and crop.
         ema: Whether the weights are averaged ones.
         repo_id: Where it will be loaded from on the hub.
+        load: Python that builds and loads it, where timm does not.
     """
     teacher = provenance.get('teacher', {}).get('name')
     source = f'hf-hub:{repo_id}' if repo_id else 'local-dir:THIS_FOLDER'
     lines = [
         f'# {architecture}' + (f' distilled from {teacher}' if teacher else ''), '',
-        _describe(architecture, provenance, ema), '',
-        '## Use', '', _USAGE.format(source=source), '',
+        _describe(architecture, provenance, ema, 'timm ' if not load else ''), '',
+        '## Use', '', f'```python\nimport safetensors.torch\n{load}\n```' if load else _USAGE.format(source=source), '',
         '## Input', '', *_items(_input_facts(data_config)), '',
     ]
     for title, key in _SECTIONS:
@@ -61,10 +63,11 @@ def create_model_card(
         if facts:
             lines += [f'## {title}', '', *_items(facts), '']
     text = '\n'.join(lines)
-    return ModelCard(f'---\n{_metadata(architecture, provenance).to_yaml()}\n---\n\n{text}')
+    metadata = _metadata(architecture, provenance, 'pytorch' if load else 'timm')
+    return ModelCard(f'---\n{metadata.to_yaml()}\n---\n\n{text}')
 
 
-def _metadata(architecture: str, provenance: Mapping[str, Any]) -> ModelCardData:
+def _metadata(architecture: str, provenance: Mapping[str, Any], library: str) -> ModelCardData:
     """Return the front matter, with what was measured as the hub's model-index."""
     dataset = str(provenance.get('data', {}).get('name') or 'unknown')
     results = []
@@ -82,20 +85,20 @@ def _metadata(architecture: str, provenance: Mapping[str, Any]) -> ModelCardData
                 metric_value=round(float(value), 4),
             ))
     return ModelCardData(
-        tags=[_TASK, 'timm', 'knowledge-distillation'],
+        tags=[_TASK, library, 'knowledge-distillation'],
         pipeline_tag=_TASK,
-        library_name='timm',
+        library_name=library,
         model_name=architecture if results else None,
         eval_results=results or None,
     )
 
 
-def _describe(architecture: str, provenance: Mapping[str, Any], ema: bool) -> str:
+def _describe(architecture: str, provenance: Mapping[str, Any], ema: bool, library: str) -> str:
     kd = provenance.get('training', {}).get('kd', 'none')
     how = 'trained without a teacher' if kd == 'none' else f'trained by knowledge distillation (`{kd}`)'
     weights = 'an average of the weights over training (EMA)' if ema else 'the weights as trained'
     return (
-        f'A plain timm `{architecture}`, {how} with timm_distill: nothing of the distillation is left in it, '
+        f'A plain {library}`{architecture}`, {how} with timm_distill: nothing of the distillation is left in it, '
         f'neither parameters nor code. The file holds {weights}.')
 
 

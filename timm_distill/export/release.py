@@ -5,6 +5,7 @@
 Reads the student's own entries of a checkpoint alone; methods, teachers and tasks are unknown here.
 """
 import argparse
+import json
 import os
 import shutil
 import tempfile
@@ -23,6 +24,7 @@ from ..checkpoint.file import flush, put_in_place, read_checkpoint, respect_umas
 from ..checkpoint.run_files import nonfinite_tensors
 from ..checkpoint.weights import refuse_unmerged
 from ..errors import UsageError
+from ..models.external import is_code, is_external
 from ..models.named import create_model, is_hub
 from ..utils.text import printable
 from .model_card import create_model_card
@@ -58,12 +60,13 @@ class Release:
     label_names: Optional[Sequence[str]] = None
 
 
-def load_release(checkpoint: str, use_ema: Optional[bool] = None) -> Release:
+def load_release(checkpoint: str, use_ema: Optional[bool] = None, model_name: str = '') -> Release:
     """Read a checkpoint of a training run.
 
     Args:
         checkpoint: File that `train_distill.py` wrote.
         use_ema: Take the averaged weights; None takes them where the file has them.
+        model_name: Name of the student, needed where that is a function of a file: no checkpoint has code run.
 
     Raises:
         UsageError: If the file is missing, is no checkpoint of a run, would run code, or has no averaged weights.
@@ -73,7 +76,7 @@ def load_release(checkpoint: str, use_ema: Optional[bool] = None) -> Release:
     if use_ema and not has_ema:
         raise UsageError(f'{checkpoint} holds no averaged weights: leave out --use-ema.')
     ema = has_ema if use_ema is None else use_ema
-    args: argparse.Namespace = state['args']
+    args: argparse.Namespace = _with_model(state['args'], checkpoint, model_name)
     model = _create_model(args)
     try:
         model.load_state_dict(clean_state_dict(state['state_dict_ema' if ema else 'state_dict']))
@@ -85,6 +88,17 @@ def load_release(checkpoint: str, use_ema: Optional[bool] = None) -> Release:
     data_config = state.get('data_config') or resolve_data_config(vars(args), model=model, use_test_size=False)
     provenance = {**(state.get('provenance') or {}), 'metrics': _metrics(state)}
     return Release(model.float().eval(), args.model, dict(data_config), provenance, ema, state.get('label_names'))
+
+
+def _with_model(args: argparse.Namespace, checkpoint: str, model_name: str) -> argparse.Namespace:
+    """Return a run's flags with the name of its student that the user gave."""
+    if is_code(args.model) and not model_name:
+        raise UsageError(
+            f'{checkpoint} is of a student that a function of a file builds: give --model FILE.py:FUNCTION to run it '
+            f'(the run named {printable(args.model)!r}).')
+    if model_name and model_name != args.model and not (is_code(args.model) and is_code(model_name)):
+        raise UsageError(f"{checkpoint} is of '{args.model}', not of --model {model_name}: leave the flag out.")
+    return argparse.Namespace(**{**vars(args), 'model': model_name or args.model})
 
 
 def _check_finite(model: nn.Module, checkpoint: str) -> None:
@@ -164,6 +178,9 @@ def _put_folder_in_place(source: str, target: str) -> None:
 
 
 def _write_hub_files(release: Release, folder: str) -> None:
+    if is_external(release.architecture):
+        _write_external_files(release, folder)
+        return
     forget_source(release.model)
     model_config = {'label_names': list(release.label_names)} if release.label_names else None
     save_for_hf(
@@ -171,6 +188,41 @@ def _write_hub_files(release: Release, folder: str) -> None:
     respect_umask(os.path.join(folder, 'model.safetensors'))
     card = create_model_card(release.architecture, printable(release.provenance), release.data_config, release.ema)
     card.save(os.path.join(folder, 'README.md'))
+
+
+def _write_external_files(release: Release, folder: str) -> None:
+    """Write a student that timm does not build: its config names no architecture of timm, its card says what does."""
+    save_file(_tensors(release), os.path.join(folder, 'model.safetensors'))
+    respect_umask(os.path.join(folder, 'model.safetensors'))
+    config = {
+        'model': os.path.basename(release.architecture), 'num_classes': getattr(release.model, 'num_classes', None),
+        'pretrained_cfg': release.data_config}
+    if release.label_names:
+        config['label_names'] = list(release.label_names)
+    with open(os.path.join(folder, 'config.json'), 'w', encoding='utf-8') as file:
+        json.dump(printable(config), file, indent=2, default=str)
+    card = create_model_card(
+        os.path.basename(release.architecture), printable(release.provenance), release.data_config, release.ema,
+        load=describe_loading(release.architecture))
+    card.save(os.path.join(folder, 'README.md'))
+
+
+def describe_loading(name: str) -> str:
+    """Return Python that loads the folder's weights into a model that timm does not build, by its name."""
+    if is_code(name):
+        path, _, function = os.path.basename(name).rpartition(':')
+        build = (
+            f'from {path[:-3]} import {function}  # {path} of whoever trained it\n\n'
+            f'model = {function}(...)  # the module that it returns')
+    else:
+        architecture = name.partition(':')[2].partition('.')[0]
+        build = f'import torchvision\n\nmodel = torchvision.models.get_model({architecture!r}, num_classes=...)'
+    return f"{build}\nmodel.load_state_dict(safetensors.torch.load_file('model.safetensors'))"
+
+
+def _tensors(release: Release) -> Dict[str, torch.Tensor]:
+    # copies: a file holds no two names of one tensor
+    return {name: tensor.contiguous().clone() for name, tensor in release.model.state_dict().items()}
 
 
 def forget_source(model: nn.Module) -> None:
@@ -189,7 +241,7 @@ def export_weights(release: Release, path: str) -> str:
     Returns:
         The path.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in release.model.state_dict().items()}
+    tensors = _tensors(release)
     with written_at_once(path) as name:
         if path.endswith('.safetensors'):
             save_file(tensors, name)

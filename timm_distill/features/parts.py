@@ -14,8 +14,9 @@ import torch.nn as nn
 from torch import fx
 from torch.fx.passes.shape_prop import ShapeProp
 
-from .inputs import CANNOT_RUN, evaluation_mode, logits_of, random_images
-from .stages import has_head
+from ..errors import UsageError
+from .inputs import CANNOT_RUN, evaluation_mode, logits_of, random_images, runnable_size
+from .stages import count_classes, has_head
 
 _logger = logging.getLogger(__name__)
 
@@ -58,6 +59,36 @@ class _WithParts(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         return self.get_submodule(self.classifier_name)
+
+
+def complete(model: nn.Module, name: str, role: str, in_chans: int = 3, num_classes: Optional[int] = None) -> nn.Module:
+    """Give a model that timm did not build what timm's have: `num_classes`, and the methods for its parts.
+
+    Args:
+        model: Gives logits; its `pretrained_cfg` may say its input size. Is changed.
+        name: What it was named by, for messages.
+        role: By which flag.
+        in_chans: Channels of its input.
+        num_classes: Classes that it is to have, None for those it has.
+
+    Raises:
+        UsageError: If it runs on no images, or has another class count.
+    """
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    wanted = (in_chans, *tuple(config.get('input_size', (3, 224, 224)))[1:])
+    size, reason = runnable_size(model, wanted)
+    if reason:
+        raise UsageError(
+            f'The {role} {name} does not run on images {list(wanted)}: {reason}. Let its function return the size that '
+            "it takes, (model, {'size': N}).")
+    own_input = (in_chans, *(size or wanted[1:]))
+    count = count_classes(model, own_input)
+    if num_classes is not None and count != num_classes:
+        raise UsageError(
+            f'The {role} {name} has {count} classes, --num-classes asks for {num_classes}: change the flag, or let its '
+            'function take num_classes.')
+    cast(Any, model).num_classes = count
+    return add_parts(model, own_input)
 
 
 def add_parts(model: nn.Module, input_size: Sequence[int]) -> nn.Module:

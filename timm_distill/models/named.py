@@ -6,6 +6,7 @@ import timm
 import torch.nn as nn
 
 from ..errors import UsageError
+from .external import create_external, is_external
 
 _HUB_PREFIXES = ('hf-hub:', 'hf_hub:', 'local-dir:')
 
@@ -17,20 +18,21 @@ def is_hub(name: str) -> bool:
 
 def check_name(name: str, role: str) -> None:
     """Raise a UsageError for an architecture that timm does not know; `role` is the flag that named it."""
-    if is_hub(name) or timm.is_model(name):
+    if is_hub(name) or is_external(name) or timm.is_model(name):
         return
     names = timm.list_models()
     similar = timm.list_models(f'*{name}*')[:3] or difflib.get_close_matches(name, names, n=3)
     hint = f' (did you mean {", ".join(similar)}?)' if similar else ''
     raise UsageError(
-        f"Unknown {role} '{name}'{hint}. --{role} takes a timm architecture, hf-hub:REPO or local-dir:FOLDER.")
+        f"Unknown {role} '{name}'{hint}. --{role} takes a timm architecture, hf-hub:REPO, local-dir:FOLDER, "
+        'torchvision:NAME or FILE.py:FUNCTION.')
 
 
 def create_model(name: str, role: str, flags: str, **kwargs: Any) -> nn.Module:
     """Create a model as `timm.create_model` does.
 
     Args:
-        name: timm architecture, `hf-hub:REPO` or `local-dir:FOLDER`.
+        name: timm architecture, `hf-hub:REPO`, `local-dir:FOLDER`, `torchvision:NAME` or `FILE.py:FUNCTION`.
         role: What it is for, by the flag that named it: 'student', 'teacher', 'model'.
         flags: What its other arguments were given by.
         kwargs: Arguments of `timm.create_model`.
@@ -39,6 +41,8 @@ def create_model(name: str, role: str, flags: str, **kwargs: Any) -> nn.Module:
         UsageError: If the name is unknown, or the model cannot be built.
     """
     check_name(name, role)
+    if is_external(name):
+        return create_external(name, role, **kwargs)
     try:
         return timm.create_model(name, **kwargs)
     except Exception as e:  # a hub, a folder, a file and a constructor each raise their own errors

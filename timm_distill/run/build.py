@@ -10,7 +10,6 @@ import torch.nn as nn
 from timm import utils
 from timm.data import resolve_data_config
 from timm.layers import convert_sync_batchnorm, set_fast_norm
-from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 
@@ -27,6 +26,7 @@ from ..teacher.teacher import Teacher
 from ..utils._compat import get_learning_rates
 from ..utils.distributed import share_weights
 from ..utils.settings import settle
+from ..utils.text import model_file_name
 from .cached import attach_targets, count_views, resolve_teacher
 from .device import (
     Precision,
@@ -107,7 +107,7 @@ def build_task(
         kwargs = {**others, 'teacher': teacher}
     if args.rank == 0:
         parameters = sum(p.numel() for p in student.parameters())
-        _logger.info(f'Student {safe_model_name(args.model)}: {parameters:,} parameters.')
+        _logger.info(f'Student {model_file_name(args.model)}: {parameters:,} parameters.')
     with flags_in_messages():
         task = create_distill_task(
             student,

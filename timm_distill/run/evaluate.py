@@ -23,7 +23,9 @@ from ..engine.evaluate import ComputeSpec, evaluate, evaluator_class
 from ..errors import UsageError
 from ..features.classifier import is_headless
 from ..features.inputs import find_patch_size
+from ..features.parts import complete
 from ..features.pooled import PooledFeatures
+from ..models.external import is_external
 from ..models.named import check_name, create_model
 from .device import Precision, enable_fast_math, resolve_device_name, resolve_precision
 from .probing import collect_features, probe_features
@@ -128,6 +130,8 @@ def build_model(args: Namespace) -> nn.Module:
         scriptable=args.torchscript,
         **args.model_kwargs,
     )
+    if is_external(args.model):
+        complete(model, args.model, 'model', args.in_chans or 3, num_classes)
     if state_dict is not None:
         load_weights(model, state_dict, args)
     return reparameterize_model(model) if args.reparam else model

@@ -10,6 +10,8 @@ from timm.layers import convert_splitbn_model
 
 from ..errors import UsageError
 from ..features.inputs import runnable_size
+from ..features.parts import complete
+from ..models.external import is_external
 from ..models.named import create_model
 from ..utils.settings import settle
 
@@ -22,6 +24,10 @@ def build_student(args: argparse.Namespace) -> nn.Module:
         raise UsageError(f'--initial-checkpoint {args.initial_checkpoint}: there is no such file.')
     student = create_model(
         args.model, 'student', '--pretrained, --initial-checkpoint, --model-kwargs', **_student_kwargs(args))
+    if is_external(args.model):
+        complete(student, args.model, 'student', args.in_chans or 3, args.num_classes)
+        if args.grad_checkpointing and not hasattr(student, 'set_grad_checkpointing'):
+            raise UsageError(f'--grad-checkpointing: {args.model} has none, leave the flag out.')
     if args.pretrained_path and not args.pretrained:
         _logger.warning(
             f'--pretrained-path {args.pretrained_path} is not read without --pretrained, as in timm: the '

@@ -21,6 +21,7 @@ from ..checkpoint.saver import DistillCheckpointSaver
 from ..engine.meters import NonFiniteLossError
 from ..errors import LostStateError, UsageError
 from ..export.release import export_hub, load_release, push_to_hub
+from ..models.external import is_external
 from ..report.trackers import Summary, start_trackers
 from .folder import check_has_epochs, create_folder
 from .state import Run, RunResult
@@ -433,7 +434,7 @@ class Recorder:
         """Write the best student in the hub's format beside the checkpoints, and push it where that is asked for."""
         if not self.best_path:
             return
-        release = load_release(self.best_path)
+        release = load_release(self.best_path, model_name=str(self.run.args.model))
         try:
             folder = export_hub(release, self._path('hub'))
         except (OSError, SafetensorError) as e:
@@ -441,7 +442,10 @@ class Recorder:
                 f"all epochs are trained and saved, but {self._path('hub')} could not be written: {why_unwritten(e)}. "
                 f'{describe_space(self.result.output_dir)} To write it later: python -m timm_distill.export '
                 f'{self.best_path}') from e
-        _logger.info(f"The student: timm.create_model('local-dir:{folder}', pretrained=True)")
+        if is_external(release.architecture):
+            _logger.info(f'The student: {folder}, not a model of timm; its README.md says how to load it.')
+        else:
+            _logger.info(f"The student: timm.create_model('local-dir:{folder}', pretrained=True)")
         if self.run.args.push_to_hub:
             _logger.info(f'Pushed to {push_to_hub(folder, self.run.args.push_to_hub)}')
 

@@ -10,6 +10,7 @@ from ..engine.evaluate import ComputeSpec
 from ..engine.meters import Streak
 from ..engine.train_log import StepTiming
 from ..export.provenance import collect_provenance
+from ..models.external import code_digest
 from ..task import DistillTask
 from ..utils.text import printable
 from .device import Precision
@@ -102,6 +103,7 @@ def fingerprints(run: Run) -> Dict[str, Any]:
     return {
         'datasets': run.loaders.fingerprints,
         'teacher_input': None if teacher is None else teacher.preprocessing.values(),
+        'model_code': {'student': code_digest(run.args.model), 'teacher': code_digest(run.args.teacher or '')},
         'teacher_classes': None if teacher is None else teacher.class_sources,
     }
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from ..checkpoint.resume import check_same_run
 from ..data import describe_changes, digest_fingerprint, known_names
 from ..errors import UsageError
+from ..models.external import code_digest
 from .state import Run, weights_in_force
 
 _logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def check_unchanged(run: Run, checkpoint: Dict[str, Any]) -> bool:
     check_same_run(run.args, checkpoint, teacher_hash)
     check_same_teacher_input(run, checkpoint)
     check_same_teacher_classes(run, checkpoint)
+    check_same_code(run, checkpoint)
     check_same_weights(run, checkpoint)
     return check_same_data(run, checkpoint)
 
@@ -100,6 +102,18 @@ def check_same_teacher_input(run: Run, checkpoint: Dict[str, Any]) -> None:
             f'{run.args.resume!r} was distilled from a teacher with other preprocessing: '
             f'{", ".join(changes)}. Give the teacher as it was (its config.json, its checkpoint, '
             '--teacher-mean, --teacher-std, --teacher-img-size).')
+
+
+def check_same_code(run: Run, checkpoint: Dict[str, Any]) -> None:
+    """Warn where the file that builds student or teacher is another than when a checkpoint was written."""
+    saved = checkpoint.get('model_code') or {}
+    for role, name in (('student', run.args.model), ('teacher', run.args.teacher or '')):
+        digest = code_digest(name)
+        if saved.get(role) and digest and saved[role] != digest:
+            _logger.warning(
+                f'The file of --{role} {name} has changed since {run.args.resume!r} was written (SHA-256 '
+                f'{saved[role][:12]} -> {digest[:12]}): the run goes on with the new one, but not as if it had never '
+                'stopped, where that computes something else.')
 
 
 def check_same_teacher_classes(run: Run, checkpoint: Dict[str, Any]) -> None:

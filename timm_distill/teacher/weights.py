@@ -15,6 +15,8 @@ from timm.models import resolve_model_input_args
 
 from ..errors import UsageError
 from ..features.inputs import CANNOT_RUN
+from ..features.parts import complete
+from ..models.external import is_code, is_external
 from ..models.named import cannot_build, check_name, create_model, is_hub
 from ..utils.random import unchanged_randomness
 from .preprocessing import InputRecord, is_same
@@ -84,6 +86,18 @@ def load_teacher_model(
         UsageError: If the name is unknown, or the weights are missing, unreadable or of another architecture.
     """
     check_name(source.name, 'teacher')
+    model, records = _load_model(source, in_chans, num_classes, verbose)
+    if is_external(source.name):
+        complete(model, source.name, 'teacher', in_chans)
+    return model, records
+
+
+def _load_model(
+        source: TeacherSource,
+        in_chans: int,
+        num_classes: int,
+        verbose: bool,
+) -> Tuple[nn.Module, List[InputRecord]]:
     kwargs = {'in_chans': in_chans, **(source.model_kwargs or {})}
     if source.checkpoint:
         return _load_checkpoint_teacher(source, kwargs, verbose)
@@ -95,7 +109,8 @@ def load_teacher_model(
         _logger.warning(
             f'The teacher {source.name} has random weights (--no-teacher-pretrained): there is nothing to '
             'learn from it. Give it weights with --teacher-checkpoint FILE.')
-    kwargs = {'num_classes': num_classes, **kwargs}
+    if not is_code(source.name):  # a function gives the classes that it gives
+        kwargs = {'num_classes': num_classes, **kwargs}
     return create_model(source.name, 'teacher', _ARGUMENTS, **kwargs), source.flag_records()
 
 
@@ -111,7 +126,7 @@ def _with_size(source: TeacherSource, kwargs: Dict[str, Any], size: Optional[Tup
             f'--teacher-img-size {source.img_size} and --teacher-kwargs img_size={asked} name two sizes: '
             'leave out one of them.')
     size = size if source.img_size is None else (source.img_size, source.img_size)
-    if asked is not None or size is None:
+    if asked is not None or size is None or is_external(source.name):
         return kwargs
     try:
         resolved = resolve_model_input_args(source.name, {'img_size': size}, **kwargs)
@@ -123,12 +138,13 @@ def _with_size(source: TeacherSource, kwargs: Dict[str, Any], size: Optional[Tup
 def _pretrained_record(model: nn.Module, source: TeacherSource) -> InputRecord:
     """Return what pretrained weights say of themselves; a size of timm's own is known, but not kept to."""
     config = cast(Dict[str, Any], model.pretrained_cfg)
-    name = source.name if source.is_hub else f"timm's pretrained {config.get('architecture', source.name)}"
+    names_itself = source.is_hub or is_external(source.name)
+    name = source.name if names_itself else f"timm's pretrained {config.get('architecture', source.name)}"
     tag = config.get('tag')
-    if tag and not source.is_hub:
+    if tag and not names_itself:
         name = f'{name}.{tag}' if not name.endswith(f'.{tag}') else name
     size = recorded_size(config)
-    keeps_size = source.is_hub and 'img_size' not in (source.model_kwargs or {})
+    keeps_size = (source.is_hub or config.get('fixed_input_size')) and 'img_size' not in (source.model_kwargs or {})
     return InputRecord(
         name, config.get('mean'), config.get('std'), size if keeps_size else None,
         config.get('interpolation'), trained_size=size)
@@ -139,7 +155,7 @@ def _load_pretrained_teacher(name: str, kwargs: Dict[str, Any]) -> nn.Module:
         raise UsageError(
             f'--teacher-kwargs num_classes={kwargs["num_classes"]} would re-initialise the head of the '
             f"pretrained teacher '{name}'. Leave it out, or give --teacher-checkpoint FILE.")
-    if not is_hub(name) and not timm.is_model_pretrained(name):
+    if not is_hub(name) and not is_external(name) and not timm.is_model_pretrained(name):
         raise UsageError(
             f"timm has no pretrained weights for the teacher '{name}'. Give --teacher-checkpoint FILE, or "
             '--no-teacher-pretrained to distil from random weights.')

@@ -1,4 +1,5 @@
 """Texts of values and names: readable, and such that UTF-8 can hold them (names of files need not be)."""
+import re
 from typing import Any, Mapping
 
 from timm.models import safe_model_name
@@ -22,8 +23,12 @@ def _is_odd(text: str) -> bool:
 
 
 def model_file_name(name: str) -> str:
-    """Return a model's name as part of a file's."""
-    return safe_model_name(name)[:_NAME_LENGTH]
+    """Return a model's name as part of a file's; of a function in a file without the folder."""
+    try:
+        text = safe_model_name(name)
+    except (AssertionError, ValueError):  # no name of timm's
+        text = re.sub(r'[^A-Za-z0-9.]', '_', re.split(r'[/\\]', name)[-1]).replace('.py_', '_')
+    return text[:_NAME_LENGTH]
 
 
 def format_fact(value: Any) -> str:
