@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def measure_steps(kd: str, args: argparse.Namespace) -> Dict[str, float]:
-    """Return the median seconds of a step in each way, taken in turns."""
+    """Return the median seconds of CPU time of a step in each way, taken in turns; other processes do not count."""
     size = (3, args.img_size, args.img_size)
     options = dict(num_classes=1000, input_size=size, verbose=False)
     task = create_distill_task(args.student, create_model(args.teacher), kd, **options)
@@ -70,9 +70,9 @@ def measure_steps(kd: str, args: argparse.Namespace) -> Dict[str, float]:
                 'reading': lambda pairs=pairs: _step(task, images, pairs, targets),  # type: ignore[misc]
             }
             for name, step in steps.items():
-                start = time.perf_counter()
+                start = time.process_time()
                 step()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.process_time() - start)
         targets.close()
     return {name: float(np.median(values[1:])) for name, values in times.items()}
 
