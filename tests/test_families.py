@@ -6,9 +6,11 @@ parameters are tested by shapes as published too, on the meta device.
 import copy
 import json
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Dict, Tuple
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 from conftest import REPO_DIR
@@ -46,13 +48,20 @@ def built(request: pytest.FixtureRequest) -> Built:
     return build_small(family)
 
 
+@cache
+def create_teacher_for(input_size: Tuple[int, int, int]) -> Teacher:
+    """Return the teacher of all students of an input size, which is frozen."""
+    torch.manual_seed(0)
+    return Teacher(timm.create_model('test_resnet', num_classes=CLASSES), input_size)
+
+
 @pytest.fixture(scope='module')
 def trained(built: Built) -> Trained:
     """The model as student after one step, two where a classifier that starts at zero holds gradients back."""
     torch.manual_seed(0)
     task = create_distill_task(
-        built.model, 'test_resnet', kd='norm', kd_kwargs={'norm.segments': 2}, teacher_pretrained=False,
-        num_classes=CLASSES, input_size=built.input_size, verbose=False).train()
+        built.model, create_teacher_for(built.input_size), kd='norm', kd_kwargs={'norm.segments': 2},
+        input_size=built.input_size, verbose=False).train()
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
     images = torch.randn(BATCH, *built.input_size)
     result, gradients = train_step(task, images, optimizer)
