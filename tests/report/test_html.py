@@ -202,3 +202,19 @@ def test_no_report_is_drawn_without_matplotlib_or_where_it_is_not_wanted(
     train_distill.main(flags(digits_dir, tmp_path))
     assert not (tmp_path / 'run' / 'report.html').exists()
     assert report.can_draw()
+
+
+def test_probes_of_frozen_features_are_drawn_and_those_of_the_best_epoch_are_in_the_headline(tmp_path: Path) -> None:
+    rows = [
+        {'epoch': 0, 'eval_knn': 40., 'eval_linear_probe': 50., 'eval_teacher_knn': 70., 'eval_cosine': 0.25},
+        {'epoch': 1, 'eval_cosine': 0.5},  # not probed
+        {'epoch': 2, 'eval_knn': 60., 'eval_linear_probe': 65., 'eval_teacher_knn': 70., 'eval_cosine': 0.75},
+    ]
+    data = ReportData('probed', rows, best_epoch=1)
+    assert {'student k-NN top-1, %': '40', 'teacher k-NN top-1, %': '70', 'student cosine': '0.5'}.items() <= (
+        report.headline(data).items())
+    (axes,) = axes_of(data, 'Frozen features')
+    lines = lines_of(axes)
+    assert list(lines['nearest neighbours'].get_xdata()) == [0, 2]
+    assert {'linear probe', 'nearest neighbours, teacher'} <= set(lines)
+    assert write_report(data, str(tmp_path))

@@ -14,6 +14,7 @@ _LARGEST_MATRIX = 30  # classes of which a confusion matrix can still be read
 _NAMED_CLASSES = 20
 _WIDTH = 6.4  # inches of one of two columns
 Row = Mapping[str, float]
+_PROBES = {'eval_knn': 'nearest neighbours', 'eval_linear_probe': 'linear probe'}
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def list_plots(
     if _has(rows, 'eval_top1') or _has(rows, 'eval_agreement'):
         plots.append(Plot('Accuracy', partial(
             draw_accuracy, rows=rows, teacher=teacher, best_epoch=best_epoch), 5.2))
+    if any(_has(rows, column) for column in _PROBES):
+        plots.append(Plot('Frozen features', partial(draw_probes, rows=rows, best_epoch=best_epoch)))
     if _loss_names(rows):
         plots.append(Plot('Loss terms', partial(draw_losses, rows=rows, best_epoch=best_epoch), 5.2))
     if _has(rows, 'lr'):
@@ -177,6 +180,21 @@ def draw_accuracy(
         panels[1].plot(
             _values(rows, 'epoch'), _values(rows, 'eval_agreement'), color=_COLORS['data'], **_style(rows))
         panels[1].set_ylabel('same prediction\nas the teacher, %')
+
+
+def draw_probes(figure: Any, rows: Sequence[Row], best_epoch: Optional[int] = None) -> None:
+    """Draw the probes of the student's frozen features, dashed the teacher's; epochs without one are left out."""
+    axes = _axes(figure)
+    _epochs(axes, rows, best_epoch)
+    for number, (column, label) in enumerate(_PROBES.items()):
+        probed = [row for row in rows if column in row]
+        if probed:
+            axes.plot(_values(probed, 'epoch'), _values(probed, column), label=label, color=f'C{number}', marker='o')
+        teacher = [row[key] for row in rows if (key := column.replace('eval_', 'eval_teacher_')) in row]
+        if teacher:
+            axes.axhline(teacher[-1], color=f'C{number}', linestyle='--', linewidth=1, label=f'{label}, teacher')
+    axes.set_ylabel('top-1, %')
+    axes.legend(frameon=False)
 
 
 def _loss_names(rows: Sequence[Row]) -> List[str]:

@@ -115,9 +115,23 @@ def headline(data: ReportData) -> Dict[str, str]:
         numbers['same prediction, %'] = f'{agreement(data.student.classes, data.teacher.classes):.2f}'
     if data.student is not None:
         numbers['calibration error, %'] = f'{100 * calibrate(data.student).error:.1f}'
+    numbers.update(_probe_numbers(data))
     if data.best_epoch is not None:
         numbers['best epoch, from 0'] = str(data.best_epoch)
     numbers['epochs validated'] = str(len(data.rows))
+    return numbers
+
+
+def _probe_numbers(data: ReportData) -> Dict[str, str]:
+    """Return the newest probes of frozen features up to the best epoch, student's and teacher's."""
+    names = {'eval_knn': 'k-NN top-1, %', 'eval_linear_probe': 'linear probe top-1, %', 'eval_cosine': 'cosine'}
+    last = math.inf if data.best_epoch is None else data.best_epoch
+    numbers = {}
+    for column, label in names.items():
+        for who, key in (('student', column), ('teacher', column.replace('eval_', 'eval_teacher_'))):
+            values = [row[key] for row in data.rows if key in row and row['epoch'] <= last]
+            if values:
+                numbers[f'{who} {label}'] = f'{values[-1]:.4g}'
     return numbers
 
 
