@@ -65,6 +65,8 @@ def test_photographs_alone_train_an_encoder_that_becomes_a_classifier(
     hub = tmp_path / 'run' / 'hub'
     student = timm.create_model(f'local-dir:{hub}', pretrained=True).eval()
     assert student.num_classes == 0
+    card = (hub / 'README.md').read_text()
+    assert 'image-feature-extraction' in card and 'softmax' not in card
     best = read_checkpoint(str(tmp_path / 'run' / 'model_best.pth.tar'))
     assert student.state_dict().keys() == best['state_dict'].keys()
     assert best['metric'] == max(float(row['eval_knn']) for row in rows(tmp_path))

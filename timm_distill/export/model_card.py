@@ -13,8 +13,12 @@ from PIL import Image
 model = timm.create_model({source!r}, pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model), is_training=False)
 with torch.no_grad():
-    probabilities = model(transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0)).softmax(dim=1)
+    {output} = model(transform(Image.open('image.jpg').convert('RGB')).unsqueeze(0)){map}
 ```'''
+_OUTPUTS = {
+    False: {'output': 'probabilities', 'map': '.softmax(dim=1)'},
+    True: {'output': 'features', 'map': '  # num_classes=N adds a classifier'},
+}
 _SECTIONS = (
     ('Teacher', 'teacher'),
     ('Training', 'training'),
@@ -23,6 +27,7 @@ _SECTIONS = (
     ('Versions', 'versions'),
 )
 _TASK = 'image-classification'
+_FEATURES = 'image-feature-extraction'
 # How the hub calls the metrics of validation.
 _HUB_METRICS = {
     'top1': ('accuracy', 'Top-1 accuracy, %'),
@@ -39,6 +44,7 @@ def create_model_card(
         ema: bool = False,
         repo_id: Optional[str] = None,
         load: str = '',
+        headless: bool = False,
 ) -> ModelCard:
     """Return a model card of the hub; `str()` of it is Markdown with front matter.
 
@@ -49,13 +55,15 @@ def create_model_card(
         ema: Whether the weights are averaged ones.
         repo_id: Where it will be loaded from on the hub.
         load: Python that builds and loads it, where timm does not.
+        headless: Whether it gives features, no logits.
     """
     teacher = provenance.get('teacher', {}).get('name')
     source = f'hf-hub:{repo_id}' if repo_id else 'local-dir:THIS_FOLDER'
     lines = [
         f'# {architecture}' + (f' distilled from {teacher}' if teacher else ''), '',
         _describe(architecture, provenance, ema, 'timm ' if not load else ''), '',
-        '## Use', '', f'```python\nimport safetensors.torch\n{load}\n```' if load else _USAGE.format(source=source), '',
+        '## Use', '', f'```python\nimport safetensors.torch\n{load}\n```' if load else _USAGE.format(
+            source=source, **_OUTPUTS[headless]), '',
         '## Input', '', *_items(_input_facts(data_config)), '',
     ]
     for title, key in _SECTIONS:
@@ -63,12 +71,18 @@ def create_model_card(
         if facts:
             lines += [f'## {title}', '', *_items(facts), '']
     text = '\n'.join(lines)
-    metadata = _metadata(architecture, provenance, 'pytorch' if load else 'timm')
+    metadata = _metadata(architecture, provenance, 'pytorch' if load else 'timm', headless)
     return ModelCard(f'---\n{metadata.to_yaml()}\n---\n\n{text}')
 
 
-def _metadata(architecture: str, provenance: Mapping[str, Any], library: str) -> ModelCardData:
+def _metadata(
+        architecture: str,
+        provenance: Mapping[str, Any],
+        library: str,
+        headless: bool = False,
+) -> ModelCardData:
     """Return the front matter, with what was measured as the hub's model-index."""
+    task = _FEATURES if headless else _TASK
     dataset = str(provenance.get('data', {}).get('name') or 'unknown')
     results = []
     for name, value in provenance.get('metrics', {}).items():
@@ -76,7 +90,7 @@ def _metadata(architecture: str, provenance: Mapping[str, Any], library: str) ->
         if name.startswith('validation ') and isinstance(value, (int, float)):
             kind, title = _HUB_METRICS.get(key, (key, key))
             results.append(EvalResult(
-                task_type=_TASK,
+                task_type=task,
                 dataset_type=dataset,
                 dataset_name=dataset,
                 dataset_split='validation',
@@ -85,8 +99,8 @@ def _metadata(architecture: str, provenance: Mapping[str, Any], library: str) ->
                 metric_value=round(float(value), 4),
             ))
     return ModelCardData(
-        tags=[_TASK, library, 'knowledge-distillation'],
-        pipeline_tag=_TASK,
+        tags=[task, library, 'knowledge-distillation'],
+        pipeline_tag=task,
         library_name=library,
         model_name=architecture if results else None,
         eval_results=results or None,

@@ -186,7 +186,9 @@ def _write_hub_files(release: Release, folder: str) -> None:
     save_for_hf(
         release.model, folder, model_config=model_config, safe_serialization=True, data_config=release.data_config)
     respect_umask(os.path.join(folder, 'model.safetensors'))
-    card = create_model_card(release.architecture, printable(release.provenance), release.data_config, release.ema)
+    card = create_model_card(
+        release.architecture, printable(release.provenance), release.data_config, release.ema,
+        headless=getattr(release.model, 'num_classes', 1) == 0)
     card.save(os.path.join(folder, 'README.md'))
 
 
