@@ -5,6 +5,7 @@ import logging
 from ..data import find_missing_labels
 from ..methods import Recipe
 from ..methods._composition import check_labels, methods_of
+from ..utils.settings import settle
 
 _logger = logging.getLogger(__name__)
 
@@ -28,9 +29,9 @@ def settle_labels(args: argparse.Namespace, recipe: Recipe, look: bool = True) -
     methods = methods_of(recipe.kd).values()
     with_classifier = args.num_classes != 0 and any(method.reads_student_classes() for method in methods)
     check_labels(recipe, reason, with_classifier or bool(args.num_classes))
-    args.no_labels, args.task_loss_weight = True, 0.
+    settle(args, no_labels=True, task_loss_weight=0.)
     if args.num_classes is None and not with_classifier:
-        args.num_classes = 0
+        settle(args, num_classes=0)
     if getattr(args, 'rank', 0) == 0:
         head = 'has no classifier (--num-classes 0)' if args.num_classes == 0 else 'keeps its classifier'
         _logger.info(
