@@ -14,7 +14,7 @@ from ..features.tracing import inputs_of
 
 
 class DelayedDropout(TorchFunctionMode):
-    """Skips one dropout of what runs in this context; called with a tensor, it applies it to that instead.
+    """Skips one dropout of what runs in this context, which gives a function that applies it to a tensor instead.
 
     Args:
         index: Which call of torch's dropout it is, counted from 0.
@@ -45,7 +45,11 @@ class DelayedDropout(TorchFunctionMode):
                 return input
         return func(*args, **kwargs)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __enter__(self) -> Callable[[torch.Tensor], torch.Tensor]:  # type: ignore[override]
+        super().__enter__()
+        return self.apply  # torch.compile traces a method, but no call of an object
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the dropout that was skipped."""
         return x if self._skipped is None else F.dropout(x, *self._skipped)
 
