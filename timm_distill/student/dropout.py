@@ -45,7 +45,7 @@ class DelayedDropout(TorchFunctionMode):
                 return input
         return func(*args, **kwargs)
 
-    def __enter__(self) -> Callable[[torch.Tensor], torch.Tensor]:  # type: ignore[override]
+    def __enter__(self) -> Callable[[torch.Tensor], torch.Tensor]:
         super().__enter__()
         return self.apply  # torch.compile traces a method, but no call of an object
 
