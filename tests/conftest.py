@@ -12,6 +12,8 @@ import pytest
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
+from timm.layers import is_fast_norm, set_fast_norm  # noqa: E402
+
 from timm_distill.run.demo import write_digits  # noqa: E402
 
 REPO_DIR = Path(__file__).resolve().parent.parent
@@ -47,6 +49,14 @@ def _log_handlers_end_with_their_test() -> Iterator[None]:
         if type(handler) is logging.StreamHandler:
             root.removeHandler(handler)
     root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def _fast_norm_ends_with_its_test() -> Iterator[None]:
+    """Take back what --fast-norm sets for the whole process."""
+    before = is_fast_norm()
+    yield
+    set_fast_norm(before)
 
 
 @pytest.fixture(scope='session')

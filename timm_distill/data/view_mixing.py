@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
 
+from ..utils._compat import draw_mixing
 from ..utils.random import scramble
 
 _ROUNDS = 4
@@ -83,7 +84,7 @@ class ViewMixing:
         Returns:
             The mixed image and its target, [K].
         """
-        lam, use_cutmix = (values[0] for values in self.mixup._params_per_elem(1))
+        lam, use_cutmix = (values[0] for values in draw_mixing(self.mixup, 1))
         if lam == 1.:
             return image, self._mix_targets(target, target, 1.)
         box = None

@@ -1,12 +1,11 @@
 """Replayed modules: copies that give recorded outputs instead of computing, and the calls that they are recorded of."""
-import copy
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 
-from ..utils._compat import tree_leaves
+from ..utils._compat import copy_module, count_writes, tree_leaves
 
 _NO_HOOKS: Dict[str, Any] = {'_forward_hooks': {}, '_forward_pre_hooks': {}}
 
@@ -71,7 +70,7 @@ def trace_calls(model: nn.Module, run: Callable[[], Any]) -> Tuple[List[Call], A
 
     def _leave(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal clock
-        versions = tuple(leaf._version for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
+        versions = tuple(count_writes(leaf) for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
         begun[running.pop()][3:] = [clock, output, versions]
         clock += 1
 
@@ -103,26 +102,19 @@ def create_template(value: Any, other: Any) -> Any:
 
 def replace_modules(model: nn.Module, outputs: Dict[str, List[Any]]) -> Any:
     """Return a model of the same modules, except for those that give outputs without computing them."""
-    clones: Dict[str, nn.Module] = {'': _shallow_copy(model)}
+    clones: Dict[str, nn.Module] = {'': copy_module(model)}
 
     def _clone(name: str) -> nn.Module:
         if name not in clones:
             parent, _, child = name.rpartition('.')
-            clones[name] = _shallow_copy(model.get_submodule(name))
-            _clone(parent)._modules[child] = clones[name]
+            clones[name] = copy_module(model.get_submodule(name))
+            _clone(parent).register_module(child, clones[name])
         return clones[name]
 
     for name, given in outputs.items():
         module = _clone(name)
         module.__dict__.update(forward=_Replay(given, module.forward), **_NO_HOOKS)  # what did not run is not seen
     return clones['']
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    """Return a module with the same tensors and children, and a list of children of its own."""
-    clone = copy.copy(module)
-    clone.__dict__['_modules'] = dict(module._modules)
-    return clone
 
 
 class _Replay:

@@ -11,7 +11,7 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 import torch
 import torch.nn as nn
 
-from ..utils._compat import tree_flatten, tree_leaves, tree_unflatten
+from ..utils._compat import count_writes, tree_flatten, tree_leaves, tree_unflatten
 from .inputs import CANNOT_RUN, evaluation_mode, private_generator, random_images
 from .layouts import FeatureLayout
 from .replay import Call, TensorTemplate, create_template, replace_modules, trace_calls
@@ -25,6 +25,11 @@ _TRIES = 8  # places where the stage's map stands, outermost modules first
 
 
 @dataclass(frozen=True)
+class StageTensor:
+    """Leaf of a module's output that the stage's tensor takes the place of; modules give None, too."""
+
+
+@dataclass(frozen=True)
 class Tail:
     """Function of a stage's map that a model's last layers are.
 
@@ -35,7 +40,7 @@ class Tail:
         input_size: What the model is fed, (channels, height, width).
         name: The module that gives the stage's tensor.
         skipped: What the modules up to it give, by name: for each of a module's first calls its leaves and their
-            structure. The stage's own tensor is the leaf that is None.
+            structure. A StageTensor stands for the stage's own.
     """
     stage: Stage
     layout: FeatureLayout
@@ -67,7 +72,7 @@ class Tail:
     def _create(self, call: Tuple[Tuple[Any, ...], Any], x: torch.Tensor, prefix: Optional[torch.Tensor]) -> Any:
         leaves, structure = call
         created = [
-            self._put_back(x, prefix) if leaf is None
+            self._put_back(x, prefix) if isinstance(leaf, StageTensor)
             else leaf.create(x.shape[0], x) if isinstance(leaf, TensorTemplate) else leaf for leaf in leaves]
         return tree_unflatten(created, structure)
 
@@ -193,7 +198,7 @@ def _places(probe: _Probe) -> List[Tuple[int, int, FeatureLayout]]:
     found: Dict[int, Tuple[int, FeatureLayout]] = {}
     for index, call in enumerate(probe.calls):
         tensors = [leaf for leaf in tree_leaves(call.output) if isinstance(leaf, torch.Tensor)]
-        untouched = dict(zip(map(id, tensors), (t._version == v for t, v in zip(tensors, call.versions))))
+        untouched = dict(zip(map(id, tensors), (count_writes(t) == v for t, v in zip(tensors, call.versions))))
         for leaf, tensor in enumerate(tree_leaves(call.output)):
             layout = _layout_of(tensor, probe.map) if untouched.get(id(tensor)) else None
             if layout is not None:
@@ -249,7 +254,7 @@ def _skip(
         leaves, structure = tree_flatten(call.output)
         templates = [create_template(*pair) for pair in zip(leaves, tree_leaves(other.output), strict=True)]
         if is_place:
-            templates[leaf] = None
+            templates[leaf] = StageTensor()
         outputs.setdefault(call.name, []).append((tuple(templates), structure))
     return {name: tuple(given) for name, given in outputs.items()}
 

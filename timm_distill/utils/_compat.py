@@ -2,6 +2,7 @@
 
 Whatever a new version of either renames is mended here.
 """
+import copy
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import torch
@@ -18,10 +19,11 @@ from torch.utils._pytree import (  # arguments of operators are nested; the publ
 from torch.utils.data import DataLoader, Dataset
 
 __all__ = [
-    'BatchNormBase', 'TorchDispatchMode', 'add_class_to_shards', 'allow_retained_graphs', 'feature_take_indices',
-    'foreach_add_', 'foreach_copy_', 'foreach_div_', 'foreach_mul_', 'foreach_sub', 'get_grad_scaler',
-    'get_learning_rates', 'get_model_kwargs', 'has_started', 'ignore_in_ddp', 'list_non_persistent_buffers',
-    'masks_updates', 'replace_dataset', 'tree_flatten', 'tree_leaves', 'tree_unflatten', 'writes_to_arguments',
+    'BatchNormBase', 'TorchDispatchMode', 'add_class_to_shards', 'allow_retained_graphs', 'copy_module',
+    'count_writes', 'draw_mixing', 'feature_take_indices', 'foreach_add_', 'foreach_copy_', 'foreach_div_',
+    'foreach_mul_', 'foreach_sub', 'get_grad_scaler', 'get_learning_rates', 'get_model_kwargs', 'has_started',
+    'ignore_in_ddp', 'list_non_persistent_buffers', 'masks_updates', 'replace_dataset', 'tree_flatten',
+    'tree_leaves', 'tree_unflatten', 'writes_to_arguments',
 ]
 
 # One kernel for a list of tensors, as torch's own optimizers run them; torch has no public one.
@@ -62,6 +64,26 @@ def list_non_persistent_buffers(module: nn.Module) -> List[str]:
     Comparing names with the state dict would gather the weights of a sharded model, which takes all processes.
     """
     return sorted(module._non_persistent_buffers_set)
+
+
+def count_writes(tensor: torch.Tensor) -> int:
+    """Return how often a tensor's storage was written to: only autograd's counter tells a change in place."""
+    return tensor._version
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """Return a module with the same tensors and children, and a list of children of its own.
+
+    `copy.copy` shares the list, so that a child given to the copy would be the original's.
+    """
+    clone = copy.copy(module)
+    clone.__dict__['_modules'] = dict(module._modules)
+    return clone
+
+
+def draw_mixing(mixup: Any, size: int) -> Any:
+    """Return lambda and whether it is cutmix for each of some images, as timm's Mixup of mode 'elem' draws them."""
+    return mixup._params_per_elem(size)
 
 
 def has_started(loader: torch.utils.data.DataLoader) -> bool:
