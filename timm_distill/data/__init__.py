@@ -4,15 +4,8 @@ Takes the parsed arguments read-only and knows neither the parser nor models. On
 images (missing split, shifted labels, unreadable file) stop the run with one line that says what to change, where
 timm would go on with other data than the user meant.
 """
-from .datasets import (
-    class_names,
-    create_datasets,
-    create_eval_dataset,
-    find_missing_labels,
-    known_names,
-    label_names,
-    read_class_names,
-)
+from .classes import class_names, known_names, label_names
+from .datasets import create_datasets, create_eval_dataset, find_missing_labels, read_class_names
 from .fingerprint import class_indices, describe_changes, digest_fingerprint, fingerprint_dataset
 from .images import StrictImageDataset, user_message
 from .indexing import IndexedDataset, index_samples, read_labels

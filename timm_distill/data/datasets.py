@@ -11,8 +11,8 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
 
 from ..errors import UsageError
-from ..utils.text import printable
 from .class_map import read_class_map, report_class_map, settle_order
+from .classes import check_class_count, check_same_classes, class_to_idx, known_names
 from .decoding import ImageDecoder
 from .holdout import hold_out, read_fraction
 from .images import DecodedStream, StrictImageDataset, load_file
@@ -72,7 +72,8 @@ def create_datasets(
     dataset_eval = _create_eval_split(args, data_config)
     if dataset_eval is None:
         return dataset_train, None
-    _check_same_classes(args, dataset_train, dataset_eval)
+    if _is_folder_dataset(args.dataset):
+        check_same_classes(args, dataset_train, dataset_eval)
     if args.task == 'multilabel':
         set_multi_label_targets(args, dataset_eval, num_classes)
     return dataset_train, dataset_eval
@@ -151,7 +152,7 @@ def create_class_folders(args: Namespace, data_config: Dict[str, Any], folder: s
         raise UsageError(f"{flag} '{folder}' does not exist")
     own = Namespace(**{**vars(args), 'dataset': '', 'class_map': '', 'target_key': None, 'task': 'classification'})
     dataset = _create_split(own, data_config, flag, folder, is_training=False, folder=folder)
-    if '' in (_class_to_idx(dataset) or {}):
+    if '' in (class_to_idx(dataset) or {}):
         raise UsageError(f'{folder} holds images outside of class folders: move each into the folder of its class')
     return dataset
 
@@ -167,18 +168,13 @@ def create_splits(args: Namespace, data_config: Dict[str, Any], fit_split: str, 
         for flag, name in named[not has_fit:]]
 
 
-def class_indices_differ(dataset: Dataset, other: Dataset) -> bool:
-    """Whether two datasets of class folders number other classes."""
-    return _class_to_idx(dataset) != _class_to_idx(other)
-
-
 def _fit_targets(args: Namespace, dataset: Dataset, num_classes: int) -> None:
     if getattr(args, 'no_labels', False):
         return
     if args.task == 'multilabel':
         set_multi_label_targets(args, dataset, num_classes)
-    else:
-        _check_class_count(args, dataset, num_classes)
+    elif _is_folder_dataset(args.dataset):
+        check_class_count(args, dataset, num_classes)
 
 
 def _create_split(
@@ -342,79 +338,3 @@ def _no_split_folder(root: str, flag: str, split: str) -> UsageError:
     return UsageError(
         f"no folder for {flag} '{split}' in --data-dir '{root}' (looked for {', '.join(split_names(split))}): "
         f'pass {flag} with the name of its folder{hint}{labels}')
-
-
-def _class_to_idx(dataset: Dataset) -> Optional[Dict[str, int]]:
-    """Labels by class folder name, or by the name that a dataset has for a class; None where it has none."""
-    reader = getattr(dataset, 'reader', dataset)
-    # torchvision's ImageNet has several names for a class, and one WordNet id
-    names = ('wnid_to_idx', 'class_to_idx', 'class_name_to_idx')
-    return next((getattr(reader, name) for name in names if getattr(reader, name, None)), None)
-
-
-def class_names(dataset: Dataset, num_classes: int) -> List[str]:
-    """Return a name for every class, as it can be written: of its folder or of the dataset, else its index."""
-    return [name or str(index) for index, name in enumerate(known_names(dataset, num_classes))]
-
-
-def known_names(dataset: Dataset, num_classes: int) -> List[str]:
-    """Return the name of every class, as it can be written; '' for one that the dataset does not name."""
-    names = [''] * num_classes
-    for name, index in (_class_to_idx(_viewed(dataset)) or {}).items():
-        if 0 <= index < num_classes:
-            names[index] = printable(str(name))
-    return names
-
-
-def _viewed(dataset: Any) -> Any:
-    """Return the dataset that a view is of."""
-    while not hasattr(dataset, 'reader') and hasattr(dataset, 'dataset'):
-        dataset = dataset.dataset
-    return dataset
-
-
-def label_names(dataset: Dataset, num_classes: int) -> Optional[List[str]]:
-    """Return the name of every class in label order; None where the dataset does not name them all."""
-    classes = _class_to_idx(_viewed(dataset)) or {}
-    if set(classes.values()) != set(range(num_classes)):
-        return None
-    return class_names(dataset, num_classes)
-
-
-def _check_class_count(args: Namespace, dataset: Dataset, num_classes: int) -> None:
-    classes = _class_to_idx(dataset) if _is_folder_dataset(args.dataset) else None
-    if classes is None:
-        return
-    folder = cast(Any, dataset).reader.root
-    if args.class_map:
-        needed = max(classes.values()) + 1
-        if needed > num_classes:
-            raise UsageError(
-                f'--class-map {args.class_map} numbers {needed} classes, but the model has {num_classes}: '
-                f'pass --num-classes {needed}')
-    elif '' in classes:
-        raise UsageError(
-            f'{folder} holds images outside of class folders: move each into the folder of its class, or take all as '
-            'images without labels: --no-labels')
-    elif len(classes) < 2:
-        raise UsageError(
-            f'{folder} has only one class folder with images ({next(iter(classes))}), two are the least; for images '
-            'without labels: --no-labels')
-    elif len(classes) != num_classes:
-        raise UsageError(
-            f'{folder} has {len(classes)} class folders with images, but the model has {num_classes} '
-            f'classes: pass --num-classes {len(classes)}')
-
-
-def _check_same_classes(args: Namespace, dataset_train: Dataset, dataset_eval: Dataset) -> None:
-    """Labels are numbered per split: one folder more or less in either shifts all labels after it."""
-    train, val = _class_to_idx(dataset_train), _class_to_idx(dataset_eval)
-    if args.class_map or not _is_folder_dataset(args.dataset) or train is None or val is None or train == val:
-        return
-    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    parts = [
-        f'only in {split}: {", ".join(names[:5])}{", ..." if len(names) > 5 else ""}'
-        for split, names in ((args.train_split, only_train), (args.val_split, only_val)) if names]
-    raise UsageError(
-        f'the class folders of --train-split {args.train_split} and --val-split {args.val_split} differ '
-        f'({"; ".join(parts)}): make them equal, or give the labels with --class-map')

@@ -7,7 +7,8 @@ from typing import Any, Dict, List, Optional, Tuple
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UsageError
-from .datasets import class_indices_differ, create_class_folders, create_splits
+from .classes import class_indices_differ
+from .datasets import create_class_folders, create_splits
 from .fingerprint import sample_names
 from .holdout import choose_by_name, take_samples
 from .images import StrictImageDataset

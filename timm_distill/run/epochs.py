@@ -14,7 +14,8 @@ from ..engine.meters import NonFiniteLossError
 from ..engine.train import EpochHooks, LogSpec, UpdateSpec, train_one_epoch
 from ..errors import UsageError
 from .cached import begin_epoch, end_epoch
-from .recorder import MAX_BAD_UPDATES, Recorder
+from .divergence import MAX_BAD_UPDATES
+from .recorder import Recorder
 from .state import Run
 from .stopping import LoaderStalled, StopRequested, StopSignals
 from .validation import share_batch_norm, validate_student

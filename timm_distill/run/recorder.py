@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 
-from ..checkpoint.choice import belongs_to, find_newest, find_rollback
-from ..checkpoint.file import describe_space, read_checkpoint, why_unwritten, write_checkpoint, write_text
+from ..checkpoint.choice import belongs_to
+from ..checkpoint.file import describe_space, read_checkpoint, why_unwritten, write_text
 from ..checkpoint.lock import LOCK_NAME, FolderLock
 from ..checkpoint.rank_state import gather_rank_states, get_rank_state
 from ..checkpoint.resume import done_batches, resume_task
@@ -20,18 +19,15 @@ from ..checkpoint.run_files import remove_temporary
 from ..checkpoint.saver import DistillCheckpointSaver
 from ..engine.meters import NonFiniteLossError
 from ..errors import LostStateError, UsageError
-from ..export.release import export_hub, load_release, push_to_hub
-from ..models.external import is_external
 from ..report.trackers import Summary, start_trackers
+from .divergence import MAX_ROLLBACKS, choose_rollback, write_bad_batch
+from .ending import check_complete, check_student, rank_epochs, release_student, why_lost
 from .folder import check_has_epochs, create_folder
 from .state import Run, RunResult
 from .stopping import StopRequested, StopSignals
 from .validation import describe_metric, ranking_metric
 
 _logger = logging.getLogger(__name__)
-
-MAX_BAD_UPDATES = 10  # in a row, before --on-nan acts
-_MAX_ROLLBACKS = 3
 
 
 class Recorder:
@@ -287,13 +283,13 @@ class Recorder:
         """
         choice: List[Any] = ['', 0]
         if self.saver is not None:
-            choice = [self._choose_rollback(), self.saver.num_rollbacks]
+            choice = [choose_rollback(self.saver, self.result.output_dir), self.saver.num_rollbacks]
         if dist.is_initialized():
             dist.broadcast_object_list(choice)
         path, count = choice
         if not path:
             raise error
-        _logger.warning(f'{error} Rolling back to {path} ({count} of at most {_MAX_ROLLBACKS}).')
+        _logger.warning(f'{error} Rolling back to {path} ({count} of at most {MAX_ROLLBACKS}).')
         self._save_due, self._updates_since_rollback = True, -1  # this very update is counted, too
         lrs = [group['lr'] for group in self.run.optimizer.param_groups]
         resume_task(
@@ -301,30 +297,9 @@ class Recorder:
         for group, lr in zip(self.run.optimizer.param_groups, lrs):
             group['lr'] = lr
 
-    def _choose_rollback(self) -> str:
-        """Return the checkpoint to go back to and count the rollback; '' for none."""
-        assert self.saver is not None
-        if self.saver.num_rollbacks >= _MAX_ROLLBACKS:
-            return ''
-        found = find_rollback(self.result.output_dir, self.saver.rollback_origin, self.saver.rollback_end)
-        if found is None:
-            return ''
-        self.saver.note_rollback(*found)
-        return found[0]
-
     def save_bad_batch(self, error: NonFiniteLossError) -> str:
         """Write the batch of a divergence, where the loop had it at hand, for a replay; returns its path or ''."""
-        if error.batch is None or not self.result.output_dir:
-            return ''
-        path = self._path('bad-batch.pth')
-        input, target = error.batch
-        images = {name: part.cpu() for name, part in input.items()} if isinstance(input, dict) else input.cpu()
-        try:
-            write_checkpoint({'input': images, 'target': target.cpu(), 'reason': str(error)}, path)
-        except OSError as e:
-            _logger.error(f'The batch of the divergence could not be kept ({why_unwritten(e)}).')
-            return ''
-        return path
+        return write_bad_batch(error, self._path('bad-batch.pth')) if self.result.output_dir else ''
 
     def check_saved(self) -> None:
         """Find out whether the newest state of the run is on disk. All ranks call this together.
@@ -339,19 +314,7 @@ class Recorder:
             raise LostStateError(reasons[0])
 
     def _why_lost(self) -> str:
-        saver = self.saver
-        if saver is None:
-            return ''
-        reason = saver.unsaved
-        if not reason and saver.newest and not os.path.isfile(saver.newest):
-            reason = f'{saver.newest} was written and is gone'
-        if not reason:
-            return ''
-        newest = find_newest(self.result.output_dir) if os.path.isdir(self.result.output_dir) else None
-        rest = f'The newest state there is: {newest[0]}. {self._resume_flags()}.' if newest else 'Nothing is saved.'
-        return (
-            f'the newest state of the run is not on disk: {reason}. {saver.space()} {rest} Fewer files: '
-            '--checkpoint-hist, --recovery-interval; another place: --output.')
+        return '' if self.saver is None else why_lost(self.saver, self.result.output_dir, self._resume_flags())
 
     def how_to_resume(self) -> str:
         """Return what to tell the user of an interrupted run."""
@@ -388,66 +351,10 @@ class Recorder:
         if self.result.best_metric is not None:
             _logger.info(f'*** Best metric: {self.result.best_metric} (epoch {self.result.best_epoch})')
         if not self.result.stopped_by:
-            self._check_end()
-            self._release()
+            best_epoch = self.best_path if self.result.best_metric is not None else ''
+            check_student(self.saver, self.result.history, self.run.streak.length, best_epoch)
+            release_student(self.best_path, self.result.output_dir, self.run.args)
         if not self.result.stopped_by:
-            self._check_complete()
-        worst = math.inf if self.saver.decreasing else -math.inf
-        values = [({**x['train'], **x.get('validation', {})}[self.metric], x) for x in self.result.history]
-        ranked = sorted(
-            values, key=lambda v: v[0] if math.isfinite(v[0]) else worst, reverse=self.saver.decreasing)
-        self.result.history = [x for _, x in ranked]
+            check_complete(self.saver, self.summary, self._why_lost())
+        self.result.history = rank_epochs(self.result.history, self.metric, self.saver.decreasing)
         return self.result
-
-    def _check_end(self) -> None:
-        """Raise NonFiniteLossError if weights, losses or updates at the end of the run are not finite."""
-        assert self.saver is not None
-        newest = max(self.result.history, key=lambda x: x['epoch'], default=None)
-        loss = {**newest['train'], **newest.get('validation', {})}.get('loss', 0.) if newest else 0.
-        reason = '' if self.saver.finite else self.saver.diverged
-        if not reason and not math.isfinite(loss):
-            reason = f'the loss of its newest epoch is {loss}'
-        if not reason and self.run.streak.length >= MAX_BAD_UPDATES:
-            reason = f'its newest {self.run.streak.length} updates were not finite and were skipped'
-        if reason:
-            best = f' {self.best_path} is the best epoch before.' if self.result.best_metric is not None else ''
-            raise NonFiniteLossError(
-                f'The run ended with a student that is no good: {reason}. No hub folder was '
-                f'written.{best} A lower --lr or --clip-grad may help.')
-
-    def _check_complete(self) -> None:
-        """Raise LostStateError if the run ends without its last checkpoint or without a row of its summary."""
-        assert self.saver is not None
-        reason = self._why_lost()
-        if not reason and not os.path.isfile(self.saver.last_path):
-            reason = f'the run ended without {self.saver.last_path}. {self.saver.space()}'
-        if not reason and self.summary.unwritten:
-            self.summary.write()  # what was written since may have made room
-        if not reason and self.summary.unwritten:
-            reason = (
-                f'all epochs are trained and saved, but {self.summary.path} lacks the newest of them: '
-                f'{self.summary.unwritten}. {self.saver.space()}')
-        if reason:
-            raise LostStateError(reason)
-
-    def _release(self) -> None:
-        """Write the best student in the hub's format beside the checkpoints, and push it where that is asked for."""
-        if not self.best_path:
-            return
-        release = load_release(self.best_path, model_name=str(self.run.args.model))
-        try:
-            folder = export_hub(release, self._path('hub'))
-        except (OSError, SafetensorError) as e:
-            raise LostStateError(
-                f"all epochs are trained and saved, but {self._path('hub')} could not be written: {why_unwritten(e)}. "
-                f'{describe_space(self.result.output_dir)} To write it later: python -m timm_distill.export '
-                f'{self.best_path}') from e
-        if is_external(release.architecture):
-            _logger.info(f'The student: {folder}, not a model of timm; its README.md says how to load it.')
-        else:
-            _logger.info(f"The student: timm.create_model('local-dir:{folder}', pretrained=True)")
-        if self.run.args.push_to_hub:
-            _logger.info(f'Pushed to {push_to_hub(folder, self.run.args.push_to_hub)}')
-
-
-__all__ = ['MAX_BAD_UPDATES', 'Recorder']
