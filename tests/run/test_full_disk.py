@@ -10,6 +10,8 @@ from test_train_distill import TEACHER, run
 
 import timm_distill.checkpoint.file
 import timm_distill.checkpoint.saver
+import timm_distill.run.divergence
+import timm_distill.run.ending
 import timm_distill.run.recorder
 from timm_distill import UsageError
 from timm_distill.checkpoint.file import checkpoint_size, describe_space, write_checkpoint, write_text
@@ -78,14 +80,14 @@ def test_folder_that_takes_no_file_is_one_message_at_the_start_and_at_a_resume(d
 
 
 def test_hub_folder_without_room_names_the_command_that_writes_it_later(digits_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(timm_distill.run.recorder, 'export_hub', full)
+    monkeypatch.setattr(timm_distill.run.ending, 'export_hub', full)
     with pytest.raises(LostStateError, match=r'trained and saved, but .*hub.*timm_distill\.export'):
         run(digits_dir, tmp_path, *FLAGS)
     assert os.path.exists(tmp_path / 'run' / 'last.pth.tar')
 
 
 def test_divergence_is_told_though_its_batch_cannot_be_kept(digits_dir, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(timm_distill.run.recorder, 'write_checkpoint', full)
+    monkeypatch.setattr(timm_distill.run.divergence, 'write_checkpoint', full)
     with pytest.raises(NonFiniteLossError):
         run(digits_dir, tmp_path, *FLAGS, '--lr', '1e30', '--log-interval', 1, '--opt', 'sgd', '--grad-accum-steps', 1)
     assert 'could not be kept' in caplog.text
