@@ -2,22 +2,31 @@
 
     python benchmarks/teacher_table.py                       # writes the page; downloads no weights
     python benchmarks/teacher_table.py --time 12             # and measures throughput here, of the 12 cheapest
+    python benchmarks/teacher_table.py --train               # and lets each up to 100 M parameters teach one step
 
-Architectures are built without memory to count parameters, width and tokens. Throughput is that of random weights.
+Architectures are built without memory to count parameters and to find the shape of their features. Throughput and
+steps are those of random weights.
 """
 import argparse
 import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import timm
 import torch
 from timm.models import get_pretrained_cfg
+from tqdm import tqdm
+
+import timm_distill
+from timm_distill.features.inputs import CANNOT_RUN
+from timm_distill.features.stages import last_stage_feature, resolve_feature_layout
 
 PAGE = Path(__file__).resolve().parent.parent / 'docs' / 'teacher_weights.md'
 _LARGEST = 700.  # million parameters
+_TAUGHT = 100.
+_SIZES = ((96, 96), (112, 112), (128, 128))  # tried before that of the weights, which costs more
 # What the weights were trained to, by a part of timm's tag or name; a class head has none of these.
 _FAMILIES = (
     ('EUPE', ('.eupe',)), ('DINOv3', ('dinov3',)), ('DINOv2', ('dinov2', 'lvd142m')), ('DINO', ('.dino',)),
@@ -90,19 +99,14 @@ def describe(name: str) -> Optional[Row]:
         params = sum(p.numel() for p in model.parameters()) / 1e6
         if params > _LARGEST:
             return None
-    size = tuple(config.input_size[1:])
-    embed = getattr(model, 'patch_embed', None) or getattr(model, 'embeds', None)
-    patch = getattr(embed, 'patch_size', None)
-    if patch is not None:
-        side = patch if isinstance(patch, (tuple, list)) else (patch, patch)
-        prefix = getattr(model, 'num_prefix_tokens', 0)
-        tokens = f'{size[0] // side[0]} x {size[1] // side[1]}' + (f' + {prefix}' if prefix else '')
-    else:
-        reduction = model.feature_info[-1]['reduction'] if getattr(model, 'feature_info', None) else 32
-        tokens = f'{size[0] // reduction} x {size[1] // reduction} map'
+        size = tuple(config.input_size[1:])
+        layout = resolve_feature_layout(model, (3, *size))
+        feature = last_stage_feature(model.forward_features(torch.empty(1, 3, *size)), model)
+        width, *grid = layout.to_map(layout.to_positions(feature)).shape[1:]
+    prefix = f' + {layout.num_prefix_tokens}' if layout.num_prefix_tokens else '' if layout.has_tokens else ' map'
     return Row(
         name, family_of(name), licence_class(config.license), params,
-        getattr(model, 'head_hidden_size', None) or model.num_features, tokens, size)  # type: ignore[arg-type]
+        getattr(model, 'head_hidden_size', None) or width, ' x '.join(map(str, grid)) + prefix, size)
 
 
 @torch.no_grad()
@@ -120,7 +124,38 @@ def measure(row: Row, batch: int = 2, repeats: int = 3) -> float:
     return batch / min(times)
 
 
-def table(rows: Sequence[Row], speeds: Dict[str, float]) -> Iterator[str]:
+def teach(name: str) -> str:
+    """Let an architecture teach a student without a classifier one step; return why it cannot, '' where it can."""
+    try:
+        model = timm.create_model(name, pretrained=False, num_classes=0).eval()
+        size = next(size for size in (*_SIZES, own_size(name)) if size == own_size(name) or runs(model, size))
+        task = timm_distill.create_distill_task(
+            'test_resnet', model, kd='norm', num_classes=0, has_labels=False, input_size=(3, *size), verbose=False)
+        result = task(torch.randn(2, 3, *size), torch.zeros(2, dtype=torch.int64))
+        result['loss'].backward()
+        reason = '' if result['loss'].isfinite() else f'loss {float(result["loss"])}'
+    except Exception as e:  # whatever it is stands on the page
+        reason = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'
+    return reason
+
+
+def own_size(name: str) -> Tuple[int, int]:
+    """Return height and width of the input of an architecture's weights."""
+    _, height, width = get_pretrained_cfg(name).input_size
+    return height, width
+
+
+@torch.no_grad()
+def runs(model: torch.nn.Module, size: Tuple[int, int]) -> bool:
+    """Whether a model takes images of a size."""
+    try:
+        model(torch.randn(1, 3, *size))
+    except CANNOT_RUN:
+        return False
+    return True
+
+
+def table(rows: Sequence[Row], speeds: Dict[str, float], taught: Mapping[str, str]) -> Iterator[str]:
     """Yield the lines of the page."""
     yield '# Teachers without labels'
     yield ''
@@ -135,6 +170,12 @@ def table(rows: Sequence[Row], speeds: Dict[str, float]) -> Iterator[str]:
             f'- **Images/s**: frozen, at that input, on one thread of this CPU ({platform.machine()}, torch '
             f'{torch.__version__.split("+")[0]}), of the cheapest only; the')
         yield '  machine was shared, so that only the order of the figures says much.'
+    if taught:
+        failed = {name: reason for name, reason in taught.items() if reason}
+        yield (
+            f'- Each of the {len(taught)} architectures up to {_TAUGHT:.0f} M parameters below has taught a student '
+            f'without a classifier one step of NORM, with random weights; {len(failed) or "none"} failed.')
+        yield from (f'    - `{name}`: {reason}' for name, reason in failed.items())
     yield ''
     speed = ' Images/s |' if speeds else ''
     yield f'| weights | family | licence | params, M | width | tokens | input |{speed}'
@@ -149,6 +190,7 @@ def table(rows: Sequence[Row], speeds: Dict[str, float]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--time', type=int, default=0, metavar='N', help='measure the throughput of the N cheapest')
+    parser.add_argument('--train', action='store_true', help=f'let all up to {_TAUGHT:.0f} M parameters teach a step')
     parser.add_argument('--output', type=Path, default=PAGE, metavar='FILE', help='page to write')
     args = parser.parse_args()
     rows = [row for row in map(describe, list_weights()) if row is not None]
@@ -156,8 +198,10 @@ def main() -> None:
     rows.sort(key=lambda row: (families.index(row.family), row.params, row.input_size, row.name))
     cheapest = sorted(rows, key=lambda row: row.params * row.input_size[0] * row.input_size[1])[:args.time]
     speeds = {row.name: measure(row) for row in cheapest}
-    args.output.write_text('\n'.join(table(rows, speeds)) + '\n', encoding='utf-8')
-    print(f'{len(rows)} weights, {len(speeds)} measured: {args.output}')
+    small = dict.fromkeys(row.name.partition('.')[0] for row in rows if row.params <= _TAUGHT)
+    taught = {name: teach(name) for name in tqdm(small)} if args.train else {}
+    args.output.write_text('\n'.join(table(rows, speeds, taught)) + '\n', encoding='utf-8')
+    print(f'{len(rows)} weights, {len(speeds)} measured, {len(taught)} taught: {args.output}')
 
 
 if __name__ == '__main__':

@@ -66,7 +66,7 @@ class TTM(LogitMethod):
 
 
 @register_method('wttm')
-class WTTM(LogitMethod):
+class WTTM(TTM):
     """Transformed teacher matching in which samples that the teacher is uncertain of weigh more.
 
     Args:
@@ -77,8 +77,7 @@ class WTTM(LogitMethod):
     weight_source = "the authors' code for CIFAR-100, beside CRD"
 
     def __init__(self, power: Power = 0.2):
-        super().__init__()
-        self.power = float(power)
+        super().__init__(power)
 
     def sample_losses(
             self,
