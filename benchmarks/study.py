@@ -23,13 +23,14 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 import torch
-from study_plan import REPO_DIR, Plan, Run, check_data, read_plan
+from study_data import check_data, link_part
+from study_measure import measure_student, probe_student
+from study_parts import REPO_DIR, Plan, Run
+from study_plan import read_plan
 from study_rows import Results, commit_id
 from turns import take_turns
 
 from timm_distill import UsageError, __version__
-from timm_distill.export.release import load_release
-from timm_distill.report.predictions import calibrate, collect_predictions
 
 _GROUP = 6  # scripts that are timed in turns at once; stopped ones keep their memory
 _TURNS, _UPDATES = 3, 4  # of each script, and training steps in one
@@ -63,8 +64,9 @@ class Study:
         print(f'{self.plan.name}: {len(self.plan.runs()) - len(todo)} of {len(self.plan.runs())} runs are done.')
         for name in self.plan.teachers_of(todo):
             self._train_teacher(name)
-        with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self._run_one, todo))
+        for depth in sorted({self.plan.depth(run.setting) for run in todo}):
+            with ThreadPoolExecutor(self.jobs) as pool:
+                list(pool.map(self._run_one, (run for run in todo if self.plan.depth(run.setting) == depth)))
         for name in self.failed:
             print(f'failed: {name}, see {os.path.join(self.output, name + ".log")}', file=sys.stderr)
         return 1 if self.failed else 75 if self._stopping.is_set() else 0
@@ -96,9 +98,20 @@ class Study:
     def _run_one(self, run: Run) -> None:
         if self._stopping.is_set() or run.teacher and not self._has_teacher(run.teacher):
             return
+        if run.start and not self._can_start(run):
+            return
+        if run.labels != 1:
+            link_part(self.plan.data_dir, run.labels, run.seed, run.data_dir(self.output))
         seconds = self._start(run.name, run.command(self.output))
         if seconds is not None:
             self.results.add(self._measure(run, seconds))
+
+    def _can_start(self, run: Run) -> bool:
+        """Whether the student that a run starts from is there."""
+        if os.path.exists(os.path.join(self.output, run.start_name, 'hub', 'model.safetensors')):
+            return True
+        print(f'{run.name}: {run.start_name}, from which it starts, has not been run', file=sys.stderr)
+        return False
 
     def _start(self, name: str, command: Sequence[str]) -> Optional[float]:
         """Run a script to its end; return its seconds, those of earlier starts included, None where it has none."""
@@ -127,25 +140,33 @@ class Study:
     def _measure(self, run: Run, seconds: float) -> Dict[str, Any]:
         folder = os.path.join(self.output, run.name)
         rows = self.results.read_summary(os.path.join(folder, 'summary.csv'))
-        curve = [float(row['eval_top1']) for row in rows]
-        top1, error = measure_student(os.path.join(folder, 'last.pth.tar'), self.plan.data_dir)
-        if abs(top1 - curve[-1]) > 0.06:
-            print(f'{run.name}: the released student has {top1:.2f}, its log says {curve[-1]:.2f}', file=sys.stderr)
+        metric = 'eval_top1' if run.classifies else 'eval_knn'
+        curve = [float(row[metric]) for row in rows if row.get(metric)]
+        checkpoint = os.path.join(folder, 'last.pth.tar')
+        top1 = error = None
+        if run.classifies:
+            top1, error = measure_student(checkpoint, self.plan.data_dir)
+            if abs(top1 - curve[-1]) > 0.06:
+                print(f'{run.name}: the student has {top1:.2f}, its log says {curve[-1]:.2f}', file=sys.stderr)
+        probes = {}
+        if self.plan.probe or not run.classifies:
+            probes = probe_student(run.model, checkpoint, self.plan.data_dir, os.path.join(folder, 'probes.json'))
         return {
             'student': run.student,
             'setting': run.setting,
             'seed': run.seed,
-            'top1': f'{top1:.3f}',
-            'best_top1': f'{max(curve):.3f}',
-            'calibration_error': f'{error:.4f}',
+            'top1': '' if top1 is None else f'{top1:.3f}',
+            'best_top1': '' if top1 is None else f'{max(curve):.3f}',
+            'calibration_error': '' if error is None else f'{error:.4f}',
             'seconds': f'{seconds:.0f}',
-            'epochs': len(curve),
+            'epochs': len(rows),
             'curve': ' '.join(f'{value:.2f}' for value in curve),
             'torch': torch.__version__,
             'timm': timm.__version__,
             'timm_distill': __version__,
             'commit': commit_id(),
             'command': run.spelled(self.output),
+            **{name: f'{float(probes[name]):.3f}' if name in probes else '' for name in ('knn', 'linear_probe')},
         }
 
     def estimate(self) -> Dict[str, Dict[str, float]]:
@@ -202,29 +223,6 @@ def without(command: Sequence[str], *flags: str) -> List[str]:
     """Return a command without some flags that take one value."""
     kept = [i for i, part in enumerate(command) if part not in flags and (i == 0 or command[i - 1] not in flags)]
     return [command[i] for i in kept]
-
-
-def measure_student(checkpoint: str, data_dir: str) -> 'tuple[float, float]':
-    """Return top-1 in percent and expected calibration error of the student in a checkpoint."""
-    release = load_release(checkpoint)
-    config = release.data_config
-    loader = timm.data.create_loader(
-        timm.data.create_dataset('', data_dir, split='validation'),
-        input_size=config['input_size'],
-        batch_size=128,
-        is_training=False,
-        use_prefetcher=False,
-        interpolation=config['interpolation'],
-        mean=config['mean'],
-        std=config['std'],
-        crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'],
-        num_workers=0,
-        persistent_workers=False,
-        device=torch.device('cpu'),
-    )
-    predictions = collect_predictions(release.model, loader, torch.device('cpu'))
-    return predictions.top1, calibrate(predictions).error
 
 
 def create_parser() -> argparse.ArgumentParser:

@@ -1,202 +1,22 @@
 """Plan of a study: data, teachers, students, settings, seeds and flags, checked before anything runs."""
 import os
-import shlex
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Sequence
 
 import timm
 import yaml
+from study_parts import Plan, Setting, Student, Teacher
 
 from timm_distill import UsageError
 from timm_distill.args import check_train_args, create_train_parser, parse_args
 from timm_distill.methods._composition import Recipe, create_composition
 
-REPO_DIR = str(Path(__file__).resolve().parent.parent)
-_SCRIPT = 'train_distill.py'
 _KEYS = {
-    'plan': {'about', 'data', 'flags', 'teachers', 'students', 'seeds', 'settings', 'baselines'},
+    'plan': {'about', 'data', 'flags', 'teachers', 'students', 'seeds', 'settings', 'baselines', 'probe'},
     'data': {'about', 'dir', 'classes', 'train', 'validation'},
     'teacher': {'about', 'model', 'checkpoint', 'flags', 'run_flags'},
     'student': {'about', 'model', 'flags'},
-    'setting': {'about', 'teacher', 'flags', 'students', 'seeds'},
+    'setting': {'about', 'teacher', 'flags', 'students', 'seeds', 'start', 'labels'},
 }
-
-
-def to_flags(flags: Mapping[str, Any]) -> List[str]:
-    """Spell flags as a command line: a list is several values, True a flag without a value, None and False none."""
-    parts: List[str] = []
-    for name, value in flags.items():
-        if value is None or value is False:
-            continue
-        parts.append(f'--{name}')
-        if isinstance(value, (list, tuple)):
-            parts += [str(item) for item in value]
-        elif value is not True:
-            parts.append(str(value))
-    return parts
-
-
-@dataclass
-class Teacher:
-    """Teacher of a plan: weights that are given, or a run that comes first.
-
-    Attributes:
-        name: Its name in the plan.
-        model: timm architecture.
-        checkpoint: Its weights; written by `command` where it is trained.
-        flags: Flags of its training, None for weights that are given.
-        run_flags: Flags of the runs that it teaches.
-    """
-    name: str
-    model: str
-    checkpoint: str
-    flags: Optional[Dict[str, Any]] = None
-    run_flags: Dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def trained(self) -> bool:
-        """Whether the study trains it."""
-        return self.flags is not None
-
-    def command(self, output: str) -> List[str]:
-        """Return script and flags of its training."""
-        return [
-            _SCRIPT, '--model', self.model, *to_flags(self.flags or {}), '--output', output,
-            '--experiment', f'teacher-{self.name}', '--resume', 'auto', '--recovery-interval', '50', '--no-report']
-
-
-@dataclass
-class Student:
-    """Student of a plan.
-
-    Attributes:
-        model: timm architecture.
-        flags: Flags of its runs, such as model-kwargs.
-    """
-    model: str
-    flags: Dict[str, Any]
-
-
-@dataclass
-class Setting:
-    """Setting of a plan.
-
-    Attributes:
-        teacher: Name of its teacher, '' for the student alone.
-        flags: Its own flags, over those of the plan.
-        students: Students that are trained in it.
-        seeds: Seeds that it is run with.
-    """
-    teacher: str
-    flags: Dict[str, Any]
-    students: List[str]
-    seeds: List[int]
-
-
-@dataclass
-class Run:
-    """One student in one setting with one seed."""
-    student: str
-    setting: str
-    seed: int
-    teacher: str
-    model: str
-    flags: Dict[str, Any]
-    teacher_flags: Dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return f'{self.student}-{self.setting}-{self.seed}'
-
-    @property
-    def epochs(self) -> int:
-        return int(self.flags['epochs'])
-
-    @property
-    def batch_size(self) -> int:
-        return int(self.flags['batch-size'])
-
-    def command(self, output: str, pretend_teacher: bool = False) -> List[str]:
-        """Return script and flags.
-
-        Args:
-            output: Folder of the study's runs.
-            pretend_teacher: Take a teacher without weights, to time steps before it is trained.
-        """
-        teacher = dict(self.teacher_flags)
-        if pretend_teacher:
-            teacher.update({'teacher-checkpoint': None, 'no-teacher-pretrained': True})
-        return [
-            _SCRIPT, '--student', self.model, *to_flags(teacher), *to_flags(self.flags), '--seed', str(self.seed),
-            '--output', output, '--experiment', self.name, '--resume', 'auto', '--recovery-interval', '50',
-            '--no-report']
-
-    def spelled(self, output: str) -> str:
-        """Return the command as one types it."""
-        return shlex.join(['python', *self.command(output)])
-
-
-@dataclass
-class Plan:
-    """A study.
-
-    Attributes:
-        name: Name of the file.
-        about: What it is for.
-        data_dir: Class folders, train and validation.
-        data_about: Where the data comes from.
-        classes: Class folders in it.
-        train_images: Images of the training set.
-        validation_images: Likewise.
-        teachers: By name.
-        students: By name.
-        seeds: Seeds that settings run with.
-        settings: By name.
-        baselines: Settings that the others are compared with, seed by seed.
-    """
-    name: str
-    about: str
-    data_dir: str
-    data_about: str
-    classes: int
-    train_images: int
-    validation_images: int
-    teachers: Dict[str, Teacher]
-    students: Dict[str, Student]
-    seeds: List[int]
-    settings: Dict[str, Setting]
-    baselines: List[str]
-    flags: Dict[str, Any]
-    _keep: Callable[[Run], bool] = lambda run: True
-
-    def keep(self, wanted: Callable[[Run], bool]) -> None:
-        """Leave out the runs that are not wanted."""
-        self._keep = wanted  # type: ignore[method-assign]
-
-    def run(self, student: str, setting: str, seed: int) -> Run:
-        """Return one run."""
-        of_setting = self.settings[setting]
-        teacher = self.teachers.get(of_setting.teacher)
-        of_student = self.students[student]
-        teacher_flags = {} if teacher is None else {
-            'teacher': teacher.model, 'teacher-checkpoint': teacher.checkpoint, **teacher.run_flags}
-        flags = {
-            'data-dir': self.data_dir, 'num-classes': self.classes, **self.flags, **of_student.flags,
-            **of_setting.flags}
-        return Run(student, setting, seed, of_setting.teacher, of_student.model, flags, teacher_flags)
-
-    def runs(self) -> List[Run]:
-        """Return the runs, all settings with the first seed first."""
-        seeds = list(dict.fromkeys(seed for setting in self.settings.values() for seed in setting.seeds))
-        runs = [
-            self.run(student, name, seed) for seed in seeds for student in self.students
-            for name, setting in self.settings.items() if seed in setting.seeds and student in setting.students]
-        return [run for run in runs if self._keep(run)]
-
-    def teachers_of(self, runs: Sequence[Run]) -> List[str]:
-        """Return the names of the teachers that some runs need."""
-        return list(dict.fromkeys(run.teacher for run in runs if run.teacher))
 
 
 def read_plan(path: str, data_root: str = 'data', output: str = 'output/study') -> Plan:
@@ -228,7 +48,8 @@ def read_plan(path: str, data_root: str = 'data', output: str = 'output/study') 
     plan = Plan(
         name, str(content.get('about', '')).strip(), data_dir, str(data.get('about', '')).strip(),
         int(data['classes']), int(data['train']), int(data['validation']), {},
-        _read_students(content['students'], path), seeds, {}, list(content.get('baselines') or ['alone']), dict(flags))
+        _read_students(content['students'], path), seeds, {}, list(content.get('baselines') or ['alone']), dict(flags),
+        bool(content.get('probe')))
     common = {'data-dir': data_dir, 'num-classes': plan.classes, **flags}
     for key, value in (content.get('teachers') or {}).items():
         plan.teachers[key] = _read_teacher(key, value, common, data_root, os.path.join(output, name), path)
@@ -298,7 +119,19 @@ def _read_setting(name: str, content: Any, plan: Plan, path: str) -> Setting:
     unknown = [student for student in students if student not in plan.students]
     if unknown:
         raise UsageError(f'{path}: the setting {name} has the unknown student {unknown[0]!r}.')
-    return Setting(teacher, dict(content.get('flags') or {}), students, _seeds(content.get('seeds', plan.seeds), path))
+    start, labels = str(content.get('start') or ''), content.get('labels', 1.)
+    if start and start not in plan.settings:
+        raise UsageError(
+            f'{path}: the setting {name} starts from {start!r}, which must be a setting above it; '
+            f'there are: {", ".join(plan.settings) or "none"}.')
+    if isinstance(labels, bool) or not isinstance(labels, (int, float)) or not 0 < labels <= 1:
+        raise UsageError(f'{path}: the setting {name} has labels: {labels!r}: a share above 0, at most 1.')
+    seeds = _seeds(content.get('seeds', plan.seeds), path)
+    if start:
+        first = plan.settings[start]
+        students = [student for student in students if student in first.students]
+        seeds = [seed for seed in seeds if seed in first.seeds]
+    return Setting(teacher, dict(content.get('flags') or {}), students, seeds, start, float(labels))
 
 
 def _check_plan(plan: Plan, path: str, output: str) -> None:
@@ -314,7 +147,7 @@ def _check_plan(plan: Plan, path: str, output: str) -> None:
             raise UsageError(f'{path}: flags need {key}.')
     commands = {f'teacher {t.name}': t.command(output) for t in plan.teachers.values() if t.trained}
     for name, setting in plan.settings.items():
-        if not setting.students:
+        if not (setting.students and setting.seeds):
             continue
         commands[f'setting {name}'] = plan.run(setting.students[0], name, setting.seeds[0]).command(output)
     for what, command in commands.items():
@@ -334,29 +167,3 @@ def _check_command(command: Sequence[str], what: str) -> None:
         create_composition(Recipe(args.kd, args.kd_weight, args.kd_kwargs, args.kd_schedule, num_epochs=args.epochs))
     except UsageError as e:
         raise e if str(e).startswith(what) else UsageError(f'{what}: {e}') from e
-
-
-def check_data(plan: Plan) -> None:
-    """Compare the folders with what the plan says of them.
-
-    Raises:
-        UsageError: If data or given weights are missing, or other data is there.
-    """
-    hint = f' {plan.data_about}' if plan.data_about else ''
-    for split, expected in (('train', plan.train_images), ('validation', plan.validation_images)):
-        folder = os.path.join(plan.data_dir, split)
-        if not os.path.isdir(folder):
-            raise UsageError(f'The data of {plan.name} is not in {folder} (--data-root).{hint}')
-        classes = [entry.path for entry in os.scandir(folder) if entry.is_dir()]
-        if len(classes) != plan.classes:
-            raise UsageError(f'{folder} has {len(classes)} class folders, the plan says {plan.classes}.{hint}')
-        images = sum(len(files) for path in classes for _, _, files in os.walk(path))
-        if images != expected:
-            raise UsageError(f'{folder} has {images} files, the plan says {expected}.{hint}')
-    wanted = [teacher.checkpoint for teacher in plan.teachers.values() if not teacher.trained]
-    wanted += [
-        str(teacher.flags['pretrained-path']) for teacher in plan.teachers.values()
-        if teacher.flags and teacher.flags.get('pretrained-path')]
-    missing = [file for file in wanted if not os.path.isfile(file)]
-    if missing:
-        raise UsageError(f'The weights {missing[0]} are missing: benchmarks/pretrained.py writes them (--data-root).')

@@ -5,13 +5,14 @@ import subprocess
 import threading
 from typing import Any, Dict, List, Sequence, Tuple
 
-from study_plan import REPO_DIR, Run
+from study_parts import REPO_DIR, Run
 
 from timm_distill import UsageError
 
 COLUMNS = (
     'student', 'setting', 'seed', 'top1', 'best_top1', 'calibration_error', 'seconds', 'epochs', 'curve', 'torch',
-    'timm', 'timm_distill', 'commit', 'command')
+    'timm', 'timm_distill', 'commit', 'command', 'knn', 'linear_probe')
+_LATER = ('knn', 'linear_probe')  # older files lack them
 TEACHER_COLUMNS = ('teacher', 'model', 'top1', 'calibration_error', 'command')
 COST_COLUMNS = ('student', 'setting', 'seconds_per_step', 'ratio_to_alone')
 
@@ -82,7 +83,10 @@ def _read(path: str, columns: Sequence[str]) -> List[Dict[str, str]]:
     with open(path, newline='', encoding='utf-8') as f:
         reader = csv.DictReader(f)
         rows = list(reader)
-    if rows and tuple(reader.fieldnames or ()) != tuple(columns):
+    names = tuple(reader.fieldnames or ())
+    if rows and names == tuple(column for column in columns if column not in _LATER):
+        return [{**row, **{column: '' for column in columns if column in _LATER}} for row in rows]
+    if rows and names != tuple(columns):
         raise UsageError(f'{path} has other columns than a study writes: {", ".join(reader.fieldnames or ())}.')
     return rows
 

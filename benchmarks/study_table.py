@@ -10,10 +10,13 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from matplotlib.figure import Figure
 from scipy import stats
-from study_plan import Plan, read_plan
+from study_parts import Plan
+from study_plan import read_plan
 from study_rows import Results
 
 Values = Dict[str, float]  # by seed
+_METRICS = ('top1', 'knn', 'linear_probe')
+_METRIC_NAMES = {'knn': 'k-NN', 'linear_probe': 'linear probe'}
 
 
 def write_results(plan_path: str, results_path: str, docs: str) -> List[str]:
@@ -35,7 +38,7 @@ def write_results(plan_path: str, results_path: str, docs: str) -> List[str]:
     for path in sorted(paths, key=os.path.basename):
         plan, results = read_plan(path), Results(paths[path])
         figure = os.path.join(docs, f'results-{plan.name}.png')
-        if results.rows:
+        if any(row['top1'] for row in results.rows):
             draw(plan, results).savefig(figure, dpi=100)
             written.append(figure)
         sections.append(describe(plan, results))
@@ -49,7 +52,8 @@ _HEAD = '''# Results
 
 Written by `python benchmarks/study.py benchmarks/plans/PLAN.yaml --table` from the rows in `benchmarks/results/`,
 each of which holds the command of its run. Top-1 and calibration error are those of the weights after the last epoch,
-on the validation images; nothing was chosen on them. *against X* is the mean difference to X with the same seed, in
+on the validation images; nothing was chosen on them. *k-NN* and *linear probe* are the top-1 of frozen features, learnt
+from all training images with their labels. *against X* is the mean difference to X with the same seed, in
 points, with Student's 95 % interval over the seeds: where that holds 0, these seeds do not show a difference. *step* is
 the time of a training step over that of the student alone, measured in turns.
 '''
@@ -59,7 +63,7 @@ def values_of(results: Results, student: str, setting: str, column: str = 'top1'
     """Return a column by seed."""
     return {
         row['seed']: float(row[column]) for row in results.rows
-        if (row['student'], row['setting']) == (student, setting)}
+        if (row['student'], row['setting']) == (student, setting) and row[column]}
 
 
 def paired_difference(values: Values, baseline: Values) -> Optional[Tuple[float, float]]:
@@ -88,6 +92,7 @@ def describe(plan: Plan, results: Results) -> str:
         lines.append(f'Teacher {row["teacher"]} ({row["model"]}, {plan.classes} classes): {top1}.\n')
     if results.rows:
         lines.append(f'{"/".join(epochs)} epochs; {"; ".join(versions)}.\n')
+    if any(row['top1'] for row in results.rows):
         lines.append(f'![accuracy against {plan.baselines[0]}](results-{plan.name}.png)\n')
     for student in plan.students:
         lines += _table(plan, results, student)
@@ -95,26 +100,32 @@ def describe(plan: Plan, results: Results) -> str:
 
 
 def _table(plan: Plan, results: Results, student: str) -> List[str]:
-    names = [name for name in plan.settings if values_of(results, student, name)]
+    names = [name for name in plan.settings if any(values_of(results, student, name, x) for x in _METRICS)]
     if not names:
         return []
+    probes = [x for x in _METRICS[1:] if any(values_of(results, student, name, x) for name in names)]
     costs = {row['setting']: row['ratio_to_alone'] for row in results.costs if row['student'] == student}
     baselines = [name for name in plan.baselines if name in names]
-    head = ['setting', 'seeds', 'top-1', *(f'against {name}' for name in baselines), 'calibration error', 'step']
+    head = [
+        'setting', 'seeds', 'top-1', *(f'against {name}' for name in baselines), 'calibration error',
+        *(_METRIC_NAMES[x] for x in probes), 'step']
     lines = [f'### {student}\n', '| ' + ' | '.join(head) + ' |', '|' + '---|' * len(head)]
     for name in names:
-        top1 = values_of(results, student, name)
-        errors = values_of(results, student, name, 'calibration_error')
-        wanted = len(plan.settings[name].seeds)
-        seeds = str(wanted) if len(top1) == wanted else f'{len(top1)} of {wanted}'
-        differences = [_difference(top1, values_of(results, student, other), name == other) for other in baselines]
+        columns = {x: values_of(results, student, name, x) for x in (*_METRICS, 'calibration_error')}
+        wanted, made = len(plan.settings[name].seeds), max(map(len, columns.values()))
+        seeds = str(wanted) if made == wanted else f'{made} of {wanted}'
+        differences = [
+            _difference(columns['top1'], values_of(results, student, other), name == other) for other in baselines]
+        errors = columns['calibration_error'].values()
         lines.append('| ' + ' | '.join([
-            name, seeds, _mean(top1), *differences, f'{statistics.fmean(errors.values()):.3f}',
-            costs.get(name, '')]) + ' |')
+            name, seeds, _mean(columns['top1']), *differences, f'{statistics.fmean(errors):.3f}' if errors else '',
+            *(_mean(columns[x]) for x in probes), costs.get(name, '')]) + ' |')
     return [*lines, '']
 
 
 def _mean(values: Values) -> str:
+    if not values:
+        return ''
     mean = f'{statistics.fmean(values.values()):.2f}'
     return mean if len(values) == 1 else f'{mean} ± {statistics.stdev(values.values()):.2f}'
 

@@ -15,6 +15,7 @@ from kill_runs import ScriptProcess
 BENCHMARKS = Path(__file__).resolve().parent.parent / 'benchmarks'
 sys.path.append(str(BENCHMARKS))
 
+import study_data  # noqa: E402
 import study_plan  # noqa: E402
 import study_rows  # noqa: E402
 import study_table  # noqa: E402
@@ -37,7 +38,7 @@ TINY: Dict[str, Any] = {
 
 def write_plan(folder: Path, **changes: Any) -> Path:
     path = folder / 'tiny.yaml'
-    path.write_text(yaml.safe_dump({**TINY, **changes}))
+    path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
     return path
 
 
@@ -55,6 +56,33 @@ def test_plan_becomes_runs_of_every_setting_student_and_seed(tmp_path: Path) -> 
     command = plan.runs()[1].command('out')
     assert command[command.index('--teacher') + 1] == 'test_resnet'
     assert command[command.index('--seed') + 1] == '0'
+
+
+def test_setting_that_starts_from_another_takes_its_student_of_the_same_seed(tmp_path: Path) -> None:
+    settings = {
+        **TINY['settings'],
+        'fine': {'start': 'norm', 'labels': 0.1, 'flags': {'lr': 1e-3}},
+        'finer': {'start': 'fine'},
+    }
+    plan = study_plan.read_plan(str(write_plan(tmp_path, settings=settings)))
+    assert [run.name for run in plan.runs() if run.start] == ['test_efficientnet-fine-0', 'test_efficientnet-finer-0']
+    command = plan.run('test_efficientnet', 'fine', 0).command('out')
+    assert command[command.index('--pretrained-path') + 1] == 'out/test_efficientnet-norm-0/hub/model.safetensors'
+    assert command[command.index('--data-dir') + 1] == 'out/labels-0.1-0' and '--pretrained' in command
+    assert [plan.depth(name) for name in settings] == [0, 0, 1, 2]
+
+
+def test_part_of_the_labels_is_drawn_class_by_class_and_the_same_every_time(digits_dir: Path, tmp_path: Path) -> None:
+    for name, seed in (('a', 0), ('b', 0), ('c', 1)):
+        study_data.link_part(str(digits_dir), 0.1, seed, str(tmp_path / name))
+    drawn = {
+        name: sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name / 'train').rglob('*.png'))
+        for name in 'abc'}
+    assert drawn['a'] == drawn['b'] != drawn['c']
+    for folder in (digits_dir / 'train').iterdir():
+        count = sum(path.parent.name == folder.name for path in drawn['a'])
+        assert count == max(1, round(0.1 * len(list(folder.iterdir()))))
+    assert len(list((tmp_path / 'a' / 'validation').iterdir())) == 10
 
 
 def test_students_and_teachers_bring_flags_of_their_own(tmp_path: Path) -> None:
@@ -85,6 +113,8 @@ def test_students_and_teachers_bring_flags_of_their_own(tmp_path: Path) -> None:
     ({'teachers': {'small': {'model': 'no_such_model', 'flags': {}}}}, 'unknown model'),
     ({'teachers': {'small': {'model': 'test_resnet'}}}, 'either a checkpoint or the flags'),
     ({'flags': {'epochs': 1}}, 'flags need batch-size'),
+    ({'settings': {'x': {'start': 'alone'}, 'alone': {}}}, "starts from 'alone', which must be a setting above it"),
+    ({'settings': {'alone': {}, 'x': {'labels': 0}}}, 'labels: 0: a share above 0'),
 ])
 def test_bad_plan_gets_one_message(tmp_path: Path, changes: Dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -100,14 +130,14 @@ def test_other_data_than_the_plans_is_refused(
         tmp_path: Path, digits_dir: Path, data: Dict[str, Any], message: str) -> None:
     plan = study_plan.read_plan(str(write_plan(tmp_path, data=data)), str(digits_dir.parent))
     with pytest.raises(UsageError, match=message):
-        study_plan.check_data(plan)
+        study_data.check_data(plan)
 
 
 def test_missing_weights_are_named_before_anything_runs(tmp_path: Path, digits_dir: Path) -> None:
     teachers = {'small': {'model': 'test_resnet', 'checkpoint': 'weights.safetensors'}}
     plan = study_plan.read_plan(str(write_plan(tmp_path, teachers=teachers)), str(digits_dir.parent))
     with pytest.raises(UsageError, match='weights.safetensors'):
-        study_plan.check_data(plan)
+        study_data.check_data(plan)
 
 
 def test_row_of_other_flags_than_the_plans_is_refused(tmp_path: Path) -> None:
@@ -120,6 +150,16 @@ def test_row_of_other_flags_than_the_plans_is_refused(tmp_path: Path) -> None:
     changed = study_plan.read_plan(str(write_plan(tmp_path, flags={**TINY['flags'], 'lr': 1e-3})))
     with pytest.raises(UsageError, match='other flags than the plan .*0.001'):
         study_rows.Results(results.path).check(changed.runs(), 'out')
+
+
+def test_rows_of_before_there_were_probes_are_read(tmp_path: Path) -> None:
+    old = [column for column in study_rows.COLUMNS if column not in ('knn', 'linear_probe')]
+    (tmp_path / 'rows.csv').write_text(f'{",".join(old)}\n{",".join(["1"] * len(old))}\n')
+    (row,) = study_rows.Results(str(tmp_path / 'rows.csv')).rows
+    assert set(row) == set(study_rows.COLUMNS) and row['knn'] == ''
+    (tmp_path / 'rows.csv').write_text(f'{",".join(old[1:])}\n{",".join(["1"] * len(old[1:]))}\n')
+    with pytest.raises(UsageError, match='other columns'):
+        study_rows.Results(str(tmp_path / 'rows.csv'))
 
 
 def test_tiny_imagenet_becomes_class_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,21 +208,29 @@ def test_study_runs_what_is_missing_and_writes_its_table(
     import study
     monkeypatch.setattr(study, 'subprocess', SimpleNamespace(Popen=ScriptProcess, STDOUT=None))
     monkeypatch.setattr(study.signal, 'signal', lambda *_: None)
-    flags = study_flags(write_plan(tmp_path), digits_dir)
+    settings = {
+        **TINY['settings'],
+        'unlabelled': {
+            'teacher': 'small', 'flags': {'kd': 'feature', 'no-labels': True, 'num-classes': 0}, 'seeds': [0]},
+        'tuned': {'start': 'unlabelled', 'labels': 0.5},
+    }
+    flags = study_flags(write_plan(tmp_path, settings=settings), digits_dir)
     assert study.main([*flags, '--only', 'alone']) == 0
     capsys.readouterr()
     assert study.main(flags) == 0
-    assert '2 of 3 runs are done' in capsys.readouterr().out
+    assert '2 of 5 runs are done' in capsys.readouterr().out
     with open(tmp_path / 'rows.csv', newline='') as f:
         rows = {(row['setting'], row['seed']): row for row in csv.DictReader(f)}
-    assert set(rows) == {('alone', '0'), ('alone', '1'), ('norm', '0')}
+    assert set(rows) == {('alone', '0'), ('alone', '1'), ('norm', '0'), ('unlabelled', '0'), ('tuned', '0')}
+    unlabelled = rows.pop(('unlabelled', '0'))
+    assert unlabelled['top1'] == '' and min(float(unlabelled[x]) for x in ('knn', 'linear_probe')) > 15
     assert all(float(row['top1']) == pytest.approx(float(row['curve'].split()[-1])) for row in rows.values())
-    command = [
-        sys.executable, str(BENCHMARKS / 'study.py'), *study_flags(write_plan(tmp_path, seeds=[0, 1, 2]), digits_dir)]
+    plan = write_plan(tmp_path, seeds=[0, 1, 2], settings=settings)
+    command = [sys.executable, str(BENCHMARKS / 'study.py'), *study_flags(plan, digits_dir)]
     env = {**os.environ, 'PYTHONPATH': str(BENCHMARKS.parent)}
     subprocess.run([*command, '--table'], env=env, check=True, timeout=800)
     text = (tmp_path / 'results.md').read_text()
-    assert '3 of the 4 runs of this plan have been made' in text
+    assert '5 of the 6 runs of this plan have been made' in text
     assert '| alone | 2 of 3 |' in text and (tmp_path / 'results-tiny.png').exists()
     assert 'Teacher small (test_resnet, 10 classes): top-1' in text
 

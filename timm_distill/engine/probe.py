@@ -170,8 +170,9 @@ def _blocks(
         layer: torch.Tensor,
         block: int,
 ) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-    for rows in torch.arange(len(features)).split(max(1, block // max(layer.shape))):
-        yield features[rows].to(layer.device), labels[rows].to(layer.device)
+    size = max(1, block // max(layer.shape))
+    for x, y in zip(features.split(size), labels.split(size)):
+        yield x.to(layer.device), y.to(layer.device)
 
 
 def _count_right(features: torch.Tensor, labels: torch.Tensor, layer: torch.Tensor, block: int) -> int:
