@@ -1,6 +1,7 @@
 """One representative of every distinct head in timm, built small, for the tests that cover them all.
 
-A head stays as it is; `small` in the list leaves fewer blocks or channels before it, where these cost much.
+A head stays as it is; `small` in the list leaves fewer blocks or channels before it, where these cost much, and `cut`
+does where no argument of timm's can.
 """
 import copy
 import json
@@ -32,12 +33,14 @@ class Family:
         size: Height and width that it is published for.
         params_m: Million parameters, as published.
         small: Arguments that build it with fewer blocks or channels.
+        cut: What `cut_models` takes away beyond that.
     """
     name: str
     module: str
     size: int
     params_m: float
     small: Dict[str, Any] = field(default_factory=dict, hash=False)
+    cut: Dict[str, int] = field(default_factory=dict, hash=False)
 
     def create(self, **kwargs: Any) -> nn.Module:
         """Return the model as it is published."""
@@ -68,7 +71,9 @@ def list_families() -> List[Family]:
     """Return all families, the smallest first."""
     rows = json.loads(LIST.read_text(encoding='utf-8'))
     return [
-        Family(row['name'], row['module'], row['input_size'][1], row['params_m'], row.get('small', {})) for row in rows]
+        Family(
+            row['name'], row['module'], row['input_size'][1], row['params_m'], row.get('small', {}), row.get('cut', {}))
+        for row in rows]
 
 
 def family_params() -> List[Any]:

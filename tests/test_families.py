@@ -7,13 +7,14 @@ import copy
 import json
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Iterator, Tuple
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
 from conftest import REPO_DIR
+from cut_models import cut_models
 from families import CLASSES, HUGE_M, Built, Family, build_small, family_params, list_families
 
 from timm_distill import DistillTask, Teacher, create_distill_task, merge_student
@@ -38,6 +39,13 @@ class Trained:
     result: Dict[str, torch.Tensor]
     gradients: Dict[str, float]
     images: torch.Tensor
+
+
+@pytest.fixture(scope='module', autouse=True)
+def cut() -> Iterator[None]:
+    """Let timm create what is cut, whoever asks it to."""
+    with cut_models({family.name: family.cut for family in list_families() if family.cut}):
+        yield
 
 
 @pytest.fixture(scope='module', params=family_params())
