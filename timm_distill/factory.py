@@ -1,6 +1,5 @@
 """Factory of distillation tasks: student, tap and adapter, teacher and methods from two names."""
 import logging
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
 
@@ -11,12 +10,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from .adapters import Adapter, create_adapter
 from .errors import UsageError, arguments_in_messages
 from .features.classifier import check_classifier
-from .features.inputs import count_flops, evaluation_mode, random_images, runnable_size
+from .features.inputs import runnable_size
 from .features.parts import complete
 from .features.spec import PairSpec
-from .features.stages import count_classes
 from .methods import DistillMethod
 from .methods._composition import Composition, Recipe, check_labels, create_composition
+from .methods._scopes import split_scope
 from .models.external import is_external
 from .models.named import create_model
 from .student.adapted import AdaptedStudent
@@ -24,23 +23,20 @@ from .student.inspection import inspect_student
 from .student.tap import StudentTap
 from .student.tap_search import resolve_student_tap
 from .task import DistillTask, teacher_outputs
-from .teacher.class_map import ClassChoice, ClassMatch
-from .teacher.stored import StoredTeacher
-from .teacher.teacher import Teacher, create_teacher
+from .teacher.build import (
+    TEACHER_OPTIONS,
+    AnyTeacher,
+    build_teachers,
+    check_class_counts,
+    name_teachers,
+    report_teacher_input,
+)
+from .teacher.several import Teachers, ask_each, teachers_by_name
+from .teacher.teacher import Teacher
 
 _logger = logging.getLogger(__name__)
 
-AnyTeacher = Union[Teacher, StoredTeacher]
-_UNEXPECTED = 1.5  # how far apart two sizes are, as the ratio of their sides, before somebody should be told
-
-# Options of `create_distill_task` that are arguments of `create_teacher`.
-_TEACHER_OPTIONS = {
-    'teacher_kwargs': 'model_kwargs',
-    **{f'teacher_{name}': name for name in (
-        'checkpoint', 'pretrained', 'weights', 'mean', 'std', 'img_size', 'dtype', 'device', 'classes')},
-}
-_OF_ANY_TEACHER = ('teacher_dtype', 'teacher_device', 'teacher_classes')
-
+TeacherChoice = Union[str, nn.Module, Teacher, None]
 
 @dataclass(frozen=True)
 class DataSpec:
@@ -75,11 +71,11 @@ class DataSpec:
     'img-size': 'input_size', 'in-chans': 'input_size', 'list-kd': 'list_methods()', 'labels': 'has_labels'})
 def create_distill_task(
         student: Union[str, nn.Module],
-        teacher: Union[str, nn.Module, Teacher, None] = None,
+        teacher: Union[TeacherChoice, Mapping[str, TeacherChoice]] = None,
         kd: Union[str, Recipe] = 'norm',
         data: DataSpec = DataSpec(),
         criterion: Optional[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = None,
-        class_means: Optional[torch.Tensor] = None,
+        class_means: Union[torch.Tensor, Mapping[str, torch.Tensor], None] = None,
         student_kwargs: Optional[Dict[str, Any]] = None,
         student_pretrained: Optional[bool] = None,
         device: Union[str, torch.device, None] = None,
@@ -91,12 +87,14 @@ def create_distill_task(
 
     Args:
         student: timm architecture or module to train.
-        teacher: timm architecture, `hf-hub:REPO`, `local-dir:FOLDER` or module; None with `kd='none'`.
-        kd: Methods and presets joined by '+', e.g. 'norm+kd', 'none', or a recipe.
+        teacher: timm architecture, `hf-hub:REPO`, `local-dir:FOLDER` or module; None with `kd='none'`. Several have
+            names, `{'dino': 'vit_small_patch16_dinov3', 'sup': 'resnet50'}`: a method then is one with each of them, or
+            with the one that stands behind its @.
+        kd: Methods and presets joined by '+', e.g. 'norm+kd', 'norm@dino+kd@sup', 'none', or a recipe.
         data: What it is trained on.
         criterion: Task loss of (logits, target); cross-entropy by default.
-        class_means: The teacher's mean pre-logits of every class, [K, D], for methods that need them; may be given to
-            `task.set_class_means` later.
+        class_means: The teacher's mean pre-logits of every class, [K, D], for methods that need them, of several
+            teachers by name; may be given to `task.set_class_means` later.
         student_kwargs: More arguments of `timm.create_model` for the student.
         student_pretrained: Build a student that is named with timm's pretrained weights. Of a module it says that it
             comes with weights, which nothing else tells: an adapter then starts without changing its logits.
@@ -107,7 +105,8 @@ def create_distill_task(
             `DataSpec` (input_size, num_classes, sample_labels, ...), and arguments of `create_teacher`:
             teacher_checkpoint, teacher_pretrained, teacher_kwargs (of `timm.create_model`), teacher_weights,
             teacher_mean, teacher_std, teacher_img_size, and for modules as well teacher_dtype (the run's, autocast
-            included, by default), teacher_device and teacher_classes ('auto', a file or a mapping: `ClassMatch.by`).
+            included, by default), teacher_device and teacher_classes ('auto', a file or a mapping: `ClassMatch.by`). Of
+            several teachers each of these is one value for all, or a mapping from their names.
 
     Raises:
         TypeError: If an option is unknown.
@@ -122,36 +121,35 @@ def create_distill_task(
     model = _create_student(student, data.num_classes, student_kwargs).to(device=device, dtype=dtype)
     config = getattr(model, 'pretrained_cfg', None) or {}
     input_size = tuple(data.input_size or config.get('input_size', (3, 224, 224)))
+    chosen = name_teachers(teacher)
+    names = [name for name in chosen if name]
     if not data.has_labels:
-        check_labels(recipe, 'has_labels=False', with_classifier=getattr(model, 'num_classes', 1) != 0)
+        check_labels(recipe, 'has_labels=False', getattr(model, 'num_classes', 1) != 0, names)
         recipe = replace(recipe, task_loss_weight=0.)
     elif criterion is None:
         check_classifier(model)  # cross-entropy of a feature would be trained without a word
-    composition = create_composition(recipe)
+    composition = create_composition(recipe, names)
     methods = composition.methods
+    _check_all_read(names, composition, recipe.kd)
     resize_to = None if data.fits else _student_size(model, input_size)
     own_input = (input_size[0], *(resize_to or input_size[1:]))
-    teacher_model = None
+    teachers = None
     if methods:
-        if 'teacher_classes' in teacher_options:
-            match = _match_classes(model, own_input, data.class_names, teacher_options['teacher_classes'])
-            teacher_options['teacher_classes'] = match
-        teacher_model = _resolve_teacher(
-            teacher, {'teacher_device': device, 'teacher_dtype': dtype}, teacher_options,
+        teachers = build_teachers(
+            chosen, {'teacher_device': device, 'teacher_dtype': dtype}, teacher_options, model, own_input,
+            data.class_names,
             input_size=input_size,
             student_mean=data.mean or config.get('mean', IMAGENET_DEFAULT_MEAN),
             student_std=data.std or config.get('std', IMAGENET_DEFAULT_STD),
-            autocast='teacher_dtype' not in teacher_options,
             by_name=dict(num_classes=int(getattr(model, 'num_classes', 0)), verbose=verbose))
-    if teacher_model is not None:
-        _check_class_counts(model, teacher_model, methods, own_input, data.class_names)
-    module = _adapt_student(model, teacher_model, methods, own_input, recipe.kd_tap, verbose)
+        check_class_counts(model, teachers, methods, own_input, data.class_names)
+    module = _adapt_student(model, teachers, methods, own_input, recipe.kd_tap, verbose)
     module.resize_to = resize_to
     _start_adapters(module, student, student_kwargs, student_pretrained, verbose)
-    if teacher_model is not None:
+    for name, one in teachers_by_name(teachers).items():
         if verbose:
-            _report_teacher_input(teacher_model, module, input_size)
-        _build_methods(module, teacher_model, data)
+            report_teacher_input(one, module, input_size, name)
+        _build_methods(module, one, data, name)
     if verbose and methods:
         _log_composition(recipe.kd, composition)
     if not data.has_labels:
@@ -159,16 +157,31 @@ def create_distill_task(
     elif criterion is None:
         criterion = nn.CrossEntropyLoss()
     task = DistillTask(
-        module.to(device=device, dtype=dtype), teacher_model, criterion, composition.weights,
-        composition.task_loss_weight, input_size, composition.schedules, device, dtype, verbose)
+        module.to(device=device, dtype=dtype), teachers, criterion, composition.weights,
+        composition.task_loss_weight, input_size, composition.schedules, device, dtype, verbose,
+        _resolve_drop(recipe.teacher_drop, teachers))
     if class_means is not None:
         task.set_class_means(class_means)
     return task
 
 
+def _check_all_read(teachers: Sequence[str], composition: Composition, kd: str) -> None:
+    read = {split_scope(unit)[1] for unit in composition.weights}
+    unread = [name for name in teachers if name not in read]
+    if unread and len(teachers) > 1 and composition.methods:
+        raise UsageError(f"No method of --kd {kd} reads the teacher '{unread[0]}': leave it out of --teacher.")
+
+
+def _resolve_drop(probability: float, teachers: Union[AnyTeacher, Teachers, None]) -> float:
+    if probability and not isinstance(teachers, Teachers):
+        _logger.warning(f'--teacher-drop {probability:g} is ignored: it chooses among several teachers.')
+        return 0.
+    return probability
+
+
 def _split_options(options: Mapping[str, Any]) -> Tuple[Dict[str, Any], ...]:
     """Return which options are of the recipe, of the data and of the teacher, the last without what is None."""
-    groups = [{field.name for field in fields(cls)} for cls in (Recipe, DataSpec)] + [{*_TEACHER_OPTIONS}]
+    groups = [{field.name for field in fields(cls)} for cls in (Recipe, DataSpec)] + [{*TEACHER_OPTIONS}]
     unknown = options.keys() - set.union(*groups)
     if unknown:
         raise TypeError(f"create_distill_task() got an unexpected keyword argument '{sorted(unknown)[0]}'")
@@ -181,80 +194,6 @@ def _create_student(student: Union[str, nn.Module], num_classes: Optional[int], 
         return student
     model = create_model(student, 'student', '--model-kwargs', num_classes=num_classes, **(kwargs or {}))
     return complete(model, student, 'student', num_classes=num_classes) if is_external(student) else model
-
-
-def _resolve_teacher(
-        teacher: Union[str, nn.Module, None],
-        defaults: Mapping[str, Any],
-        options: Mapping[str, Any],
-        by_name: Mapping[str, Any],
-        **kwargs: Any,
-) -> AnyTeacher:
-    if teacher is None:
-        raise UsageError('Distillation needs a teacher: give --teacher NAME, or --kd none.')
-    if not isinstance(teacher, str):
-        is_built = isinstance(teacher, (Teacher, StoredTeacher))
-        unused = [name for name in options if is_built or name not in _OF_ANY_TEACHER]
-        if unused:
-            raise UsageError(
-                f'{", ".join(unused)}: the teacher is given as a {type(teacher).__name__}, whose weights and input are '
-                'its own. Name an architecture instead, or build it with create_teacher.')
-    if isinstance(teacher, (Teacher, StoredTeacher)):
-        return teacher
-    kwargs.update({_TEACHER_OPTIONS[name]: value for name, value in {**defaults, **options}.items()})
-    return create_teacher(teacher, **by_name, **kwargs) if isinstance(teacher, str) else Teacher(teacher, **kwargs)
-
-
-def _check_class_counts(
-        student: nn.Module,
-        teacher: AnyTeacher,
-        methods: Mapping[str, DistillMethod],
-        input_size: Sequence[int],
-        class_names: Sequence[str],
-) -> None:
-    on_logits = [name for name, method in methods.items() if method.needs_equal_classes()]
-    if not on_logits:
-        return
-    student_classes = count_classes(student, input_size)
-    if teacher.num_classes != student_classes:
-        raise UsageError(
-            f'--kd {"+".join(on_logits)} compares logits, but the teacher has {_describe_classes(teacher.num_classes)} '
-            f'and the student {_describe_classes(student_classes)}. {_suggest_classes(teacher, class_names)}Give a '
-            'teacher trained on these classes with --teacher-checkpoint, change --num-classes, or use a method that '
-            'reads features alone (--list-kd).')
-
-
-def _suggest_classes(teacher: AnyTeacher, class_names: Sequence[str]) -> str:
-    if not teacher.num_classes:
-        return ''
-    labels = teacher.labels
-    if labels is not None and labels.has_all_ids(class_names):
-        return f'All classes of the data are among those of {labels.source}: --teacher-classes auto takes these. '
-    return "--teacher-classes FILE says which of the teacher's classes are the student's. "
-
-
-def _match_classes(
-        student: nn.Module,
-        input_size: Sequence[int],
-        class_names: Sequence[str],
-        choice: ClassChoice,
-) -> ClassMatch:
-    """Return how the student's classes are matched with the teacher's.
-
-    Raises:
-        UsageError: If there are not as many names as classes.
-    """
-    count = count_classes(student, input_size)
-    names = list(class_names) or [''] * count
-    if count != len(names):
-        raise UsageError(
-            f'The student has {_describe_classes(count)} and class_names names {len(names)}: give one name for each, '
-            "'' for one without.")
-    return ClassMatch(names, choice)
-
-
-def _describe_classes(count: int) -> str:
-    return f'{count} classes' if count else 'no classifier'
 
 
 def _student_size(student: nn.Module, input_size: Sequence[int]) -> Optional[Tuple[int, int]]:
@@ -273,7 +212,7 @@ def _student_size(student: nn.Module, input_size: Sequence[int]) -> Optional[Tup
 
 def _adapt_student(
         student: nn.Module,
-        teacher: Optional[AnyTeacher],
+        teacher: Union[AnyTeacher, Teachers, None],
         methods: Mapping[str, DistillMethod],
         input_size: Sequence[int],
         kd_tap: str,
@@ -281,14 +220,17 @@ def _adapt_student(
 ) -> AdaptedStudent:
     adapting = {name: method for name, method in methods.items() if method.adapter}
     if len(adapting) > 1:
-        raise UsageError(f"--kd {'+'.join(adapting)}: only one of these can put an adapter on the student's path.")
+        shared = [split_scope(name)[0] for name, method in adapting.items() if '@' in name and method.shares_adapter]
+        hint = f" '{shared[0]}' without @ matches one adapter with all teachers." if shared else ''
+        raise UsageError(
+            f"--kd {'+'.join(adapting)}: only one of these can put an adapter on the student's path.{hint}")
     outputs = frozenset({'logits'}).union(*(method.student_outputs for method in methods.values()))
     if not adapting or teacher is None:
         if kd_tap != 'auto':
             _logger.warning(f'--kd-tap {kd_tap} is ignored: no method of --kd uses an adapter.')
         spec = inspect_student(student, input_size, outputs)
         return AdaptedStudent(student, methods=methods, spec=spec, outputs=outputs)
-    (method,) = adapting.values()
+    ((name, method),) = adapting.items()
     tap = resolve_student_tap(student, input_size, kd_tap)
     if 'head' in outputs and tap.point == 'pre_logits':
         others = [name for name, m in methods.items() if 'head' in m.student_outputs]
@@ -296,11 +238,15 @@ def _adapt_student(
             f"--kd {'+'.join(others)} runs the student's head on its last feature map, and the adapter of "
             f"--kd {'+'.join(adapting)} sits inside of that head ({tap}). Use --kd-tap side, or leave one of them out.")
     spec = inspect_student(student, input_size, outputs, tap)
+    widths = ask_each(teacher, lambda one: one.tap_channels(tap.point))
+    if isinstance(teacher, Teachers):
+        scope = split_scope(name)[1]
+        widths = widths[scope] if scope else tuple(widths.values())
     adapters = [
         create_adapter(
             str(method.adapter),
             site.layout.channels,
-            teacher.tap_channels(tap.point),
+            widths,
             offset=site.offset,
             side=tap.point == 'side',
             **method.adapter_options,
@@ -343,45 +289,24 @@ def _log_composition(kd: str, composition: Composition) -> None:
     _logger.info(f'Distillation: kd={kd}, task_loss_weight={composition.task_loss_weight:g}, {weights}')
 
 
-def _report_teacher_input(teacher: AnyTeacher, module: AdaptedStudent, input_size: Sequence[int]) -> None:
-    """Say what the teacher is fed and where that was taken from, and warn of a size that nobody may have meant."""
-    fed, said = teacher.preprocessing.input_size[1:], teacher.trained_size
-    _logger.info(f'Teacher input: {teacher.preprocessing}.')
-    if teacher.preprocessing.sources.get('input_size') == '--teacher-img-size':
-        return
-    if said is not None and not 1 / _UNEXPECTED < math.sqrt(math.prod(fed) / math.prod(said)) < _UNEXPECTED:
-        _logger.warning(
-            f'The teacher was trained on {said[0]}x{said[1]} images and is fed {fed[0]}x{fed[1]}: its features may be '
-            f'far from those it learnt. --teacher-img-size {said[0]} resizes its images.')
-    if isinstance(teacher, Teacher) and math.sqrt(math.prod(fed) / math.prod(input_size[1:])) > _UNEXPECTED:
-        share = _teacher_share(teacher, module, input_size)
-        _logger.warning(
-            f'The teacher is fed {fed[0]}x{fed[1]}, the student {input_size[1]}x{input_size[2]}: the teacher takes '
-            f"{100 * share:.0f} % of a step's operations. --teacher-img-size N feeds it another size.")
+def _build_methods(module: AdaptedStudent, teacher: AnyTeacher, data: DataSpec, name: str) -> None:
+    """Give the methods what they need of a teacher; where they read more than logits, they create what they train.
 
-
-def _teacher_share(teacher: nn.Module, module: AdaptedStudent, input_size: Sequence[int]) -> float:
-    """Return the teacher's part of a step's multiply-adds; those of a backward pass are twice the forward pass's."""
-    images = random_images(module, input_size, batch_size=1)
-    with evaluation_mode(module):
-        teacher_flops, student_flops = (count_flops(model, images) for model in (teacher, module))
-    return teacher_flops / max(teacher_flops + 3 * student_flops, 1)
-
-
-def _build_methods(module: AdaptedStudent, teacher: AnyTeacher, data: DataSpec) -> None:
-    """Give the methods what they need of the teacher; where they read more than logits, they create what they train."""
-    for method in module.methods.values():
+    What several teachers share needs nothing of one of them.
+    """
+    methods = [method for key, method in module.methods.items() if split_scope(key)[1] == name]
+    for method in methods:
         method.set_classifier(teacher.classifier_weight)
     if isinstance(teacher, Teacher):  # what a cache lacks is told where it is opened
-        teacher.spec.check(teacher_outputs(module))
+        teacher.spec.check(teacher_outputs(module, name))
     student = module.spec.features
     if student is None:
         return
     num_samples = data.num_samples
     if num_samples is None and data.sample_labels is not None:
         num_samples = len(data.sample_labels)
-    if isinstance(teacher, Teacher) and any('tail' in m.teacher_outputs for m in module.methods.values()):
+    if isinstance(teacher, Teacher) and any('tail' in m.teacher_outputs for m in methods):
         teacher.resolve_tail()
     pair = PairSpec(student, teacher.feature_spec, num_samples, data.sample_labels)
-    for method in module.methods.values():
+    for method in methods:
         method.build(pair)

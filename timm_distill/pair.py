@@ -3,8 +3,8 @@ import logging
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union, cast
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union, cast
 
 import timm
 import torch
@@ -13,12 +13,14 @@ import torch.nn as nn
 from .errors import UsageError
 from .factory import DataSpec, create_distill_task
 from .features.inputs import evaluation_mode, random_images
+from .features.spec import Features
 from .features.stages import classes_of
 from .methods import Recipe
 from .models.external import is_code, is_external, pretrained_classes
 from .models.named import is_hub
 from .student.merge import MERGE_TOLERANCE
 from .task import DistillTask
+from .teacher.build import name_teachers, split_by_teacher
 from .teacher.teacher import Teacher
 from .utils.random import unchanged_randomness
 
@@ -35,7 +37,7 @@ class PairReport:
     """Result of the check of a teacher and a student.
 
     Attributes:
-        teacher: Name of the teacher.
+        teacher: Name of the teacher, or of several.
         student: Name of the student.
         kd: Methods.
         ok: Whether the pair can be trained and saved.
@@ -44,6 +46,7 @@ class PairReport:
         point: 'features', 'pre_logits', 'side' or ''.
         student_shapes: Shape of every tapped feature of the student for one image.
         teacher_shape: Shape of the teacher's counterpart, (C, H, W).
+        teacher_shapes: That of each of several teachers by name, where `teacher_shape` is ().
         adapter_params: Parameters of the adapters, none of which are in the saved student.
         adapter_macs: Their multiply-adds per image, forward.
         consumers: Layers that the adapters fold into.
@@ -75,16 +78,18 @@ class PairReport:
     memory: int = 0
     suggested_batch_size: int = 0
     classes: Tuple[str, ...] = ()
+    teacher_shapes: Mapping[str, Tuple[int, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f'{self.teacher} -> {self.student} with --kd {self.kd}: {"works" if self.ok else "does not work"}']
         if self.reason:
             return '\n'.join([*lines, f'  {self.reason}'])
         if self.tap:
+            shapes = [f'{name} {list(shape)}' for name, shape in self.teacher_shapes.items()]
             lines += [
                 f'  tap                {self.tap}',
                 f'  student feature    {"; ".join(str(list(shape)) for shape in self.student_shapes)}',
-                f'  teacher feature    {list(self.teacher_shape)}',
+                f'  teacher feature    {"; ".join(shapes) or list(self.teacher_shape)}',
                 f'  adapter            {self.adapter_params:,} parameters, {self.adapter_macs / 1e6:,.1f} M '
                 'multiply-adds per image',
                 f'  consumer           {", ".join(self.consumers) or "none, dropped at save"}',
@@ -103,7 +108,7 @@ class PairReport:
 
 
 def check_pair(
-        teacher: Union[str, nn.Module, Teacher],
+        teacher: Union[str, nn.Module, Teacher, Mapping[str, Union[str, nn.Module, Teacher]]],
         student: Union[str, nn.Module],
         kd: Union[str, Recipe] = 'norm',
         batch_size: int = 8,
@@ -116,11 +121,11 @@ def check_pair(
     """Build a pair with random weights, train a few steps on noise, merge, and report.
 
     Args:
-        teacher: timm architecture or module.
+        teacher: timm architecture or module, of several by name.
         student: timm architecture or module.
         kd: Methods, joined by '+', or a recipe.
         batch_size: Images of the measured step.
-        teacher_kwargs: More arguments of `timm.create_model` for the teacher.
+        teacher_kwargs: More arguments of `timm.create_model` for the teacher, of several for all or by name.
         teacher_pretrained: Give the teacher the class count of its pretrained weights, which are not loaded.
         device: Where to measure.
         inspect: Called with the task that was built.
@@ -130,14 +135,22 @@ def check_pair(
     Returns:
         A report; `ok` is False, with the reason, where the pair cannot be trained or does not merge.
     """
-    teacher_name, student_name = (m if isinstance(m, str) else type(m).__name__ for m in (teacher, student))
-    names = teacher_name, student_name, kd.kd if isinstance(kd, Recipe) else kd
+    names = _describe_models(teacher), _describe_models(student), kd.kd if isinstance(kd, Recipe) else kd
     try:
-        if isinstance(teacher, str):
-            task_kwargs.update(teacher_pretrained=False, teacher_kwargs=dict(teacher_kwargs or {}))
-            num_classes = _teacher_classes(teacher, teacher_pretrained)
-            if num_classes is not None and not task_kwargs.get('teacher_checkpoint'):
-                task_kwargs['teacher_kwargs'].setdefault('num_classes', num_classes)
+        chosen = name_teachers(teacher)
+        own_kwargs = {name: dict(own.get('teacher_kwargs') or {}) for name, own in split_by_teacher(
+            {'teacher_kwargs': teacher_kwargs or {}}, list(chosen)).items()}
+        checkpoints = split_by_teacher({'teacher_checkpoint': task_kwargs.get('teacher_checkpoint')}, list(chosen))
+        for name, model in chosen.items():
+            if isinstance(model, str):
+                num_classes = _teacher_classes(model, teacher_pretrained)
+                if num_classes is not None and not checkpoints[name].get('teacher_checkpoint'):
+                    own_kwargs[name].setdefault('num_classes', num_classes)
+        if any(isinstance(model, str) for model in chosen.values()):
+            by_name = {name: kwargs for name, kwargs in own_kwargs.items() if isinstance(chosen[name], str)}
+            task_kwargs.update(
+                teacher_pretrained=dict.fromkeys(by_name, False) if '' not in by_name else False,
+                teacher_kwargs=by_name if '' not in by_name else by_name[''])
         data = task_kwargs.get('data', DataSpec())
         if data.sample_labels is None:
             num_samples = task_kwargs.pop('num_samples', data.num_samples) or _SAMPLES
@@ -148,6 +161,12 @@ def check_pair(
         return _measure(task, *names, batch_size)
     except UsageError as e:
         return PairReport(*names, ok=False, reason=str(e))
+
+
+def _describe_models(model: Any) -> str:
+    if isinstance(model, Mapping):
+        return ', '.join(f'{name} ({_describe_models(one)})' for name, one in model.items())
+    return model if isinstance(model, str) else type(model).__name__
 
 
 def _teacher_classes(name: str, pretrained: bool) -> Optional[int]:
@@ -175,8 +194,8 @@ def _measure(task: DistillTask, teacher: str, student: str, kd: str, batch_size:
     if task.needs_indices:
         target = torch.stack([target, torch.arange(batch_size, device=task.device)], 1)
     module.train()
-    if task.class_means_shape is not None:
-        task.set_class_means(torch.randn(task.class_means_shape))
+    for name, shape in task.class_means_shapes.items():
+        task.set_class_means(torch.randn(shape), name)
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
     memory = _step_memory(task, images, target)
     seconds = _time(lambda: _step(task, optimizer, images, target), task.device)
@@ -186,7 +205,7 @@ def _measure(task: DistillTask, teacher: str, student: str, kd: str, batch_size:
     error = module.merge_error(images[:4]) if module.adapters else 0.
     merges = error <= MERGE_TOLERANCE[images.dtype]
     fixed = _fixed_memory(task)
-    class_map = None if task.teacher is None else task.teacher.class_map
+    class_maps = {name: teacher.class_map for name, teacher in task.teachers.items() if teacher.class_map is not None}
     return PairReport(
         teacher, student, kd,
         ok=merges,
@@ -197,7 +216,9 @@ def _measure(task: DistillTask, teacher: str, student: str, kd: str, batch_size:
         step_seconds=seconds,
         batch_size=batch_size,
         suggested_batch_size=_suggest_batch_size(fixed, memory / batch_size, task.device),
-        classes=() if class_map is None else tuple(class_map.describe()),
+        classes=tuple(
+            f'{name}: {line}' if name else line for name, class_map in class_maps.items()
+            for line in class_map.describe()),
         **_describe_tap(task, images),
     )
 
@@ -206,14 +227,18 @@ def _describe_tap(task: DistillTask, images: torch.Tensor) -> Dict[str, Any]:
     tap, adapters = task.module.tap, task.module.adapters
     if tap is None:
         return {}
-    matched = task.teacher_features(images[:1]).tap
+    features = task.teacher_features(images[:1])
+    taps = {'': features.tap} if isinstance(features, Features) else {
+        name: own.tap for name, own in features.items()}
+    matched = {name: tuple(tap.shape[1:]) for name, tap in taps.items() if tap is not None}
     shapes = [site.shape for site in tap.sites]
     positions = [site.layout.to_positions(torch.empty(1, *site.shape)).flatten(2).shape[2] for site in tap.sites]
     return dict(
         tap=str(tap),
         point=tap.point,
         student_shapes=tuple(shapes),
-        teacher_shape=tuple(matched.shape[1:]) if matched is not None else (),
+        teacher_shape=matched.pop('', ()),
+        teacher_shapes=matched,
         adapter_params=sum(p.numel() for p in adapters.parameters()),
         adapter_macs=sum(
             n * sum(p.numel() for p in adapter.parameters() if p.ndim > 1) for n, adapter in zip(positions, adapters)),

@@ -15,16 +15,18 @@ from .data.views import split_keys
 from .engine.grad_norms import reached_tensors
 from .errors import MergeError, UsageError
 from .features.classifier import classifier_parameters
-from .features.spec import Features
+from .features.spec import Features, TeacherFeatures
+from .methods._scopes import split_scope
+from .methods._terms import TermWeights
 from .student.adapted import AdaptedStudent
 from .student.merged import MergedStudents
+from .teacher.dropping import TeacherDrop
+from .teacher.several import Teachers, live_teachers, teachers_by_name
 from .teacher.stored import StoredTeacher
 from .teacher.teacher import Teacher
 from .utils._compat import ignore_in_ddp
 
 _logger = logging.getLogger(__name__)
-
-_MANY_EPOCHS = 10000
 
 
 class DistillTask(TrainingTask):
@@ -35,11 +37,13 @@ class DistillTask(TrainingTask):
 
     Args:
         module: Student, adapter and methods.
-        teacher: Frozen teacher, None where no method asks for one.
+        teacher: Frozen teacher, or several under names; None where no method asks for one.
         criterion: Task loss of (logits, target), None without labels.
-        weights: Weight of each method's terms, by method name.
+        weights: Weight of each method's terms, by method name; of one that several teachers share with each of them,
+            METHOD@TEACHER.
         schedules: Factor on each method's terms by epoch; its own schedule by default.
         task_loss_weight: Weight of the task loss.
+        teacher_drop: Probability with which a step leaves out the terms of one of several teachers.
         input_size: (channels, height, width), for the probe of a merge before any batch was seen.
         device: Device of the task.
         dtype: Dtype of the task.
@@ -49,7 +53,7 @@ class DistillTask(TrainingTask):
     def __init__(
             self,
             module: AdaptedStudent,
-            teacher: Union[Teacher, StoredTeacher, None],
+            teacher: Union[Teacher, StoredTeacher, Teachers, None],
             criterion: Optional[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]],
             weights: Mapping[str, float],
             task_loss_weight: float = 1.,
@@ -58,6 +62,7 @@ class DistillTask(TrainingTask):
             device: Optional[torch.device] = None,
             dtype: Optional[torch.dtype] = None,
             verbose: bool = True,
+            teacher_drop: float = 0.,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         self.trainable_module: nn.Module = module
@@ -65,14 +70,11 @@ class DistillTask(TrainingTask):
         self.targets: Optional[CachedTargets] = None  # of a run whose targets carry the keys of views
         self.summon_teacher: Optional[Callable[[], Teacher]] = None  # where one is known by its cache and can be had
         self.criterion = criterion
-        self.weights = dict(weights)
-        self.schedules = {name: method.weight for name, method in module.methods.items()} | dict(schedules or {})
-        self.task_loss_weight = task_loss_weight
+        self.terms = TermWeights(module.methods, weights, schedules, task_loss_weight)  # type: ignore[arg-type]
         self.input_size = tuple(input_size)
-        self._teacher_outputs = teacher_outputs(module)
+        self._teacher_outputs = {name: teacher_outputs(module, name) for name in self.teachers}
         self.needs_indices = any(method.needs_indices for method in module.methods.values())
-        self._factors: Dict[str, float] = {}  # of the schedules in the current epoch, by method
-        self._term_methods: Dict[str, str] = {}  # which method a term of a result is of
+        self._drop = TeacherDrop(teacher_drop, torch.initial_seed()) if teacher_drop else None
         self._untrained: Optional[List[nn.Parameter]] = None  # by terms with a weight, in the current epoch
         self._merged = MergedStudents(self.input_size)
         self.set_epoch(0)
@@ -82,31 +84,36 @@ class DistillTask(TrainingTask):
         """The trainable module without DDP and compile wrappers."""
         return unwrap_model(self.trainable_module)
 
+    @property
+    def teachers(self) -> Dict[str, Any]:
+        """The teachers by name; one without others under ''."""
+        return teachers_by_name(self.teacher)
+
+    @property
+    def weights(self) -> Dict[str, float]:
+        """Weight of each method's terms, of one that several teachers share with each of them."""
+        return self.terms.weights
+
+    @property
+    def schedules(self) -> Dict[str, Callable[[int], float]]:
+        """Factor on these terms by epoch, counted from 0."""
+        return self.terms.schedules
+
+    @property
+    def task_loss_weight(self) -> float:
+        """Weight of the task loss."""
+        return self.terms.task_loss_weight
+
+    @task_loss_weight.setter
+    def task_loss_weight(self, weight: float) -> None:
+        self.terms.task_loss_weight = weight
+
     def set_epoch(self, epoch: int) -> None:
         """Apply the methods' weight schedules for an epoch, counted from 0."""
-        self._factors = {name: self.schedules[name](epoch) for name in self.module.methods}
-        self.module.unweighted = frozenset(name for name in self.module.methods if not self._has_weight(name))
+        self.terms.set_epoch(epoch)
+        self.module.unweighted = self.terms.unweighted()
         self._untrained = None
         self._merged.note_probe(None)
-
-    def _has_weight(self, name: str) -> bool:
-        """Whether a method has a term with a weight in the current epoch."""
-        return bool(self.weights[name] and (self._factors[name] or self._unscheduled_terms(name)))
-
-    def _unscheduled_terms(self, name: str) -> FrozenSet[str]:
-        method: Any = self.module.methods[name]
-        return method.unscheduled_terms()
-
-    def _weight_of(self, term: str, name: str) -> float:
-        """Return the current weight of a method's term."""
-        return self.weights[name] * (1. if term in self._unscheduled_terms(name) else self._factors[name])
-
-    def _weigh(self, name: str, terms: Mapping[str, torch.Tensor]) -> List[Tuple[float, Any]]:
-        """Return the sums of a method's terms that have one weight, with it."""
-        weights = {term: self._weight_of(term, name) for term in terms}
-        return [
-            (weight, sum(value for term, value in terms.items() if weights[term] == weight))
-            for weight in dict.fromkeys(weights.values())]
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Run teacher and student once and combine the losses.
@@ -131,14 +138,22 @@ class DistillTask(TrainingTask):
         logits, task_logits, terms = self.trainable_module(input, teacher, target)
         task_terms = {} if self.criterion is None else {'task_loss': self.criterion(task_logits, target)}
         weighted = [(self.task_loss_weight, task_loss) for task_loss in task_terms.values()]
-        weighted += [part for method, named in terms.items() for part in self._weigh(method, named)]
+        if self._drop is not None:
+            self.terms.kept = self._choose_teachers(terms)
+        weighted += self.terms.weigh(terms)
         # 0 times an infinite term is nan: what has no weight is left out
         loss = sum((weight * term for weight, term in weighted if weight), torch.zeros_like(weighted[0][1]))
         if isinstance(self.trainable_module, DistributedDataParallel) or not loss.requires_grad:
             loss = self._with_all_parameters(loss)
         flat = {name: value for named in terms.values() for name, value in named.items()}
-        self._term_methods = {name: method for method, named in terms.items() for name in named}
         return {'loss': loss, 'output': logits, **task_terms, **flat}
+
+    def _choose_teachers(self, terms: Dict[str, Dict[str, torch.Tensor]]) -> Dict[str, torch.Tensor]:
+        """Return whether each teacher's terms count in this step; all of them where nothing is trained."""
+        if self._drop is None or not self.module.training:
+            return {}
+        distributed = isinstance(self.trainable_module, DistributedDataParallel)
+        return self._drop.choose(self.terms.by_teacher(terms), distributed)
 
     @torch.no_grad()
     def distill_terms(self, input: torch.Tensor, ema: bool = False) -> Dict[str, torch.Tensor]:
@@ -159,15 +174,15 @@ class DistillTask(TrainingTask):
     @property
     def measurable(self) -> List[str]:
         """The methods whose terms can be measured on images that are not trained on, and have no labels."""
-        if not isinstance(self.teacher, Teacher):  # stored targets are those of the training images
+        if not live_teachers(self.teacher):  # stored targets are those of the training images
             return []
         methods = self.module.methods.items()
         return [name for name, method in methods if not (method.needs_indices or method.reads_labels)]
 
     @property
     def teacher_outputs(self) -> FrozenSet[str]:
-        """What the methods read of the teacher, by the names of its own outputs."""
-        return self._teacher_outputs
+        """What the methods read of the teacher, by the names of its own outputs; of any of several."""
+        return frozenset[str]().union(*self._teacher_outputs.values())
 
     @property
     def student(self) -> nn.Module:
@@ -176,52 +191,30 @@ class DistillTask(TrainingTask):
 
     def weighted_terms(self, result: Mapping[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
         """Return the terms of the newest result, each times its current weight, by name without '_loss'."""
-        if not self.module.methods:
-            return {'task': result['loss']}
-        terms = {}
-        if 'task_loss' in result:
-            task_loss = result['task_loss']
-            terms['task'] = self.task_loss_weight * task_loss if self.task_loss_weight else torch.zeros_like(task_loss)
-        for name, method in self._term_methods.items():
-            weight = self._weight_of(name, method)
-            terms[name[:-len('_loss')]] = weight * result[name] if weight else torch.zeros_like(result[name])
-        return terms
+        return self.terms.weighted_terms(result) if self.module.methods else {'task': result['loss']}
 
     def term_weights(self) -> Dict[str, float]:
         """Return the current weight of each term of `weighted_terms`, schedules included."""
-        methods = {name[:-len('_loss')]: self._weight_of(name, method) for name, method in self._term_methods.items()}
+        methods = self.terms.term_weights()
         return methods if self.criterion is None else {'task': self.task_loss_weight, **methods}
 
     def changes_terms(self, epoch: int) -> bool:
         """Whether other terms have a weight in an epoch than in the one before; true for the first."""
-        def unweighted(epoch: int) -> FrozenSet[str]:
-            return frozenset(name for name, schedule in self.schedules.items() if not schedule(epoch))
-        return epoch == 0 or unweighted(epoch) != unweighted(epoch - 1)
+        return self.terms.changes_terms(epoch)
 
     @property
     def is_scheduled(self) -> bool:
         """Whether the weight of a method changes over epochs."""
-        return any(len({schedule(epoch) for epoch in range(_MANY_EPOCHS)}) > 1 for schedule in self.schedules.values())
+        return self.terms.is_scheduled
 
     @property
     def trains_classifier(self) -> bool:
         """Whether the task loss, or a method that reads the student's logits, has a weight."""
-        readers = [name for name, method in self.module.methods.items() if 'logits' in method.student_outputs]
-        return not self.module.methods or bool(self.task_loss_weight) or any(self.weights[name] for name in readers)
+        return self.terms.trains_classifier
 
     def unscheduled_loss(self, averages: Mapping[str, float]) -> float:
         """Return the weighted sum of an epoch's averages of the terms without the schedules, to compare epochs by."""
-        if not self.module.methods:
-            return averages['loss']
-        weights = {name: self._unscheduled_weight(name) for name in averages if name.endswith('_loss')}
-        return sum(weight * averages[name] for name, weight in weights.items() if weight)
-
-    def _unscheduled_weight(self, name: str) -> float:
-        """Return the weight of a term by its name, which begins with its method's: no batch has to be seen."""
-        if name == 'task_loss':
-            return self.task_loss_weight
-        owners = [method for method in self.weights if name.startswith(f'{method}_')]
-        return self.weights[max(owners, key=len)] if owners else 0.
+        return self.terms.unscheduled_loss(averages) if self.module.methods else averages['loss']
 
     def _with_all_parameters(self, loss: torch.Tensor) -> torch.Tensor:
         """Give zero gradients to what trains with terms of weight 0 alone: DDP waits for the gradients of all."""
@@ -234,43 +227,46 @@ class DistillTask(TrainingTask):
                 if p.requires_grad and id(p) not in reached]
         return loss + sum(0. * p.sum() for p in self._untrained) if self._untrained else loss
 
-    def teacher_features(self, input: torch.Tensor) -> Features:
-        """Run the teacher on a batch normalised for the student, [B, C, H, W], for all that the methods read."""
-        assert self.teacher is not None
-        return self._with_aliases(self.teacher(input, self._teacher_outputs))
+    def teacher_features(self, input: torch.Tensor) -> TeacherFeatures:
+        """Run each teacher once on a batch normalised for the student, [B, C, H, W], for all that the methods read."""
+        features = {name: self._run_teacher(input, name) for name in self.teachers}
+        return features if isinstance(self.teacher, Teachers) else features['']
 
-    def read_targets(self, input: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, Features]:
+    def read_targets(self, input: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, TeacherFeatures]:
         """Return labels and the teacher's features, which cached targets know by the keys in the target."""
         if self.targets is None:
             teacher = self.teacher_features(input)
             if self.needs_indices:
-                target, teacher.indices = _split_indices(target)
+                target, indices = _split_indices(target)
+                for features in [teacher] if isinstance(teacher, Features) else teacher.values():
+                    features.indices = indices
             return target, teacher
         target, keys = split_keys(target)
         is_stored = isinstance(self.teacher, StoredTeacher)
-        live = None if is_stored and self.summon_teacher is None else self._run_teacher
-        teacher = self._with_aliases(self.targets.read(keys, input, live))
-        teacher.indices = self.targets.grid.indices(keys)
-        return target, teacher
+        live = None if is_stored and self.summon_teacher is None else self._run_summoned_teacher
+        stored = self._with_aliases(self.targets.read(keys, input, live), '')
+        stored.indices = self.targets.grid.indices(keys)
+        return target, stored
 
-    def _run_teacher(self, images: torch.Tensor) -> Features:
+    def _run_teacher(self, images: torch.Tensor, name: str) -> Features:
+        return self._with_aliases(self.teachers[name](images, self._teacher_outputs[name]), name)
+
+    def _run_summoned_teacher(self, images: torch.Tensor) -> Features:
         if isinstance(self.teacher, StoredTeacher) and self.summon_teacher is not None:
             self.teacher = self.summon_teacher()
         assert self.teacher is not None
-        return self.teacher(images, self._teacher_outputs)
+        return self.teacher(images, self._teacher_outputs[''])
 
-    def _with_aliases(self, features: Features) -> Features:
-        """Add what the methods know the teacher's outputs by: tap, stages of a teacher without any, head."""
+    def _with_aliases(self, features: Features, name: str) -> Features:
+        """Add what the methods know a teacher's outputs by: tap, stages of a teacher without any, head."""
         features.tap = features.feature
-        tap = self.module.tap
+        tap, outputs = self.module.tap, self._teacher_outputs[name]
         if tap is not None and tap.point == 'pre_logits' and features.pre_logits is not None:
             features.tap = features.pre_logits[:, :, None, None]
-        if 'head' in self._teacher_outputs:
-            assert isinstance(self.teacher, Teacher)
-            features.head = self.teacher.run_head
-        if 'tail' in self._teacher_outputs:
-            assert isinstance(self.teacher, Teacher)
-            features.tail = partial(self.teacher.run_tail, prefix=features.prefix)
+        if outputs & {'head', 'tail'}:
+            teacher = live_teachers(self.teacher)[name]
+            features.head = teacher.run_head if 'head' in outputs else None
+            features.tail = partial(teacher.run_tail, prefix=features.prefix) if 'tail' in outputs else None
         return features
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:  # type: ignore[override]
@@ -290,23 +286,42 @@ class DistillTask(TrainingTask):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
+    def class_means_shapes(self) -> Dict[str, Tuple[int, int]]:
+        """The student's classes and the width of the pre-logits, (K, D), of each teacher whose class means are read."""
+        methods = self.module.methods.items()
+        readers = {split_scope(name)[1] for name, method in methods if method.needs_class_means}
+        student = self.module.spec.features
+        return {
+            name: (student.num_classes, teacher.tap_channels('pre_logits'))  # type: ignore[union-attr]
+            for name, teacher in self.teachers.items() if name in readers}
+
+    @property
     def class_means_shape(self) -> Optional[Tuple[int, int]]:
         """The student's classes and the width of the teacher's pre-logits, (K, D); None where no method needs means."""
-        if not any(method.needs_class_means for method in self.module.methods.values()):
-            return None
-        student = self.module.spec.features
-        assert self.teacher is not None and student is not None
-        return student.num_classes, self.teacher.tap_channels('pre_logits')
+        return self.class_means_shapes.get('')
 
-    def set_class_means(self, means: torch.Tensor) -> None:
+    def set_class_means(self, means: Union[torch.Tensor, Mapping[str, torch.Tensor]], teacher: str = '') -> None:
         """Give the methods that need them the teacher's mean pre-logits of every class, [K, D].
 
+        Args:
+            means: Of the teacher, or by the name of each of several.
+            teacher: Whose these are, of several.
+
         Raises:
-            UsageError: If the shape is another, or a value is not finite.
+            UsageError: If the shape is another, a value is not finite, or no method reads them.
         """
-        for method in self.module.methods.values():
-            if method.needs_class_means:
-                method.set_class_means(means)
+        if isinstance(means, Mapping):
+            for name, own in means.items():
+                self.set_class_means(own, name)
+            return
+        readers = [
+            method for name, method in self.module.methods.items()
+            if method.needs_class_means and split_scope(name)[1] == teacher]
+        if not readers and isinstance(self.teacher, Teachers):
+            names = ', '.join(self.class_means_shapes) or 'none'
+            raise UsageError(f"No method reads class means of a teacher '{teacher}'; of these they are read: {names}.")
+        for method in readers:
+            method.set_class_means(means)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> List[nn.Parameter]:
         """Return the parameters to clip; `exclude_head` leaves out the student's classifier (for AGC)."""
@@ -323,6 +338,8 @@ class DistillTask(TrainingTask):
 
     def _share_memory(self) -> None:
         """Let all ranks start from the first one's memory of the methods, which they keep equal without DDP."""
+        if self._drop is not None:
+            self._drop.share()
         memory = self.module.memory()
         for buffer in memory.values():
             torch.distributed.broadcast(buffer, 0)
@@ -371,7 +388,8 @@ class DistillTask(TrainingTask):
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:
         """Return what resuming needs besides the merged student: raw tensors, adapter and methods."""
         trained = self._trained_module(ema)
-        return {} if trained is None else {'kd': list(trained.methods), **trained.task_state()}
+        drop = {} if self._drop is None else {'teacher_drop': self._drop.state_dict()}
+        return {} if trained is None else {'kd': list(trained.methods), **trained.task_state(), **drop}
 
     def load_task_state(
             self,
@@ -432,6 +450,8 @@ class DistillTask(TrainingTask):
                 f'{"+".join(trained.methods) or "none"}. Resume with the former, or start from its '
                 'weights with --initial-checkpoint.')
         trained.load_task_state(state_dict, task_state)
+        if self._drop is not None and 'teacher_drop' in (task_state or {}):
+            self._drop.load_state_dict((task_state or {})['teacher_drop'])
 
 
 def merge_student(task: DistillTask, ema: bool = False) -> nn.Module:
@@ -455,9 +475,14 @@ def _split_indices(target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return target[:, 0], target[:, 1]
 
 
-def teacher_outputs(module: AdaptedStudent) -> FrozenSet[str]:
-    """Return what the teacher must compute: the union of what the methods read."""
-    methods: Any = module.methods.values()
+def teacher_outputs(module: AdaptedStudent, teacher: str = '') -> FrozenSet[str]:
+    """Return what a teacher must compute: the union of what the methods read of it.
+
+    Args:
+        module: Has the methods.
+        teacher: Which of several.
+    """
+    methods: Any = [method for name, method in module.methods.items() if split_scope(name)[1] in ('', teacher)]
     outputs = frozenset[str]().union(*(method.teacher_outputs for method in methods))
     if 'tap' in outputs:
         point = module.tap.point if module.tap is not None else 'features'

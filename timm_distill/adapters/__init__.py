@@ -2,7 +2,7 @@
 
 Each lives in one file of this package, which is imported when the names are first asked for.
 """
-from typing import Any, List
+from typing import Any, List, Sequence, Union
 
 from .base import ADAPTERS, Adapter, AdapterOutput, Match, register_adapter
 
@@ -14,13 +14,18 @@ def list_adapters() -> List[str]:
     return ADAPTERS.names()
 
 
-def create_adapter(name: str, student_channels: int, teacher_channels: int, **options: Any) -> Adapter:
+def create_adapter(
+        name: str,
+        student_channels: int,
+        teacher_channels: Union[int, Sequence[int]],
+        **options: Any,
+) -> Adapter:
     """Create an adapter by name.
 
     Args:
         name: One of `list_adapters()`.
         student_channels: Channels of the student's feature at the tap.
-        teacher_channels: Channels of the teacher's feature.
+        teacher_channels: Channels of the teacher's feature, or of that of each of several teachers.
         options: Options of the adapter.
 
     Raises:

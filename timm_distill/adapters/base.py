@@ -1,6 +1,6 @@
 """The contract of an adapter: channels in, channels out, affine at inference."""
 from dataclasses import dataclass
-from typing import Callable, Optional
+from typing import Callable, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -21,10 +21,10 @@ class Match:
     """Target of an adapter's loss.
 
     Attributes:
-        teacher: Teacher's feature, [B, Ct, H, W].
+        teacher: Teacher's feature, [B, Ct, H, W]; one for each of several teachers, in the order of their channels.
         to_map: Turns the adapter's positions, prefix tokens included, into a map: [B, C, L, 1] -> [B, C, H, W].
     """
-    teacher: torch.Tensor
+    teacher: Union[torch.Tensor, Tuple[torch.Tensor, ...]]
     to_map: Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -34,10 +34,10 @@ class AdapterOutput:
 
     Attributes:
         output: Feature that replaces the adapter's input on the student's path, [B, Cs, H, W].
-        loss: Loss of the match, scalar; None without one.
+        loss: Loss of the match, scalar; one for each of several teachers; None without a match.
     """
     output: torch.Tensor
-    loss: Optional[torch.Tensor] = None
+    loss: Union[torch.Tensor, Tuple[torch.Tensor, ...], None] = None
 
 
 class Adapter(nn.Module):
@@ -49,10 +49,10 @@ class Adapter(nn.Module):
 
     Args:
         student_channels: Cs.
-        teacher_channels: Ct.
+        teacher_channels: Ct, or that of each of several teachers.
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int):
+    def __init__(self, student_channels: int, teacher_channels: Union[int, Sequence[int]]):
         super().__init__()
         self.student_channels = student_channels
         self.teacher_channels = teacher_channels

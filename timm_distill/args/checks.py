@@ -4,6 +4,7 @@ import difflib
 import inspect
 import logging
 import math
+import os
 import re
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -13,6 +14,7 @@ from timm.optim import get_optimizer_class, list_optimizers, optimizer_kwargs
 from ..errors import UsageError
 from .combinations import check_train_combinations
 from .distillation import DOT_DELTA, resolve_kd
+from .per_teacher import all_values, kwargs_by_teacher, teachers_of
 from .ranges import check_ranges
 
 _logger = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ _NEEDS_KD: Dict[str, Any] = {
     'teacher_dtype': None,
     'task_loss_weight': None,
     'distill_loss_weight': None,
+    'teacher_drop': 0.,
     'kd_tap': 'auto',
     'kd_lr_mult': 1.,
     'teacher_fsdp': False,
@@ -108,9 +111,10 @@ def _check_values(args: argparse.Namespace) -> None:
             'leave out one of the two')
     channels = args.input_size[0] if args.input_size else args.in_chans or 3
     for name in ('mean', 'std', 'teacher_mean', 'teacher_std'):
-        value = getattr(args, name, None)
-        if value is not None and len(value) not in (1, channels):
-            raise UsageError(f'{_flag(name)} has {len(value)} values: give one, or one for each of {channels} channels')
+        for value in all_values(getattr(args, name, None)):
+            if value is not None and len(value) not in (1, channels):
+                raise UsageError(
+                    f'{_flag(name)} has {len(value)} values: give one, or one for each of {channels} channels')
 
 
 def _check_mappings(args: argparse.Namespace) -> None:
@@ -187,6 +191,7 @@ def _check_distillation(args: argparse.Namespace) -> None:
     """Check what needs no list of methods; the task checks names, weights and options."""
     if args.kd != 'none' and not args.teacher and not args.teacher_cache:
         raise UsageError(f'--kd {args.kd} needs a teacher: pass --teacher NAME, or --kd none to train without one')
+    _check_teachers(args)
     if args.teacher_cache and args.teacher_fsdp:
         raise UsageError('--teacher-fsdp does not go with --teacher-cache: leave out one of them')
     if args.cache_check and args.teacher_cache and not args.teacher:
@@ -199,3 +204,30 @@ def _check_distillation(args: argparse.Namespace) -> None:
         ignored = [_flag(name) for name, unset in _NEEDS_KD.items() if getattr(args, name) != unset]
         if ignored:
             _logger.warning(f'{", ".join(ignored)} ignored: --kd none trains the student alone.')
+
+
+# Flags with a value for all teachers or one for each.
+_PER_TEACHER = (
+    'teacher_checkpoint', 'teacher_weights', 'teacher_mean', 'teacher_std', 'teacher_img_size', 'teacher_classes',
+    'teacher_dtype', 'nd_class_means')
+
+
+def _check_teachers(args: argparse.Namespace) -> None:
+    """Check the names of several teachers where they stand in other flags."""
+    names = list(teachers_of(args.teacher))
+    kwargs_by_teacher(args.teacher_kwargs, args.teacher)
+    for flag in _PER_TEACHER:
+        value = getattr(args, flag)
+        for name in value if isinstance(value, dict) else ():
+            if name not in names:
+                known = ', '.join(names).strip() or 'none'
+                raise UsageError(
+                    f"{_flag(flag)} {name}={value[name]}: there is no teacher '{name}'; --teacher names {known}")
+    if args.teacher_cache and len(names) > 1:
+        raise UsageError(
+            f'--teacher-cache {args.teacher_cache} holds the targets of one teacher, and --teacher names '
+            f'{len(names)}: leave one of the two out')
+    if args.data and args.data_dir and not os.path.exists(args.data):
+        raise UsageError(
+            f"'{args.data}' is no folder, and --data-dir {args.data_dir} names one: leave it out. Several teachers "
+            'have names, --teacher a=NAME b=NAME')

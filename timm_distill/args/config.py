@@ -2,10 +2,12 @@
 import argparse
 import difflib
 import re
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterable, Mapping, Optional, Sequence
 
 import yaml
 from timm.utils import ParseKwargs
+
+from .per_teacher import StorePerTeacher, StoreTeachers
 
 # Defaults that differ for multi-label targets, as in timm.
 _MULTILABEL_DEFAULTS = {'smoothing': 0., 'eval_metric': 'map'}
@@ -44,7 +46,8 @@ def parse_args(parser: argparse.ArgumentParser, argv: Optional[Sequence[str]] = 
 def _check_names(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Reject names that no file system takes, before each of their users fails on them in its own way."""
     for name, value in vars(args).items():
-        for text in value if isinstance(value, list) else [value]:
+        texts = value.values() if isinstance(value, dict) and name in _PATHS else value
+        for text in texts if not isinstance(texts, str) and isinstance(texts, Iterable) else [texts]:
             if not isinstance(text, str):
                 continue
             flag = '--' + name.replace('_', '-')
@@ -120,6 +123,8 @@ def _config_value(parser: argparse.ArgumentParser, action: argparse.Action, key:
     """Check and convert one value of a config file, which argparse does only for text."""
     if value is None and action.default is None:
         return None
+    if isinstance(action, StorePerTeacher):
+        return _config_per_teacher(parser, action, key, value)
     if action.nargs == 0:
         valid, words = isinstance(value, bool), 'true or false'
     elif isinstance(action, ParseKwargs):
@@ -134,6 +139,24 @@ def _config_value(parser: argparse.ArgumentParser, action: argparse.Action, key:
     if not valid:
         parser.error(f'--config: {key} must be {words}, got {value!r}')
     return value
+
+
+def _config_per_teacher(parser: argparse.ArgumentParser, action: StorePerTeacher, key: str, value: Any) -> Any:
+    """Return a value for all teachers, a list of numbers where it is one, or a mapping by the teachers' names."""
+    def _convert(item: Any) -> Any:
+        if action.many and isinstance(item, list):
+            return [_config_scalar(parser, action, key, number) for number in item]
+        return _config_scalar(parser, action, key, item)
+
+    if isinstance(action, StoreTeachers) and isinstance(value, dict):
+        return [f'{name}={_convert(item)}' for name, item in value.items()]
+    if isinstance(action, StoreTeachers) and isinstance(value, list):
+        return [_convert(item) for item in value]
+    if isinstance(value, dict):
+        return {str(name): _convert(item) for name, item in value.items()}
+    if action.many and not isinstance(value, list):
+        parser.error(f'--config: {key} must be a list of some values, got {value!r}')
+    return _convert(value)
 
 
 def _config_scalar(parser: argparse.ArgumentParser, action: argparse.Action, key: str, value: Any) -> Any:

@@ -1,9 +1,10 @@
 """Flags of the teacher and the distillation methods."""
 import argparse
-from typing import Sequence
+from typing import Any, Mapping, Sequence
 
 from ..errors import UsageError
 from .parser import ArgumentParser, ParseKeyValues
+from .per_teacher import StorePerTeacher, StoreTeachers, teachers_of
 
 DOT_DELTA = 0.075  # the published one of CIFAR-100
 
@@ -11,38 +12,39 @@ DOT_DELTA = 0.075  # the published one of CIFAR-100
 def add_distillation_args(parser: ArgumentParser) -> None:
     group = parser.add_topic('kd', 'Distillation')
     group.add_argument(
-        '--teacher', metavar='NAME', default=None,
+        '--teacher', metavar='NAME', default=None, action=StoreTeachers,
         help='teacher: a timm model name, hf-hub:org/name, local-dir:/path, torchvision:name or '
-             'FILE.py:function')
+             'FILE.py:function; several with names, e.g. dino=vit_small_patch16_dinov3 sup=resnet50. The flags of the '
+             'teacher then take one value for all, or NAME=VALUE for each')
     group.add_argument(
-        '--teacher-checkpoint', metavar='FILE', default='',
+        '--teacher-checkpoint', metavar='FILE', default='', action=StorePerTeacher,
         help='teacher weights (.safetensors, .pth or a training checkpoint) instead of pretrained ones')
     group.add_argument(
-        '--teacher-weights', default=None, choices=['raw', 'ema'],
+        '--teacher-weights', default=None, choices=['raw', 'ema'], action=StorePerTeacher,
         help='which weights of a training checkpoint teach; None: the averaged ones where there are any')
     group.add_argument(
-        '--teacher-mean', type=float, nargs='+', default=None, metavar='MEAN',
+        '--teacher-mean', type=float, default=None, metavar='MEAN', action=StorePerTeacher, many=True,
         help='pixel mean that the teacher was trained with; None: what its weights say of themselves '
-             '(a checkpoint\'s flags, a folder\'s config), else its architecture\'s')
+             '(a checkpoint\'s flags, a folder\'s config), else its architecture\'s; by name dino=0.5,0.5,0.5')
     group.add_argument(
-        '--teacher-std', type=float, nargs='+', default=None, metavar='STD',
+        '--teacher-std', type=float, default=None, metavar='STD', action=StorePerTeacher, many=True,
         help='pixel deviation that the teacher was trained with, likewise')
     group.add_argument(
-        '--teacher-img-size', type=int, default=None, metavar='N',
+        '--teacher-img-size', type=int, default=None, metavar='N', action=StorePerTeacher,
         help='height and width that the teacher is fed; None: what its weights say, else the '
              'student\'s size where the teacher runs at it')
     group.add_argument(
-        '--teacher-classes', metavar='auto|FILE', default='',
+        '--teacher-classes', metavar='auto|FILE', default='', action=StorePerTeacher,
         help='which of the teacher\'s classes are the student\'s, where they differ: by WordNet id or name of the '
              'class (auto), or from a file; its logits are restricted to them')
     group.add_argument(
         '--teacher-kwargs', nargs='*', default={}, action=ParseKeyValues, metavar='KEY=VALUE',
-        help='extra arguments for the teacher\'s constructor, e.g. img_size=256')
+        help='extra arguments for the teacher\'s constructor, e.g. img_size=256, of one of several dino.img_size=256')
     group.add_argument(
         '--teacher-pretrained', action=argparse.BooleanOptionalAction, default=True,
         help='start the teacher from its pretrained weights; without them it teaches noise')
     group.add_argument(
-        '--teacher-dtype', default=None, choices=['float32', 'bfloat16', 'float16'],
+        '--teacher-dtype', default=None, choices=['float32', 'bfloat16', 'float16'], action=StorePerTeacher,
         help='precision that the teacher computes in; None: that of the run, --amp included')
     group.add_argument(
         '--teacher-fsdp', action='store_true', default=False,
@@ -53,15 +55,15 @@ def add_distillation_args(parser: ArgumentParser) -> None:
         help='report the teacher\'s accuracy before training; None: when there is validation data')
     group.add_argument(
         '--kd', default=None, metavar='NAME[+NAME...]',
-        help='distillation methods, joined by +, e.g. norm or norm+kd; sdd:kd is one that takes another; '
-             'none, as without --teacher, trains the student alone')
+        help='distillation methods, joined by +, e.g. norm or norm+kd; sdd:kd is one that takes another, kd@sup one '
+             'with the teacher of that name alone; none, as without --teacher, trains the student alone')
     group.add_argument(
         '--kd-module', nargs='+', default=[], metavar='FILE',
         help='Python files with methods of your own (classes under @register_method) for --kd')
     group.add_argument(
         '--kd-weight', nargs='*', default={}, action=ParseKeyValues, metavar='NAME=W',
         help='weight of each method\'s loss, e.g. norm=1 kd=0.5; if absent, that of a preset or of the '
-             'method\'s published code (--list-kd)')
+             'method\'s published code (--list-kd). kd@sup=0.5 is of one teacher, here and in the two below')
     group.add_argument(
         '--kd-kwargs', nargs='*', default={}, action=ParseKeyValues, metavar='NAME.KEY=VALUE',
         help='method options, e.g. norm.segments=8 kd.temperature=4; --list-kd shows them all')
@@ -76,7 +78,7 @@ def add_distillation_args(parser: ArgumentParser) -> None:
         help='where features are matched: the last feature map, the classifier\'s input, or the first '
              'of the two from which the adapter can be merged away (auto)')
     group.add_argument(
-        '--nd-class-means', metavar='FILE', default='',
+        '--nd-class-means', metavar='FILE', default='', action=StorePerTeacher,
         help='class means of the teacher for nd (.safetensors) in place of a pass over the training set')
     group.add_argument(
         '--nd-class-means-transform', default='eval', choices=['eval', 'train'],
@@ -87,6 +89,9 @@ def add_distillation_args(parser: ArgumentParser) -> None:
     group.add_argument(
         '--distill-loss-weight', type=float, default=None,
         help='factor on the sum of all distillation losses; None: 1')
+    group.add_argument(
+        '--teacher-drop', type=float, default=0., metavar='P',
+        help='probability with which a batch leaves out one of several teachers; the one with the largest loss stays')
     group.add_argument(
         '--kd-lr-mult', type=float, default=1., metavar='FACTOR',
         help='factor on the learning rate of what distillation adds to the student: adapter and the '
@@ -126,8 +131,9 @@ def resolve_kd(args: argparse.Namespace, methods: Sequence[str]) -> None:
     Raises:
         UsageError: If there is a teacher and nothing says what to do with it.
     """
+    teachers_of(args.teacher)
     given = [
-        f'--{name.replace("_", "-")} {getattr(args, name)}'
+        f'--{name.replace("_", "-")} {_text(getattr(args, name))}'
         for name in ('teacher', 'teacher_checkpoint', 'teacher_cache')
         if getattr(args, name)]
     if args.kd is None and given:
@@ -135,6 +141,12 @@ def resolve_kd(args: argparse.Namespace, methods: Sequence[str]) -> None:
             f'{" ".join(given)} without --kd: say what is distilled, --kd with one or more of '
             f'{", ".join(methods)} joined by +, or --kd none to train the student alone')
     args.kd = args.kd or 'none'
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ' '.join(f'{name}={item}' for name, item in value.items())
+    return value if isinstance(value, str) else ' '.join(value)
 
 
 def add_timm_distillation_args(parser: ArgumentParser) -> None:

@@ -1,9 +1,12 @@
 """The parser: errors of one line, help by topic, `key=value` arguments."""
 import argparse
+import sys
 import textwrap
-from typing import Any, Dict, List, NoReturn, Optional
+from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
 
 from timm.utils import ParseKwargs
+
+from .per_teacher import StorePerTeacher, place_positionals
 
 _WIDTH = 100
 
@@ -20,6 +23,32 @@ class ArgumentParser(argparse.ArgumentParser):
         self.add_argument(
             '-h', '--help', nargs='?', const='', action=_HelpAction, default=argparse.SUPPRESS,
             metavar='TOPIC', help='list all flags, or explain those of a topic (all: of every topic)')
+
+    def parse_known_args(  # type: ignore[override]
+            self,
+            args: Optional[Sequence[str]] = None,
+            namespace: Optional[argparse.Namespace] = None,
+    ) -> Tuple[argparse.Namespace, List[str]]:
+        argv = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(place_positionals(argv, self._find_action), namespace)
+
+    def _find_action(self, flag: str) -> Optional[argparse.Action]:
+        """Return the action of a flag, which may be shortened; None where there is none, or several."""
+        if not flag.startswith('--'):
+            return None
+        known = self._option_string_actions
+        found = {id(known[name]): known[name] for name in known if name == flag} or {
+            id(known[name]): known[name] for name in known if name.startswith(flag)}
+        return next(iter(found.values())) if len(found) == 1 else None
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if isinstance(action, StorePerTeacher):
+            return action.read(self, arg_string)
+        return super()._get_value(action, arg_string)  # type: ignore[misc]
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if not isinstance(action, StorePerTeacher):  # which has done it
+            super()._check_value(action, value)  # type: ignore[misc]
 
     def add_topic(self, name: str, title: str, description: Optional[str] = None) -> Any:
         """Add a group of flags that `--help NAME` shows."""

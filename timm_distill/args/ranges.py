@@ -8,6 +8,7 @@ from typing import Any, Dict, Tuple
 
 from ..errors import UsageError
 from ..utils.ranges import LARGEST_SIZE, NOT_NEGATIVE, Range
+from .per_teacher import all_values
 
 _COUNT = Range(1, LARGEST_SIZE)
 _COUNT_OR_NONE = Range(0, LARGEST_SIZE)
@@ -42,7 +43,7 @@ RANGES: Dict[Range, Tuple[str, ...]] = {
     _PROBABILITY: (
         'color_jitter_prob', 'cutmix_minmax', 'gaussian_blur_prob', 'grayscale_prob', 'hflip', 'layer_decay_min_scale',
         'layer_decay_no_opt_scale', 'lr_noise', 'mixup_prob', 'mixup_switch_prob', 'multilabel_threshold', 'reprob',
-        'train_size_random_mix', 'vflip',
+        'teacher_drop', 'train_size_random_mix', 'vflip',
         'mean', 'teacher_mean'),  # pixels are 0 to 1
     _PART: (
         'bn_momentum',  # that of torch: the part of the new statistics
@@ -85,11 +86,11 @@ def check_ranges(args: argparse.Namespace) -> None:
     """
     for span, names in RANGES.items():
         for name in names:
-            value = getattr(args, name, None)
-            values = value if isinstance(value, (list, tuple)) else [value]
-            if any(v is not None and v not in span for v in values):
-                hint = f' ({_HINTS[name]})' if name in _HINTS else ''
-                raise UsageError(f'--{name.replace("_", "-")} {_text(value)} must be {span}{hint}')
+            for value in all_values(getattr(args, name, None)):
+                values = value if isinstance(value, (list, tuple)) else [value]
+                if any(v is not None and v not in span for v in values):
+                    hint = f' ({_HINTS[name]})' if name in _HINTS else ''
+                    raise UsageError(f'--{name.replace("_", "-")} {_text(value)} must be {span}{hint}')
 
 
 def _text(value: Any) -> str:

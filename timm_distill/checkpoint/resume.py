@@ -5,7 +5,7 @@ CPU and with the same number of processes. Knows the task only through `load_che
 """
 import argparse
 import logging
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping, Optional, Union
 
 import torch
 from timm.models import clean_state_dict
@@ -40,13 +40,17 @@ def done_batches(checkpoint: Optional[Dict[str, Any]]) -> int:
     return checkpoint_progress(checkpoint)[1] if checkpoint else 0
 
 
-def check_same_run(args: argparse.Namespace, checkpoint: Dict[str, Any], teacher_hash: str = '') -> None:
+def check_same_run(
+        args: argparse.Namespace,
+        checkpoint: Dict[str, Any],
+        teacher_hash: Union[str, Mapping[str, str]] = '',
+) -> None:
     """Compare this run's flags with those that the checkpoint was written with; warns of what changes the course.
 
     Args:
         args: Flags of this run.
         checkpoint: As read.
-        teacher_hash: Of this run's teacher, wherever its weights come from.
+        teacher_hash: Of this run's teacher, wherever its weights come from; of several by name.
 
     Raises:
         UsageError: For another student, teacher or distillation; lists the differences.
@@ -60,10 +64,11 @@ def check_same_run(args: argparse.Namespace, checkpoint: Dict[str, Any], teacher
             f'{args.resume!r} is of another run: {_differences(refused, saved, now)}. Give the flags of '
             'that run, or start a new one from its weights with --initial-checkpoint.')
     saved_hash = checkpoint.get('provenance', {}).get('teacher', {}).get('sha256 of its weights')
-    if saved_hash and teacher_hash and saved_hash != teacher_hash:
+    before, here = (value if isinstance(value, Mapping) else {'': value or ''} for value in (saved_hash, teacher_hash))
+    for name in [name for name in here if here[name] and before.get(name) and here[name] != before[name]]:
         raise UsageError(
-            f'{args.resume!r} was distilled from a teacher with other weights (SHA-256 {saved_hash[:12]}, '
-            f'here {teacher_hash[:12]}). Give its --teacher-checkpoint.')
+            f"{args.resume!r} was distilled from a teacher {f'{name!r} ' if name else ''}with other weights (SHA-256 "
+            f'{before[name][:12]}, here {here[name][:12]}). Give its --teacher-checkpoint.')
     other_optimizer: List[str] = [name for name in ('opt', 'kd_optimizer') if name in differing]
     if other_optimizer and not args.no_resume_opt:
         raise UsageError(

@@ -57,7 +57,8 @@ def create_model_card(
         load: Python that builds and loads it, where timm does not.
         headless: Whether it gives features, no logits.
     """
-    teacher = provenance.get('teacher', {}).get('name')
+    name = provenance.get('teacher', {}).get('name')
+    teacher = ' and '.join(name.values()) if isinstance(name, Mapping) else name
     source = f'hf-hub:{repo_id}' if repo_id else 'local-dir:THIS_FOLDER'
     lines = [
         f'# {architecture}' + (f' distilled from {teacher}' if teacher else ''), '',

@@ -2,14 +2,16 @@
 import argparse
 import os
 import platform
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Union
 
 import timm
 import torch
 import torchvision
 
+from ..args.per_teacher import teachers_of
+
 _TRAINING_FLAGS = (
-    'kd', 'kd_kwargs', 'kd_schedule', 'epochs', 'opt', 'lr', 'weight_decay', 'sched', 'warmup_epochs',
+    'kd', 'kd_kwargs', 'kd_schedule', 'teacher_drop', 'epochs', 'opt', 'lr', 'weight_decay', 'sched', 'warmup_epochs',
     'grad_accum_steps', 'smoothing', 'mixup', 'cutmix', 'aa', 'reprob',
     'model_ema_decay', 'amp_dtype', 'seed')
 
@@ -17,7 +19,7 @@ _TRAINING_FLAGS = (
 def collect_provenance(
         args: argparse.Namespace,
         version: str,
-        teacher_hash: str = '',
+        teacher_hash: Union[str, Mapping[str, str]] = '',
         num_samples: Optional[int] = None,
         weights: Optional[Mapping[str, float]] = None,
 ) -> Dict[str, Any]:
@@ -26,7 +28,7 @@ def collect_provenance(
     Args:
         args: Flags of the run.
         version: Version of timm_distill.
-        teacher_hash: Of the teacher's weights as loaded.
+        teacher_hash: Of the teacher's weights as loaded; of several by name.
         num_samples: Images of the training set.
         weights: Weights of the loss terms in force, defaults included.
     """
@@ -47,17 +49,35 @@ def collect_provenance(
         },
     }
     if args.teacher and args.kd != 'none':
-        checkpoint = os.path.basename(str(args.teacher_checkpoint or ''))
-        provenance['teacher'] = {'name': args.teacher, 'checkpoint': checkpoint, 'sha256 of its weights': teacher_hash}
+        provenance['teacher'] = {
+            'name': _name_of(args.teacher),
+            'checkpoint': _file_names(args.teacher_checkpoint or ''),
+            'sha256 of its weights': dict(teacher_hash) if isinstance(teacher_hash, Mapping) else teacher_hash,
+        }
         if args.teacher_classes:
-            provenance['teacher']['classes by'] = os.path.basename(args.teacher_classes)
+            provenance['teacher']['classes by'] = _file_names(args.teacher_classes)
     return provenance
+
+
+def _name_of(teacher: Any) -> Union[str, Dict[str, str]]:
+    """Return the teacher's model, of several by name."""
+    models = teachers_of(teacher)
+    return models if len(models) > 1 else next(iter(models.values()))
+
+
+def _file_names(paths: Union[str, Mapping[str, str]]) -> Union[str, Dict[str, str]]:
+    """Return paths without the folders, which say where somebody's machine keeps files."""
+    if isinstance(paths, Mapping):
+        return {name: os.path.basename(path) for name, path in paths.items()}
+    return os.path.basename(str(paths))
 
 
 def _flags(args: argparse.Namespace) -> Mapping[str, Any]:
     values = {name: getattr(args, name, None) for name in _TRAINING_FLAGS}
     if not getattr(args, 'model_ema', False):
         values.pop('model_ema_decay')
+    if not getattr(args, 'teacher_drop', 0.):
+        values.pop('teacher_drop')
     if not getattr(args, 'amp', False):
         values.pop('amp_dtype')
     return {name: value for name, value in values.items() if value not in (None, '', {}, [])}

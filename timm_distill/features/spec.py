@@ -2,7 +2,7 @@
 
 Knows nothing of how they are read."""
 from dataclasses import dataclass
-from typing import Callable, FrozenSet, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -17,7 +17,8 @@ class Features:
         pre_logits: The classifier's input, [B, D].
         stages: Intermediate features as maps, [B, C, H, W] each, shallow to deep.
         tap: Teacher's counterpart of the student's insertion point, [B, C, H, W] or [B, D, 1, 1].
-        matched: Each adapter's loss against the teacher's counterpart (student only), scalars.
+        matched: Each adapter's loss against the teacher's counterpart (student only), scalars; of an adapter that
+            several teachers share one for each, until a method gets those of its teacher.
         token_logits: Logits of the distillation token, [B, K] (students with one only).
         head: The model's own head, from a map [B, C, H, W] to logits, or of a teacher also from a vector [B, D, 1, 1];
             the teacher's is frozen.
@@ -34,7 +35,7 @@ class Features:
     pre_logits: Optional[torch.Tensor] = None
     stages: Tuple[torch.Tensor, ...] = ()
     tap: Optional[torch.Tensor] = None
-    matched: Tuple[torch.Tensor, ...] = ()
+    matched: Tuple[Any, ...] = ()
     token_logits: Optional[torch.Tensor] = None
     blocks: Tuple[torch.Tensor, ...] = ()
     prefix: Optional[torch.Tensor] = None
@@ -54,6 +55,9 @@ class Features:
             None if x is None else x.to(dtype) for x in (self.logits, self.feature, self.pre_logits, self.prefix))
         self.stages, self.blocks = (tuple(x.to(dtype) for x in maps) for maps in (self.stages, self.blocks))
         return self
+
+
+TeacherFeatures = Union[Features, Dict[str, Features]]  # of one teacher, or of each of several by name
 
 
 @dataclass(frozen=True)

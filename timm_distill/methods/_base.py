@@ -63,6 +63,8 @@ class DistillMethod(nn.Module):
             'head' (its frozen head as a function), 'tail' (what follows its last stage but one, likewise), and 'tap',
             the counterpart of the adapter's insertion point.
         adapter: Name of the adapter that the method puts on the student's path, if it does.
+        shares_adapter: With several teachers one adapter is matched with all of them, and the method is one object that
+            runs for each teacher with the adapter's loss against it; nothing is built for a pair then.
         schedules: Published weight schedules by name, for `--kd-schedule`.
         needs_indices: Reads the indices of the batch's samples in the training set.
         reads_labels: Reads what class an image is of: `target`, or the labels of the training set.
@@ -79,6 +81,7 @@ class DistillMethod(nn.Module):
     student_outputs: ClassVar[FrozenSet[str]] = frozenset({'logits'})
     teacher_outputs: ClassVar[FrozenSet[str]] = frozenset({'logits'})
     adapter: ClassVar[Optional[str]] = None
+    shares_adapter: ClassVar[bool] = False
     schedules: ClassVar[Mapping[str, Steps]] = {}
     needs_indices: ClassVar[bool] = False
     reads_labels: bool = False  # an option of the method may change it

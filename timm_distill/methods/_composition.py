@@ -1,13 +1,19 @@
 """Composition of methods as `--kd` and its companions spell it: names, presets, options, weights, schedules."""
-import math
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from ..errors import UsageError
-from ..utils.ranges import NOT_NEGATIVE
+from ..utils.ranges import NOT_NEGATIVE, Range
 from ._base import METHODS, DistillMethod
+from ._names import classes_of, expand_kd, methods_of, methods_taken_by, parse_kd, published_weight
 from ._schedules import ScheduleSpec, create_weight_schedule
-from ._wrapper import WrapperMethod
+from ._scopes import by_unit, find_units, join_scope, split_scope
+
+__all__ = [
+    'Composition', 'Recipe', 'check_labels', 'check_mixing', 'create_by_name', 'create_composition', 'expand_kd',
+    'methods_of', 'methods_taken_by', 'parse_kd', 'published_weight']
+
+_PROBABILITY = Range(0, 1)
 
 
 @dataclass(frozen=True)
@@ -15,8 +21,10 @@ class Recipe:
     """Methods and their weights, spelt as the flags of the same names.
 
     Attributes:
-        kd: 'none', or names of methods and presets joined by '+', e.g. 'norm+kd'; 'sdd:kd' is one that takes another.
-        kd_weight: Weight of each method's terms; a preset's by default, else the method's published one.
+        kd: 'none', or names of methods and presets joined by '+', e.g. 'norm+kd'; 'sdd:kd' is one that takes another,
+            'kd@dino' one with the teacher of that name alone.
+        kd_weight: Weight of each method's terms; a preset's by default, else the method's published one. Here and in
+            the two that follow 'kd' means it with every teacher, 'kd@dino' with one.
         kd_kwargs: Options of the methods, `{'norm.segments': 8}` or `{'norm': {'segments': 8}}`; of a method that
             another takes `{'sdd.kd.temperature': 2}`.
         kd_schedule: Schedule of each method's weight over epochs in place of its own, e.g. `{'norm': 'imagenet'}`.
@@ -25,6 +33,8 @@ class Recipe:
         task_loss_weight: Weight of the task loss; a preset's by default, else 1.
         distill_loss_weight: Factor on all methods' weights, 1 by default.
         num_epochs: Length of the run, for schedules that span it.
+        teacher_drop: Probability with which a step leaves out a teacher's terms; the teacher with the largest loss
+            stays.
     """
     kd: str = 'norm'
     kd_weight: Optional[Mapping[str, float]] = None
@@ -34,6 +44,7 @@ class Recipe:
     task_loss_weight: Optional[float] = None
     distill_loss_weight: Optional[float] = None
     num_epochs: Optional[int] = None
+    teacher_drop: float = 0.
 
 
 @dataclass(frozen=True)
@@ -41,9 +52,9 @@ class Composition:
     """The methods of a run.
 
     Attributes:
-        methods: Methods by name, not built for a pair yet.
-        weights: Weight of each method's terms.
-        schedules: Factor on a method's terms by epoch, counted from 0.
+        methods: Methods by name, METHOD@TEACHER where they are of one of several teachers, not built for a pair yet.
+        weights: Weight of the terms of each method, of one that several teachers share with each of them.
+        schedules: Factor on these terms by epoch, counted from 0.
         task_loss_weight: Weight of the task loss.
     """
     methods: Dict[str, DistillMethod]
@@ -52,65 +63,70 @@ class Composition:
     task_loss_weight: float = 1.
 
 
-def create_composition(recipe: Recipe) -> Composition:
+def create_composition(recipe: Recipe, teachers: Sequence[str] = ()) -> Composition:
     """Create the methods of a recipe with their weights and schedules.
+
+    Args:
+        recipe: The recipe.
+        teachers: Names of the teachers, as far as they have some.
 
     Raises:
         UsageError: If a name, an option or a value is not possible; says what is.
     """
     kd, task_loss_weight, distill_loss_weight = recipe.kd, recipe.task_loss_weight, recipe.distill_loss_weight
-    default_weights, options = expand_kd(kd)
-    for method, option, value in _flatten_options(recipe.kd_kwargs or {}):
-        options[_find_method(f'--kd-kwargs {method}.{option}', method, options, kd)][option] = value
-    methods = {name: create_by_name(name, options[name]) for name in options}
-    presets = [METHODS.presets()[name] for name in parse_kd(kd) if name in METHODS.presets()]
+    default_weights, preset_options = expand_kd(kd, teachers)
+    methods = _create_methods(recipe, preset_options, teachers)
+    named = [split_scope(name) for name in parse_kd(kd)]
+    presets = [(METHODS.presets()[name], scope) for name, scope in named if name in METHODS.presets()]
     for flag, value in (('--task-loss-weight', task_loss_weight), ('--distill-loss-weight', distill_loss_weight)):
         if value is not None and value not in NOT_NEGATIVE:
             raise UsageError(f'{flag} {value} must be {NOT_NEGATIVE}.')
-    kd_weight = _by_method('--kd-weight', recipe.kd_weight or {}, options, kd)
+    if recipe.teacher_drop not in _PROBABILITY:
+        raise UsageError(f'--teacher-drop {recipe.teacher_drop} must be {_PROBABILITY}.')
+    kd_weight = by_unit('--kd-weight', recipe.kd_weight or {}, default_weights, kd, teachers)
     weights = _resolve_weights(default_weights, kd_weight, distill_loss_weight)
     if task_loss_weight is None:
-        task_loss_weight = next((p.task_loss_weight for p in presets if p.task_loss_weight is not None), 1.)
+        task_loss_weight = next((p.task_loss_weight for p, _ in presets if p.task_loss_weight is not None), 1.)
     if weights and not task_loss_weight and not any(weights.values()):
         raise UsageError(
             f'--task-loss-weight 0 and no method of --kd {kd} with a weight: nothing would train. Change '
             '--task-loss-weight, --distill-loss-weight or --kd-weight.')
-    schedules: Dict[str, Callable[[int], float]] = {name: method.weight for name, method in methods.items()}
-    specs: Dict[str, ScheduleSpec] = {name: spec for preset in presets for name, spec in preset.schedules.items()}
-    specs.update(_by_method('--kd-schedule', recipe.kd_schedule or {}, options, kd))
-    for name, spec in specs.items():
-        schedules[name] = create_weight_schedule(
-            spec, methods[name].schedules, f'--kd-schedule {name}', recipe.num_epochs)
+    given = {join_scope(name, scope): spec for preset, scope in presets for name, spec in preset.schedules.items()}
+    specs = by_unit('--kd-schedule', given, weights, kd, teachers)
+    specs.update(by_unit('--kd-schedule', recipe.kd_schedule or {}, weights, kd, teachers))
+    owners = {unit: methods[unit if unit in methods else split_scope(unit)[0]] for unit in weights}
+    schedules: Dict[str, Callable[[int], float]] = {unit: method.weight for unit, method in owners.items()}
+    for unit, spec in specs.items():
+        schedules[unit] = create_weight_schedule(
+            spec, owners[unit].schedules, f'--kd-schedule {unit}', recipe.num_epochs)
     return Composition(methods, weights, schedules, task_loss_weight)
 
 
-def parse_kd(kd: str) -> List[str]:
-    """Return the names of methods and presets in a `--kd` value; none for 'none'.
+def _create_methods(
+        recipe: Recipe,
+        preset_options: Mapping[str, Mapping[str, Any]],
+        teachers: Sequence[str],
+) -> Dict[str, DistillMethod]:
+    """Create the methods with the presets' options and the user's, of which those of one teacher count first."""
+    options = {name: dict(given) for name, given in preset_options.items()}
+    flat = _flatten_options(recipe.kd_kwargs or {})
+    for name, option, value in sorted(flat, key=lambda item: '@' in item[0]):
+        what = f'--kd-kwargs {name}.{option}'
+        method, teacher = split_scope(name)
+        if teacher and method in options and len(teachers) > 1:
+            raise UsageError(
+                f'{what}: {method} is one for all teachers: write {method}.{option}, or {name} in --kd too.')
+        for unit in find_units(what, name, options, recipe.kd, teachers):
+            options[unit][option] = value
+    return {
+        name: create_by_name(split_scope(name)[0], given, join_scope(*_label(name)) if '@' in name else '')
+        for name, given in options.items()}
 
-    A known name is matched before '+' splits, so that 'norm+kd++' is 'norm' and 'kd++'.
-    """
-    text = kd.strip()
-    if text == 'none':
-        return []
-    names = [name.strip() for name in _split_known(text)]
-    if '' in names or 'none' in names or len(set(names)) < len(names):
-        raise UsageError(
-            f"--kd '{kd}' must be 'none' or different names of methods and presets joined by '+', e.g. "
-            f'norm+kd{METHODS.suggest(text)}.')
-    return names
 
-
-def _split_known(text: str) -> List[str]:
-    known = sorted([*METHODS.presets(), *METHODS.names()], key=len, reverse=True)
-    names: List[str] = []
-    while True:
-        rest = {name: text[len(name):].lstrip() for name in known if text.startswith(name)}
-        name = next((name for name in rest if rest[name][:1] in ('', '+')), text.partition('+')[0])
-        names.append(name)
-        text = text[len(name):].lstrip()
-        if not text:
-            return names
-        text = text[1:].lstrip()  # the '+' between two names
+def _label(name: str) -> Tuple[str, str]:
+    """Return what the options of a method are called in messages, apart: 'sdd' and 'dino' for 'sdd:kd@dino'."""
+    method, teacher = split_scope(name)
+    return method.partition(':')[0], teacher
 
 
 def create_by_name(name: str, options: Mapping[str, Any], label: str = '') -> DistillMethod:
@@ -139,72 +155,6 @@ def create_by_name(name: str, options: Mapping[str, Any], label: str = '') -> Di
     return entry.create(create_by_name(inner, taken, f'{entry.name}.{key}'), **own)
 
 
-def classes_of(name: str) -> Dict[str, Type[DistillMethod]]:
-    """Return the class of a name of `--kd`, and of the method that it takes, by name.
-
-    Raises:
-        UsageError: If a name is unknown, or a method does not take the other.
-    """
-    outer, colon, inner = name.partition(':')
-    cls = METHODS.get(outer).cls
-    if not issubclass(cls, WrapperMethod):
-        if colon:
-            wrappers = [name for name in METHODS.names() if issubclass(METHODS.get(name).cls, WrapperMethod)]
-            raise UsageError(f'--kd {name}: {outer} takes no method; {", ".join(wrappers)} does.')
-        return {name: cls}
-    possible = methods_taken_by(cls)
-    inner_cls = METHODS.get(inner.partition(':')[0]).cls if inner else None
-    if inner_cls is None or not issubclass(inner_cls, cls.inner_type):
-        raise UsageError(
-            f'--kd {name}: {outer} takes a method, {outer}:METHOD with one of {", ".join(possible)}.')
-    return {name: cls, **classes_of(inner)}
-
-
-def methods_taken_by(cls: Type[WrapperMethod]) -> List[str]:
-    """Return the names of the methods that a wrapper takes."""
-    return [name for name in METHODS.names() if issubclass(METHODS.get(name).cls, cls.inner_type)]
-
-
-def published_weight(name: str) -> float:
-    """Return the published weight of a name of `--kd`; that of a method that takes another is a factor on it."""
-    return math.prod(cls.published_weight for cls in classes_of(name).values())
-
-
-def expand_kd(kd: str) -> Tuple[Dict[str, float], Dict[str, Dict[str, Any]]]:
-    """Return the default weight and the options of every method of a `--kd` value, presets expanded.
-
-    The default of a method that is named itself is the published one, that of a preset's method the preset's.
-
-    Raises:
-        UsageError: If a name is unknown or two of the names stand for the same method.
-    """
-    weights: Dict[str, float] = {}
-    options: Dict[str, Dict[str, Any]] = {}
-    presets = METHODS.presets()
-    for name in parse_kd(kd):
-        weights_of_name: Mapping[str, float] = (
-            presets[name].weights if name in presets else {name: published_weight(name)})
-        for method, weight in weights_of_name.items():
-            if method in weights:
-                raise UsageError(
-                    f"--kd '{kd}' names the method '{method}' twice: '{name}' is a preset of "
-                    f'{" and ".join(weights_of_name)}. Leave one of them out.')
-            weights[method] = weight
-            options[method] = dict(presets[name].options.get(method, {})) if name in presets else {}
-    return weights, options
-
-
-def methods_of(kd: str) -> Dict[str, Type[DistillMethod]]:
-    """Return the classes of the methods of a `--kd` value by name, presets expanded, without creating them.
-
-    A method that takes another stands beside that.
-
-    Raises:
-        UsageError: If a name is unknown.
-    """
-    return {name: cls for method in expand_kd(kd)[1] for name, cls in classes_of(method).items()}
-
-
 def check_mixing(kd: str, flags: Sequence[str]) -> None:
     """Check that all methods of a `--kd` value can work with mixed images.
 
@@ -223,13 +173,14 @@ def check_mixing(kd: str, flags: Sequence[str]) -> None:
             f'among the methods that take mixed images: {", ".join(others)}.')
 
 
-def check_labels(recipe: Recipe, reason: str, with_classifier: bool) -> None:
+def check_labels(recipe: Recipe, reason: str, with_classifier: bool, teachers: Sequence[str] = ()) -> None:
     """Check that the methods of a recipe can work without labels.
 
     Args:
         recipe: The methods, with their options.
         reason: Why there are no labels, in words.
         with_classifier: Whether the student has a classifier.
+        teachers: Names of the teachers, as far as they have some.
 
     Raises:
         UsageError: If one cannot; names those that can.
@@ -242,7 +193,7 @@ def check_labels(recipe: Recipe, reason: str, with_classifier: bool) -> None:
         raise UsageError(
             f'--task-loss-weight {recipe.task_loss_weight:g} needs labels, and there are none ({reason}): leave it '
             'out.')
-    methods = create_composition(replace(recipe, task_loss_weight=None)).methods
+    methods = create_composition(replace(recipe, task_loss_weight=None), teachers).methods
     on_labels = [name for name, method in methods.items() if method.reads_labels]
     on_logits = [
         name for name, method in methods.items()
@@ -260,33 +211,6 @@ def _list_unlabelled(with_classifier: bool) -> List[str]:
     return [
         name for name, cls in classes.items()
         if not cls.reads_labels and (with_classifier or not cls.reads_student_classes())]
-
-
-def _find_method(what: str, name: str, known: Iterable[str], kd: str) -> str:
-    """Return the method of a `--kd` value that a name means: 'sdd' means 'sdd:kd' where no other takes a method so.
-
-    Raises:
-        UsageError: If it means none of them, or several.
-    """
-    meant = [name] if name in known else [method for method in known if method.startswith(f'{name}:')]
-    if len(meant) > 1:
-        raise UsageError(f"{what}: --kd {kd} has {' and '.join(meant)}; write which of them.")
-    if not meant:
-        raise UsageError(
-            f"{what}: the method '{name}' is not in --kd {kd}; "
-            f'it takes: {", ".join(known) or "nothing, --kd is none"}.')
-    return meant[0]
-
-
-def _by_method(flag: str, values: Mapping[str, Any], known: Iterable[str], kd: str) -> Dict[str, Any]:
-    """Return what a flag gives to methods by their names in the `--kd` value."""
-    found: Dict[str, Any] = {}
-    for name, value in values.items():
-        method = _find_method(f'{flag} {name}', name, known, kd)
-        if method in found:
-            raise UsageError(f'{flag} gives {method} two values: leave one of them out.')
-        found[method] = value
-    return found
 
 
 def _flatten_options(kd_kwargs: Mapping[str, Any]) -> List[Tuple[str, str, Any]]:

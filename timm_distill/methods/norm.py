@@ -53,6 +53,7 @@ class NORM(DistillMethod):
     student_outputs = frozenset()
     teacher_outputs = frozenset({'tap'})
     adapter = 'norm'
+    shares_adapter = True
     schedules = SCHEDULES
 
     def __init__(

@@ -2,7 +2,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from matplotlib.figure import Figure
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from .predictions import Predictions, calibrate, class_accuracies, confusion
 
 _COLORS = {'student': '#1f77b4', 'ema': '#17becf', 'teacher': '#d62728', 'data': '#8c8c8c'}
+_LINES = ('-', '--', ':', '-.')  # of several teachers
 _LARGEST_MATRIX = 30  # classes of which a confusion matrix can still be read
 _NAMED_CLASSES = 20
 _WIDTH = 6.4  # inches of one of two columns
@@ -36,7 +37,7 @@ class Plot:
 def list_plots(
         rows: Sequence[Row],
         student: Optional[Predictions],
-        teacher: Optional[Predictions],
+        teacher: Union[Predictions, Mapping[str, Predictions], None],
         class_names: Sequence[str],
         times: Mapping[str, float],
         best_epoch: Optional[int] = None,
@@ -47,16 +48,17 @@ def list_plots(
     Args:
         rows: Rows of `summary.csv`.
         student: Predictions of the released student on the validation set.
-        teacher: Predictions of the teacher, None without one on the same classes.
+        teacher: Predictions of the teacher, of several by name; None without one on the same classes.
         class_names: Name of every class.
         times: Seconds of a training step by part: 'teacher', 'student', 'data'.
         best_epoch: Epoch of the released student.
         ema: Whether its weights are averaged ones.
     """
     plots = []
+    teachers = label_teachers(teacher)
     if _has(rows, 'eval_top1') or _has(rows, 'eval_agreement'):
         plots.append(Plot('Accuracy', partial(
-            draw_accuracy, rows=rows, teacher=teacher, best_epoch=best_epoch), 5.2))
+            draw_accuracy, rows=rows, teachers=teachers, best_epoch=best_epoch), 5.2))
     if any(_has(rows, column) for column in _PROBES):
         plots.append(Plot('Frozen features', partial(draw_probes, rows=rows, best_epoch=best_epoch)))
     if _loss_names(rows):
@@ -66,21 +68,33 @@ def list_plots(
     if times:
         plots.append(Plot('Time of a training step', partial(draw_times, times=times), 2.6))
     if student is not None:
-        models = {f'student, {"EMA" if ema else "raw"} weights': student, **({'teacher': teacher} if teacher else {})}
+        models = {f'student, {"EMA" if ema else "raw"} weights': student, **teachers}
         plots.append(Plot('Calibration', partial(draw_calibration, models=models), 4.6, wide=len(models) > 1))
-    if student is not None and teacher is not None:
-        plots += _comparing_plots(student, teacher, class_names)
+    for label, one in teachers.items() if student is not None else ():
+        plots += _comparing_plots(student, one, class_names, label)
     return plots
 
 
-def _comparing_plots(student: Predictions, teacher: Predictions, class_names: Sequence[str]) -> List[Plot]:
+def label_teachers(teacher: Union[Predictions, Mapping[str, Predictions], None]) -> Dict[str, Predictions]:
+    """Return predictions by what figures call their teacher: 'teacher', or 'teacher NAME' where there are several."""
+    if isinstance(teacher, Predictions):
+        return {'teacher': teacher}
+    return {f'teacher {name}'.strip(): predictions for name, predictions in (teacher or {}).items()}
+
+
+def _comparing_plots(
+        student: Predictions,
+        teacher: Predictions,
+        class_names: Sequence[str],
+        label: str,
+) -> List[Plot]:
     count = len(class_names)
     change = partial(draw_class_change, student=student, teacher=teacher, class_names=class_names)
     matrix = partial(draw_confusion, student=student, teacher=teacher, class_names=class_names)
     size = 2.4 + 0.34 * count if count <= _LARGEST_MATRIX else 1. + 0.28 * _NAMED_CLASSES
     return [
-        Plot('Accuracy of each class against the teacher', change, 1.2 + 0.28 * min(count, _NAMED_CLASSES)),
-        Plot('Predictions of teacher and student', matrix, size, wide=12 < count <= _LARGEST_MATRIX),
+        Plot(f'Accuracy of each class against the {label}', change, 1.2 + 0.28 * min(count, _NAMED_CLASSES)),
+        Plot(f'Predictions of {label} and student', matrix, size, wide=12 < count <= _LARGEST_MATRIX),
     ]
 
 
@@ -154,11 +168,12 @@ def _style(rows: Sequence[Row]) -> Dict[str, Any]:
 def draw_accuracy(
         figure: Any,
         rows: Sequence[Row],
-        teacher: Optional[Predictions],
+        teachers: Mapping[str, Predictions],
         best_epoch: Optional[int] = None,
 ) -> None:
-    """Draw top-1 of the student, its average and the teacher; below it the student's agreement with the teacher."""
-    with_agreement = _has(rows, 'eval_agreement')
+    """Draw top-1 of the student, its average and each teacher; below it the student's agreement with these."""
+    agreements = [name for name in dict.fromkeys(key for row in rows for key in row) if _is_agreement(name)]
+    with_agreement = bool(agreements)
     panels = figure.subplots(
         1 + with_agreement, 1, sharex=True, squeeze=False,
         height_ratios=(5, 3) if with_agreement else (1,))[:, 0]
@@ -171,15 +186,25 @@ def draw_accuracy(
         if _has(rows, column):
             panels[0].plot(
                 _values(rows, 'epoch'), _values(rows, column), label=label, color=_COLORS[color], **_style(rows))
-    if teacher is not None:
-        panels[0].axhline(teacher.top1, color=_COLORS['teacher'], linewidth=1, label=f'teacher ({teacher.top1:.1f})')
+    for number, (label, teacher) in enumerate(teachers.items()):
+        panels[0].axhline(
+            teacher.top1, color=_COLORS['teacher'], linewidth=1, linestyle=_LINES[number % len(_LINES)],
+            label=f'{label} ({teacher.top1:.1f})')
     panels[0].set_ylabel('top-1, %')
     panels[0].legend(frameon=False)
     if with_agreement:
         panels[0].set_xlabel('')
-        panels[1].plot(
-            _values(rows, 'epoch'), _values(rows, 'eval_agreement'), color=_COLORS['data'], **_style(rows))
+        for number, column in enumerate(agreements):
+            panels[1].plot(
+                _values(rows, 'epoch'), _values(rows, column), color=_COLORS['data'],
+                linestyle=_LINES[number % len(_LINES)], label=column.partition('@')[2], **_style(rows))
         panels[1].set_ylabel('same prediction\nas the teacher, %')
+        if len(agreements) > 1:
+            panels[1].legend(frameon=False)
+
+
+def _is_agreement(column: str) -> bool:
+    return column.partition('@')[0] == 'eval_agreement'
 
 
 def draw_probes(figure: Any, rows: Sequence[Row], best_epoch: Optional[int] = None) -> None:
@@ -190,9 +215,11 @@ def draw_probes(figure: Any, rows: Sequence[Row], best_epoch: Optional[int] = No
         probed = [row for row in rows if column in row]
         if probed:
             axes.plot(_values(probed, 'epoch'), _values(probed, column), label=label, color=f'C{number}', marker='o')
-        teacher = [row[key] for row in rows if (key := column.replace('eval_', 'eval_teacher_')) in row]
-        if teacher:
-            axes.axhline(teacher[-1], color=f'C{number}', linestyle='--', linewidth=1, label=f'{label}, teacher')
+        own = column.replace('eval_', 'eval_teacher_')
+        for key in dict.fromkeys(key for row in rows for key in row if key.partition('@')[0] == own):
+            value = [row[key] for row in rows if key in row][-1]
+            teacher = f'teacher {key.partition("@")[2]}'.strip()
+            axes.axhline(value, color=f'C{number}', linestyle='--', linewidth=1, label=f'{label}, {teacher}')
     axes.set_ylabel('top-1, %')
     axes.legend(frameon=False)
 
@@ -253,7 +280,7 @@ def _draw_reliability(top: Any, bottom: Any, name: str, predictions: Predictions
     calibration = calibrate(predictions)
     share = calibration.count / max(int(calibration.count.sum()), 1)
     width = 1 / len(share)
-    color = _COLORS['teacher' if name == 'teacher' else 'student']
+    color = _COLORS['teacher' if name.partition(' ')[0] == 'teacher' else 'student']
     top.plot([0, 1], [0, 1], color='#666666', linewidth=1, linestyle='--')
     for i, part in enumerate(share.tolist()):
         if part:

@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 from jinja2 import Environment, PackageLoader
 
@@ -26,7 +26,7 @@ class ReportData:
         title: Headline.
         rows: Rows of `summary.csv`.
         student: Predictions of the released student on the validation set.
-        teacher: Predictions of the teacher, None without one on the same classes.
+        teacher: Predictions of the teacher, of several by name; None without one on the same classes.
         class_names: Name of every class.
         times: Seconds of a training step by part: 'teacher', 'student', 'data'.
         facts: What else there is to know, in tables by heading.
@@ -38,7 +38,7 @@ class ReportData:
     title: str
     rows: List[Dict[str, float]]
     student: Optional[Predictions] = None
-    teacher: Optional[Predictions] = None
+    teacher: Union[Predictions, Mapping[str, Predictions], None] = None
     class_names: Sequence[str] = ()
     times: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -109,10 +109,12 @@ def headline(data: ReportData) -> Dict[str, str]:
     numbers: Dict[str, str] = {}
     if data.student is not None:
         numbers[f'student top-1, % ({"EMA" if data.ema else "raw"} weights)'] = f'{data.student.top1:.2f}'
-    if data.teacher is not None:
-        numbers['teacher top-1, %'] = f'{data.teacher.top1:.2f}'
-    if data.student is not None and data.teacher is not None:
-        numbers['same prediction, %'] = f'{agreement(data.student.classes, data.teacher.classes):.2f}'
+    teachers = {'': data.teacher} if isinstance(data.teacher, Predictions) else data.teacher or {}
+    for name, teacher in teachers.items():
+        numbers[f'teacher {name}'.strip() + ' top-1, %'] = f'{teacher.top1:.2f}'
+    for name, teacher in teachers.items() if data.student is not None else ():
+        as_whom = f' as {name}' if name else ''
+        numbers[f'same prediction{as_whom}, %'] = f'{agreement(data.student.classes, teacher.classes):.2f}'
     if data.student is not None:
         numbers['calibration error, %'] = f'{100 * calibrate(data.student).error:.1f}'
     numbers.update(_probe_numbers(data))
@@ -128,10 +130,13 @@ def _probe_numbers(data: ReportData) -> Dict[str, str]:
     last = math.inf if data.best_epoch is None else data.best_epoch
     numbers = {}
     for column, label in names.items():
-        for who, key in (('student', column), ('teacher', column.replace('eval_', 'eval_teacher_'))):
+        own = column.replace('eval_', 'eval_teacher_')
+        keys = dict.fromkeys(key for row in data.rows for key in row if key.partition('@')[0] in (column, own))
+        for key in sorted(keys, key=lambda key: key.partition('@')[0] == own):
             values = [row[key] for row in data.rows if key in row and row['epoch'] <= last]
+            who = f'{"teacher" if key.startswith(own) else "student"} {label} {key.partition("@")[2]}'.strip()
             if values:
-                numbers[f'{who} {label}'] = f'{values[-1]:.4g}'
+                numbers[who] = f'{values[-1]:.4g}'
     return numbers
 
 

@@ -13,6 +13,7 @@ from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 
+from ..args.per_teacher import kwargs_by_teacher, model_of, teacher_argument
 from ..data import DataLoaders, IndexedDataset, create_loaders, create_train_loss, known_names, read_labels
 from ..data.views import ViewDataset
 from ..engine.dot import create_dot
@@ -21,8 +22,8 @@ from ..factory import DataSpec, create_distill_task
 from ..features.inputs import CANNOT_RUN, find_patch_size, random_images
 from ..methods import Recipe
 from ..methods._composition import methods_of
-from ..task import DistillTask
-from ..teacher.teacher import Teacher
+from ..task import DistillTask, teacher_outputs
+from ..teacher.several import live_teachers
 from ..utils._compat import get_learning_rates
 from ..utils.distributed import share_weights
 from ..utils.settings import settle
@@ -129,8 +130,8 @@ def build_task(
         task.to(memory_format=torch.channels_last)
     if task.teacher is not None and args.distributed:
         share_weights(task.teacher, device)
-    if isinstance(task.teacher, Teacher) and args.teacher_fsdp:
-        task.teacher.shard(device)
+    for teacher in live_teachers(task.teacher).values() if args.teacher_fsdp else ():
+        teacher.shard(device)
     if args.distributed and args.sync_bn:
         settle(args, dist_bn='')  # synchronised statistics need no distribution after the epoch
         task.trainable_module = convert_sync_batchnorm(task.trainable_module)
@@ -149,13 +150,18 @@ def distill_kwargs(
 ) -> Dict[str, Any]:
     """Map the distillation flags to arguments of `create_distill_task`, as timm's `optimizer_kwargs` does."""
     names = (
-        'teacher', 'teacher_checkpoint', 'teacher_pretrained', 'teacher_kwargs', 'teacher_weights', 'teacher_mean',
-        'teacher_std', 'teacher_img_size')
+        'teacher_checkpoint', 'teacher_pretrained', 'teacher_weights', 'teacher_mean', 'teacher_std',
+        'teacher_img_size')
+    dtypes: Any = args.teacher_dtype
+    if isinstance(dtypes, dict):
+        dtypes = {name: resolve_dtype(dtype) for name, dtype in dtypes.items()}
     return dict(
         kd=recipe_of(args),
         data=DataSpec(
             data_config['input_size'], data_config['mean'], data_config['std'], class_names=class_names, fits=True),
-        teacher_dtype=resolve_dtype(args.teacher_dtype),
+        teacher=teacher_argument(args.teacher),
+        teacher_kwargs=kwargs_by_teacher(args.teacher_kwargs, args.teacher),
+        teacher_dtype=dtypes if isinstance(dtypes, dict) else resolve_dtype(dtypes),
         teacher_classes=args.teacher_classes or None,
         **{name: getattr(args, name) for name in names},
     )
@@ -182,14 +188,15 @@ def check_task(args: argparse.Namespace, task: DistillTask) -> None:
             'trains the classifier, which is saved and released as it began. Its accuracy says nothing, '
             'so that model_best is chosen by the distillation loss, not by --eval-metric '
             f'{args.eval_metric}. --task-loss-weight 1 trains it; so does a method on logits, e.g. kd.')
-    for size in args.train_img_sizes or () if isinstance(task.teacher, Teacher) else ():
-        try:
-            task.teacher_features(random_images(task.teacher, (task.input_size[0], size, size)))
-        except CANNOT_RUN as e:
-            raise UsageError(
-                f"The teacher '{args.teacher}' cannot run at {size}x{size}, one of --train-img-sizes: "
-                f'{" ".join(str(e).split())[:200]}. --teacher-kwargs dynamic_img_size=True lets many '
-                'models take any size.') from e
+    for name, teacher in live_teachers(task.teacher).items():
+        for size in args.train_img_sizes or ():
+            try:
+                teacher(random_images(teacher, (task.input_size[0], size, size)), teacher_outputs(task.module, name))
+            except CANNOT_RUN as e:
+                raise UsageError(
+                    f"The teacher '{model_of(args.teacher, name)}' cannot run at {size}x{size}, one of "
+                    f'--train-img-sizes: {" ".join(str(e).split())[:200]}. --teacher-kwargs dynamic_img_size=True lets '
+                    'many models take any size.') from e
 
 
 def build_optimizer(args: argparse.Namespace, task: DistillTask, batch_size: float) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Optional, Union
 import torch
 import torch.distributed as dist
 
+from ..args.per_teacher import kwargs_by_teacher, model_of, teachers_of, value_for
 from ..cache.codecs import Codec, feature_codec, logits_codec
 from ..cache.header import Header, check_header, create_header, describe_versions, describe_views, read_header
 from ..cache.table import table_bytes
@@ -91,21 +92,21 @@ def create_live_teacher(
     """Create the teacher of the flags; no random number of the run is drawn, as none is where the cache is full."""
     with unchanged_randomness():
         return create_teacher(
-            args.teacher,
+            model_of(args.teacher, ''),
             data_config['input_size'],
             args.num_classes,
-            checkpoint=args.teacher_checkpoint or None,
+            checkpoint=value_for(args.teacher_checkpoint, '') or None,
             pretrained=args.teacher_pretrained,
-            model_kwargs=args.teacher_kwargs,
+            model_kwargs=_model_kwargs(args),
             verbose=args.rank == 0,
-            weights=args.teacher_weights,
-            mean=args.teacher_mean,
-            std=args.teacher_std,
-            img_size=args.teacher_img_size,
+            weights=value_for(args.teacher_weights, ''),
+            mean=value_for(args.teacher_mean, ''),
+            std=value_for(args.teacher_std, ''),
+            img_size=value_for(args.teacher_img_size, ''),
             student_mean=data_config['mean'],
             student_std=data_config['std'],
             device=device,
-            dtype=resolve_dtype(args.teacher_dtype) or precision.model_dtype,
+            dtype=resolve_dtype(value_for(args.teacher_dtype, '')) or precision.model_dtype,
             autocast=args.teacher_dtype is None,
         )
 
@@ -297,11 +298,20 @@ def _describe_flags(args: argparse.Namespace) -> Dict[str, Any]:
     """Return what the flags say of the teacher; a cache that is full is compared with no more."""
     said: Dict[str, Any] = {}
     if args.teacher:
-        said = {'architecture': args.teacher, 'kwargs': args.teacher_kwargs, 'pretrained': args.teacher_pretrained}
+        said = {
+            'architecture': model_of(args.teacher, ''), 'kwargs': _model_kwargs(args),
+            'pretrained': args.teacher_pretrained}
     if args.teacher_checkpoint:
-        said['checkpoint'] = _hash_file(args.teacher_checkpoint)
-        said['weights'] = args.teacher_weights
+        said['checkpoint'] = _hash_file(value_for(args.teacher_checkpoint, ''))
+        said['weights'] = value_for(args.teacher_weights, '')
     return said
+
+
+def _model_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
+    """Return `--teacher-kwargs` of the one teacher, which may have a name."""
+    names = [name for name in teachers_of(args.teacher) if name]
+    kwargs = kwargs_by_teacher(args.teacher_kwargs, args.teacher)
+    return kwargs[names[0]] if names else kwargs
 
 
 def _describe_live(args: argparse.Namespace, teacher: Teacher, precision: Precision) -> Dict[str, Any]:

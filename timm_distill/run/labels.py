@@ -2,6 +2,7 @@
 import argparse
 import logging
 
+from ..args.per_teacher import teachers_of
 from ..data import find_missing_labels
 from ..methods import Recipe
 from ..methods._composition import check_labels, methods_of
@@ -28,7 +29,8 @@ def settle_labels(args: argparse.Namespace, recipe: Recipe, look: bool = True) -
         return
     methods = methods_of(recipe.kd).values()
     with_classifier = args.num_classes != 0 and any(method.reads_student_classes() for method in methods)
-    check_labels(recipe, reason, with_classifier or bool(args.num_classes))
+    names = [name for name in teachers_of(args.teacher) if name]
+    check_labels(recipe, reason, with_classifier or bool(args.num_classes), names)
     settle(args, no_labels=True, task_loss_weight=0.)
     if args.num_classes is None and not with_classifier:
         settle(args, num_classes=0)

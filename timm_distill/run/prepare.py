@@ -8,12 +8,14 @@ import torch
 import torch.nn as nn
 from timm.scheduler import PlateauLRScheduler
 
+from ..args.per_teacher import describe_teachers, model_of, value_for
 from ..checkpoint.rank_state import restore_rank
 from ..checkpoint.resume import done_batches, resume_task
 from ..data import create_pass_loader
 from ..errors import UsageError
 from ..report.predictions import PredictionRecorder
 from ..teacher.class_means import cached_class_means, class_means_key, compute_class_means, load_class_means
+from ..teacher.several import describe_name, live_teachers
 from ..teacher.teacher import Teacher
 from ..utils._compat import allow_retained_graphs
 from ..utils.text import model_file_name
@@ -47,28 +49,37 @@ def prepare_run(run: Run, checkpoint: Optional[Dict[str, Any]]) -> Tuple[int, Op
 
 def report_teacher(run: Run) -> None:
     """Print the teacher's accuracy first, so that nobody distils from a broken one."""
-    args, teacher = run.args, run.task.teacher
+    args = run.args
     if run.probes is not None and args.teacher_eval is not False:
         metrics = run.probes.measure_teacher()
         if metrics and args.rank == 0:
             _logger.info(
-                f'Teacher {args.teacher} ' + ', '.join(f'{name}: {value:.3f}' for name, value in metrics.items()))
-    without = run.loaders.eval is None or args.teacher_eval is False or args.no_labels
-    if not isinstance(teacher, Teacher) or without:
+                f'Teacher {describe_teachers(args.teacher)} '
+                + ', '.join(f'{name}: {value:.3f}' for name, value in metrics.items()))
+    if run.loaders.eval is None or args.teacher_eval is False or args.no_labels:
         return
+    for name, teacher in live_teachers(run.task.teacher).items():
+        _report_accuracy(run, name, teacher)
+
+
+def _report_accuracy(run: Run, name: str, teacher: Teacher) -> None:
+    """Print the accuracy of one of the teachers, and keep its predictions."""
+    args = run.args
+    model = model_of(args.teacher, name)
+    who = f"'{name}' ({model})" if name else model
     if teacher.num_classes != args.num_classes:
         _logger.warning(
-            f'The teacher has {teacher.num_classes} classes and the data {args.num_classes}: '
+            f'T{describe_name(name)[1:]} has {teacher.num_classes} classes and the data {args.num_classes}: '
             'its accuracy cannot be measured here.')
         return
     recorder = PredictionRecorder(_TeacherLogits(teacher))
-    metrics = validate(run, recorder, 'Teacher')
+    metrics = validate(run, recorder, f'Teacher {name}'.strip())
     if has_single_predictions(args):
-        run.teacher_predictions = recorder.read(count_samples(run.loaders.eval))
+        run.teacher_predictions[name] = recorder.read(count_samples(run.loaders.eval))
     if args.rank == 0:
         top1 = metrics.get('top1', 100.)
         accuracy = f'top-1: {top1:.3f}' if 'top1' in metrics else f"mAP: {metrics['map']:.3f}"
-        _logger.info(f'Teacher {args.teacher} {accuracy}')
+        _logger.info(f'Teacher {who} {accuracy}')
         if top1 < 200 / teacher.num_classes:
             _logger.warning(
                 f'That is near chance ({100 / teacher.num_classes:.3f}): are its weights right, is the '
@@ -87,15 +98,33 @@ class _TeacherLogits(nn.Module):
 
 def prepare_class_means(run: Run) -> None:
     """Give the methods that need them the teacher's class means: from a file, from the cache, or from a pass."""
-    args, task, shape = run.args, run.task, run.task.class_means_shape
-    if shape is None:
-        if args.nd_class_means:
-            _logger.warning(f'--nd-class-means {args.nd_class_means} is ignored: no method of --kd reads class means.')
-        return
-    if args.nd_class_means:
-        task.set_class_means(load_class_means(args.nd_class_means, shape))
-        return
-    if not isinstance(task.teacher, Teacher):
+    shapes = run.task.class_means_shapes
+    ignored = [path for name, path in _named_paths(run).items() if name not in shapes and path]
+    if ignored:
+        _logger.warning(f'--nd-class-means {ignored[0]} is ignored: no method of --kd reads class means.')
+    for name, shape in shapes.items():
+        path = value_for(run.args.nd_class_means, name)
+        means = load_class_means(path, shape) if path else _compute_class_means(run, name, shape)
+        run.task.set_class_means(means, name)
+
+
+def _named_paths(run: Run) -> Dict[str, str]:
+    """Return the files of `--nd-class-means` by the name of their teacher."""
+    given = run.args.nd_class_means
+    if not isinstance(given, dict) and len(run.task.class_means_shapes) > 1 and given:
+        raise UsageError(
+            f'--nd-class-means {given} holds the class means of one teacher, and those of '
+            f'{", ".join(run.task.class_means_shapes)} are read: give NAME=FILE for each')
+    if isinstance(given, dict):
+        return given
+    return dict.fromkeys(run.task.class_means_shapes or [''], given)
+
+
+def _compute_class_means(run: Run, name: str, shape: Tuple[int, int]) -> torch.Tensor:
+    """Return the class means of one of the teachers, from the cache or from a pass."""
+    args, task = run.args, run.task
+    teacher = live_teachers(task.teacher).get(name)
+    if teacher is None:
         raise UsageError(
             f'--kd {args.kd} reads class means of the teacher, which --teacher-cache does not hold: give their file '
             'with --nd-class-means, as a run with --teacher leaves it in class_means of its --output')
@@ -106,18 +135,19 @@ def prepare_class_means(run: Run) -> None:
     settings = [
         sorted(run.data_config.items()), loader.dataset.transform, args.input_img_mode, run.precision.model_dtype,
         args.amp and args.amp_dtype, *([args.seed] if training else [])]
-    key = class_means_key(task.teacher, loader.dataset, settings) if args.rank == 0 else ''
+    key = class_means_key(teacher, loader.dataset, settings) if args.rank == 0 else ''
+    model = model_of(args.teacher, name)
     folder = os.path.join(args.output or './output/train', 'class_means')
-    task.set_class_means(cached_class_means(
-        os.path.join(folder, f'{model_file_name(args.teacher)}-{key}.safetensors'),
+    return cached_class_means(
+        os.path.join(folder, f'{model_file_name(model)}-{key}.safetensors'),
         shape,
         partial(
-            compute_class_means, task.teacher, loader, shape[0], run.device, run.precision.model_dtype,
+            compute_class_means, teacher, loader, shape[0], run.device, run.precision.model_dtype,
             run.precision.autocast, args.distributed),
-        metadata={'teacher': args.teacher, 'transform': args.nd_class_means_transform},
+        metadata={'teacher': model, 'transform': args.nd_class_means_transform},
         device=run.device,
         distributed=args.distributed,
-    ))
+    )
 
 
 def resume(run: Run, checkpoint: Optional[Dict[str, Any]]) -> int:

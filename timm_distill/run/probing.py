@@ -1,6 +1,7 @@
 """Probes of a run: what the frozen features of student and teacher are worth, between epochs."""
 import argparse
 import logging
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -16,7 +17,9 @@ from ..engine.probe import knn_accuracy, linear_probe_accuracy, mean_cosine, spl
 from ..errors import UsageError
 from ..features.pooled import PooledFeatures
 from ..features.reader import as_vectors
+from ..methods._scopes import join_scope
 from ..task import DistillTask
+from ..teacher.several import live_teachers
 from ..teacher.teacher import Teacher
 from ..utils.distributed import gather_in_order
 from ..utils.random import unchanged_randomness
@@ -59,13 +62,13 @@ class Probes:
         self.paired: Optional[Any] = None
         self._pooled: Dict[bool, PooledFeatures] = {}
         self._teacher_metrics: Optional[Dict[str, float]] = None
-        self._teacher_features: Optional[torch.Tensor] = None
+        self._teacher_features: Dict[str, torch.Tensor] = {}
         with unchanged_randomness():
             if args.probe_interval or args.eval_metric in PROBE_METRICS:
                 dataset_eval = None if args.no_labels or loaders.eval is None else loaders.eval.dataset
                 self.labelled = [
                     self._load(dataset) for dataset in create_probe_datasets(args, data_config, dataset_eval)]
-            if args.no_labels and isinstance(task.teacher, Teacher):
+            if args.no_labels and live_teachers(task.teacher):
                 dataset = choose_images(
                     (loaders.eval if loaders.eval is not None else loaders.train).dataset, _COSINE_IMAGES)
                 self.paired = None if dataset is None or len(dataset) < _LEAST_IMAGES else self._load(dataset)
@@ -86,7 +89,8 @@ class Probes:
 
     def measure(self, epoch: int, last: bool = False) -> Dict[str, float]:
         """Return 'knn' and 'linear_probe' (top-1, percent) of the student and, with 'teacher_', of the teacher; without
-        labels 'cosine'.
+        labels 'cosine'. Of several teachers each has its own, as 'teacher_knn@NAME' and 'cosine@NAME', and 'cosine' is
+        their mean.
 
         Args:
             epoch: Which has ended, counted from 0.
@@ -100,14 +104,16 @@ class Probes:
                 teacher = self.measure_teacher()
                 metrics.update({f'teacher_{name}': value for name, value in teacher.items()})
             if self.paired is not None:
-                metrics['cosine'] = self._measure_cosine(student)
+                metrics.update(self._measure_cosines(student))
         return metrics
 
     def measure_teacher(self) -> Dict[str, float]:
-        """Return the teacher's metrics, measured once; none without a teacher or labelled images."""
-        if self._teacher_metrics is None and self.labelled and isinstance(self.task.teacher, Teacher):
+        """Return the teachers' metrics, measured once; none without a teacher or labelled images."""
+        if self._teacher_metrics is None and self.labelled and live_teachers(self.task.teacher):
             with unchanged_randomness():
-                self._teacher_metrics = self._probe(self._read_teacher)
+                self._teacher_metrics = {
+                    join_scope(metric, name): value for name, teacher in live_teachers(self.task.teacher).items()
+                    for metric, value in self._probe(partial(_read_teacher, teacher)).items()}
         return self._teacher_metrics or {}
 
     def _student(self) -> Extract:
@@ -120,21 +126,26 @@ class Probes:
             self._pooled[ema] = PooledFeatures(model, self.data_config['input_size'])
         return self._pooled[ema].eval()
 
-    def _read_teacher(self, images: torch.Tensor) -> torch.Tensor:
-        assert isinstance(self.task.teacher, Teacher)  # for mypy: asked for where it is
-        return as_vectors(self.task.teacher(images, frozenset({'pre_logits'})).pre_logits)
-
     def _probe(self, extract: Extract) -> Dict[str, float]:
         sets = [collect_features(extract, loader, self.compute) for loader in self.labelled]
         return on_first_rank(lambda: probe_features(sets, self.compute.device), self.compute.distributed)
 
-    def _measure_cosine(self, student: Extract) -> float:
+    def _measure_cosines(self, student: Extract) -> Dict[str, float]:
         assert self.paired is not None
         features, _ = collect_features(student, self.paired, self.compute)
-        if self._teacher_features is None:
-            self._teacher_features, _ = collect_features(self._read_teacher, self.paired, self.compute)
-        teacher = self._teacher_features
-        return on_first_rank(lambda: {'cosine': mean_cosine(features, teacher)}, self.compute.distributed)['cosine']
+        for name, teacher in live_teachers(self.task.teacher).items():
+            if name not in self._teacher_features:
+                self._teacher_features[name], _ = collect_features(
+                    partial(_read_teacher, teacher), self.paired, self.compute)
+        pairs = self._teacher_features.items()
+        cosines = on_first_rank(
+            lambda: {join_scope('cosine', name): mean_cosine(features, own) for name, own in pairs},
+            self.compute.distributed)
+        return cosines if 'cosine' in cosines else {'cosine': sum(cosines.values()) / len(cosines), **cosines}
+
+
+def _read_teacher(teacher: Teacher, images: torch.Tensor) -> torch.Tensor:
+    return as_vectors(teacher(images, frozenset({'pre_logits'})).pre_logits)
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 """End-of-run report: predictions, figures and the page."""
+import argparse
 import logging
 import os
 import time
@@ -7,13 +8,14 @@ from typing import Dict, Sequence
 import torch.distributed as dist
 import torch.nn as nn
 
+from ..args.per_teacher import teachers_of
 from ..checkpoint.file import read_checkpoint, why_unwritten
 from ..data import class_names
 from ..pair import time_teacher
 from ..report.html import ReportData, can_draw, write_report
 from ..report.predictions import Predictions, collect_predictions
 from ..report.trackers import read_summary
-from ..teacher.teacher import Teacher
+from ..teacher.several import live_teachers
 from ..utils.distributed import share_weights
 from .recorder import Recorder
 from .state import Run, RunResult
@@ -78,12 +80,12 @@ def write_run_report(run: Run, recorder: Recorder, command: str = '', warnings: 
         student = collect_predictions(
             best_student(run, recorder), run.loaders.eval, run.device, run.precision.autocast,
             run.precision.model_dtype, num_samples)
-        if run.teacher_predictions is not None:
-            teacher = Predictions(*run.teacher_predictions, student.labels)
+        teachers = {name: Predictions(*own, student.labels) for name, own in run.teacher_predictions.items()}
+        teacher = teachers.get('', teachers)
     if recorder.saver is None:
         return
     data = ReportData(
-        title=f'{args.model} distilled from {args.teacher}' if run.task.teacher is not None else str(args.model),
+        title=f'{args.model} distilled from {title_of(args)}' if run.task.teacher is not None else str(args.model),
         rows=read_summary(recorder.summary_path) if os.path.exists(recorder.summary_path) else [],
         student=student,
         teacher=teacher,
@@ -104,6 +106,11 @@ def write_run_report(run: Run, recorder: Recorder, command: str = '', warnings: 
     _logger.info(f'Report: {paths[0]}')
 
 
+def title_of(args: argparse.Namespace) -> str:
+    """Return the teachers' models in words."""
+    return ' and '.join(teachers_of(args.teacher).values()) or 'cached targets'
+
+
 def best_student(run: Run, recorder: Recorder) -> nn.Module:
     """Return the best student, the same on every rank."""
     model = run.task.module.merged_copy()
@@ -122,10 +129,10 @@ def split_step_time(run: Run) -> Dict[str, float]:
         return {}
     data = run.timing.data_seconds / run.timing.batches
     total = run.timing.seconds / run.timing.batches
-    teacher = run.task.teacher
-    if not isinstance(teacher, Teacher) or run.task.targets is not None:
+    teachers = live_teachers(run.task.teacher)
+    if not teachers or run.task.targets is not None:
         return {'student': max(total - data, 0.), 'data': data}
-    if teacher.is_sharded:  # all processes would have to run it
+    if any(teacher.is_sharded for teacher in teachers.values()):  # all processes would have to run it
         return {'student': max(total - data, 0.), 'data': data}
     seconds = time_teacher(run.task, run.args.batch_size, run.precision.autocast)
     return {'teacher': seconds, 'student': max(total - data - seconds, 0.), 'data': data}

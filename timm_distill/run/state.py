@@ -5,13 +5,16 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
+from ..args.per_teacher import teachers_of
 from ..data import DataLoaders, label_names
 from ..engine.evaluate import ComputeSpec
 from ..engine.meters import Streak
 from ..engine.train_log import StepTiming
 from ..export.provenance import collect_provenance
+from ..methods._scopes import join_scope
 from ..models.external import code_digest
 from ..task import DistillTask
+from ..teacher.several import ask_each
 from ..utils.text import printable
 from .device import Precision
 from .probing import Probes
@@ -56,7 +59,8 @@ class Run:
         scheduler: Learning rate schedule, None for a constant rate.
         num_epochs: Length of the run.
         probes: Measures frozen features, None where nothing asks for it.
-        teacher_predictions: What the teacher predicts on the validation data, and how surely; None where it cannot.
+        teacher_predictions: What each teacher predicts on the validation data, and how surely, by name, one without
+            others under ''; those that cannot are left out.
         streak: Updates in a row that were not finite, at the end of the newest epoch.
         timing: Where the time of training went.
     """
@@ -70,7 +74,7 @@ class Run:
     scheduler: Any
     num_epochs: int
     probes: Optional[Probes] = None
-    teacher_predictions: Optional[Tuple[torch.Tensor, torch.Tensor]] = None
+    teacher_predictions: Dict[str, Tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     streak: Streak = field(default_factory=Streak)
     timing: StepTiming = field(default_factory=StepTiming)
 
@@ -100,18 +104,19 @@ def weights_in_force(run: Run) -> Dict[str, float]:
 def fingerprints(run: Run) -> Dict[str, Any]:
     """Return what the run's results depend on beside flags and weights, to be compared when it is resumed."""
     teacher = run.task.teacher
+    codes = {join_scope('teacher', name): code_digest(model) for name, model in teachers_of(run.args.teacher).items()}
     return {
         'datasets': run.loaders.fingerprints,
-        'teacher_input': None if teacher is None else teacher.preprocessing.values(),
-        'model_code': {'student': code_digest(run.args.model), 'teacher': code_digest(run.args.teacher or '')},
-        'teacher_classes': None if teacher is None else teacher.class_sources,
+        'teacher_input': ask_each(teacher, lambda one: one.preprocessing.values()),
+        'model_code': {'student': code_digest(run.args.model), **(codes or {'teacher': ''})},
+        'teacher_classes': ask_each(teacher, lambda one: one.class_sources),
     }
 
 
 def describe_run(run: Run, version: str) -> Dict[str, Any]:
     """Return what exporting a checkpoint needs to know: plain values."""
     train = run.loaders.train.dataset
-    teacher_hash = getattr(run.task.teacher, 'digest', '')
+    teacher_hash = ask_each(run.task.teacher, lambda one: one.digest) or ''
     weights = weights_in_force(run) or None
     num_samples = len(train) if hasattr(train, '__len__') else None
     return {

@@ -1,14 +1,17 @@
 """Comparison of data and teacher with those that a checkpoint was written with, on all processes."""
 import argparse
 import logging
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import torch.distributed as dist
 
+from ..args.per_teacher import teachers_of, value_for
 from ..checkpoint.resume import check_same_run
 from ..data import describe_changes, digest_fingerprint, known_names
 from ..errors import UsageError
+from ..methods._scopes import join_scope
 from ..models.external import code_digest
+from ..teacher.several import Teachers, ask_each, teachers_by_name
 from .state import Run, weights_in_force
 
 _logger = logging.getLogger(__name__)
@@ -45,7 +48,7 @@ def check_unchanged(run: Run, checkpoint: Dict[str, Any]) -> bool:
         UsageError: If something else differs that has to be the same; names the difference.
     """
     # weights that are not loaded are drawn by every rank and then the first one's
-    teacher_hash = getattr(run.task.teacher, 'digest', '') if run.args.rank == 0 else ''
+    teacher_hash = (ask_each(run.task.teacher, lambda one: one.digest) or '') if run.args.rank == 0 else ''
     check_same_run(run.args, checkpoint, teacher_hash)
     check_same_teacher_input(run, checkpoint)
     check_same_teacher_classes(run, checkpoint)
@@ -82,52 +85,67 @@ def check_same_data(run: Run, checkpoint: Dict[str, Any]) -> bool:
     return 'training' in changes
 
 
+def _saved_for(run: Run, saved: Any, name: str) -> Any:
+    """Return what a checkpoint has of one teacher: of several it has it by name."""
+    return saved.get(name) if isinstance(run.task.teacher, Teachers) and saved is not None else saved
+
+
 def check_same_teacher_input(run: Run, checkpoint: Dict[str, Any]) -> None:
-    """Compare what is done to the teacher's images with what was done when a checkpoint was written.
+    """Compare what is done to each teacher's images with what was done when a checkpoint was written.
 
     Raises:
         UsageError: If it is something else; names the difference.
     """
-    saved, teacher = checkpoint.get('teacher_input'), run.task.teacher
-    if not saved or teacher is None:
-        return
-    now = teacher.preprocessing.values()
-    if (checkpoint.get('data_config') or {}).get('input_size') != run.data_config['input_size']:
-        saved = {**saved, 'input_size': now['input_size']}  # may follow the student's, of which the flags warn
-    changes = [
-        f'{name} {_text(saved[name])} -> {_text(value)}' for name, value in now.items()
-        if name in saved and _text(saved[name]) != _text(value)]
-    if changes:
-        raise UsageError(
-            f'{run.args.resume!r} was distilled from a teacher with other preprocessing: '
-            f'{", ".join(changes)}. Give the teacher as it was (its config.json, its checkpoint, '
-            '--teacher-mean, --teacher-std, --teacher-img-size).')
+    for name, teacher in teachers_by_name(run.task.teacher).items():
+        saved = _saved_for(run, checkpoint.get('teacher_input'), name)
+        if not saved:
+            continue
+        now = teacher.preprocessing.values()
+        if (checkpoint.get('data_config') or {}).get('input_size') != run.data_config['input_size']:
+            saved = {**saved, 'input_size': now['input_size']}  # may follow the student's, of which the flags warn
+        changes = [
+            f'{key} {_text(saved[key])} -> {_text(value)}' for key, value in now.items()
+            if key in saved and _text(saved[key]) != _text(value)]
+        if changes:
+            what = f"a teacher '{name}' with" if name else 'a teacher with'
+            raise UsageError(
+                f'{run.args.resume!r} was distilled from {what} other preprocessing: '
+                f'{", ".join(changes)}. Give the teacher as it was (its config.json, its checkpoint, '
+                '--teacher-mean, --teacher-std, --teacher-img-size).')
 
 
 def check_same_code(run: Run, checkpoint: Dict[str, Any]) -> None:
     """Warn where the file that builds student or teacher is another than when a checkpoint was written."""
     saved = checkpoint.get('model_code') or {}
-    for role, name in (('student', run.args.model), ('teacher', run.args.teacher or '')):
+    teachers = {join_scope('teacher', name): model for name, model in teachers_of(run.args.teacher).items()}
+    for role, name in {'student': run.args.model, **teachers}.items():
         digest = code_digest(name)
         if saved.get(role) and digest and saved[role] != digest:
             _logger.warning(
-                f'The file of --{role} {name} has changed since {run.args.resume!r} was written (SHA-256 '
-                f'{saved[role][:12]} -> {digest[:12]}): the run goes on with the new one, but not as if it had never '
-                'stopped, where that computes something else.')
+                f'The file of --{role.partition("@")[0]} {name} has changed since {run.args.resume!r} was written '
+                f'(SHA-256 {saved[role][:12]} -> {digest[:12]}): the run goes on with the new one, but not as if it '
+                'had never stopped, where that computes something else.')
 
 
 def check_same_teacher_classes(run: Run, checkpoint: Dict[str, Any]) -> None:
-    """Compare the teacher's classes of every class of the student with those when a checkpoint was written.
+    """Compare each teacher's classes of every class of the student with those when a checkpoint was written.
 
     Raises:
         UsageError: If they are others; names the first.
     """
-    if run.task.teacher is None:
-        return
-    saved, now = checkpoint.get('teacher_classes'), run.task.teacher.class_sources
-    if saved == now:
-        return
-    flag = f'--teacher-classes {run.args.teacher_classes}'.strip()
+    for name, teacher in teachers_by_name(run.task.teacher).items():
+        saved = _saved_for(run, checkpoint.get('teacher_classes'), name)
+        if saved != teacher.class_sources:
+            flag = f'--teacher-classes {value_for(run.args.teacher_classes, name) or ""}'.strip()
+            _refuse_classes(run, flag, saved, teacher.class_sources)
+
+
+def _refuse_classes(
+        run: Run,
+        flag: str,
+        saved: Optional[List[List[int]]],
+        now: Optional[List[List[int]]],
+) -> None:
     if saved is None or now is None:
         raise UsageError(
             f"{run.args.resume!r} was distilled {'without' if saved is None else 'with'} a map of the teacher's "

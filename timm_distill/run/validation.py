@@ -10,6 +10,7 @@ from timm import utils
 from ..args import PROBE_METRICS
 from ..data import DataLoaders
 from ..engine.evaluate import evaluate, evaluate_terms, evaluator_class
+from ..methods._scopes import join_scope
 from ..report.predictions import PredictionRecorder, agreement
 from ..task import DistillTask
 from .state import Run
@@ -86,13 +87,14 @@ def describe_metric(metric: str, loaders: DataLoaders) -> str:
 
 
 def validate_with_agreement(run: Run, model: nn.Module, log_name: str = 'Test') -> 'OrderedDict[str, float]':
-    """Validate a model, and measure how often it predicts what the teacher does, where that is known."""
-    if run.teacher_predictions is None:
+    """Validate a model, and measure how often it predicts what each teacher does, where that is known."""
+    if not run.teacher_predictions:
         return validate(run, model, log_name)
     recorder = PredictionRecorder(model)
     metrics = validate(run, recorder, log_name)
     classes, _ = recorder.read(count_samples(run.loaders.eval))
-    metrics['agreement'] = agreement(classes, run.teacher_predictions[0])
+    for name, (teacher_classes, _) in run.teacher_predictions.items():
+        metrics[join_scope('agreement', name)] = agreement(classes, teacher_classes)
     return metrics
 
 

@@ -3,6 +3,7 @@
 One module, so that optimizer, DDP, EMA and compile see everything that trains in one forward.
 """
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Callable, Dict, FrozenSet, Iterator, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import torch
@@ -13,15 +14,16 @@ from ..adapters import Adapter
 from ..errors import UsageError
 from ..features.inputs import evaluation_mode, logits_of, resize_images
 from ..features.reader import LOGITS, ModelSpec, read
-from ..features.spec import Features
+from ..features.spec import Features, TeacherFeatures
 from ..features.stages import has_head
+from ..methods._scopes import join_scope, scope_term, split_scope
 from .merge import merge_error, merged_state_dict, merged_tensors, split_batch_norm_tensors
 from .paths import path_of
 from .plain import copy_plain_student, create_plain_student
 from .tap import StudentTap
 
 LogitHead = Callable[[torch.Tensor], torch.Tensor]
-MethodTerms = Dict[str, Dict[str, torch.Tensor]]  # unweighted terms by method
+MethodTerms = Dict[str, Dict[str, torch.Tensor]]  # unweighted terms by method, with its teacher where there are several
 
 
 class AdaptedStudent(nn.Module):
@@ -31,7 +33,8 @@ class AdaptedStudent(nn.Module):
         student: timm model.
         adapters: One for each site of the tap; none for the plain student.
         tap: Insertion point of the adapters.
-        methods: Methods by name, whose own parameters train with the student.
+        methods: Methods by name, METHOD@TEACHER with one of several teachers, whose own parameters train with the
+            student.
         resize_to: Size (height, width) that the student's input is resized to, None for the size it comes in.
         spec: What is known of the student; not needed where its logits alone are read.
         outputs: What the methods read of it.
@@ -56,19 +59,19 @@ class AdaptedStudent(nn.Module):
         self.tap = tap
         self.methods = nn.ModuleDict(methods or {})
         self.resize_to = resize_to
-        self.unweighted: FrozenSet[str] = frozenset()  # methods of weight 0 in the current epoch
+        self.unweighted: FrozenSet[str] = frozenset()  # what has weight 0 in the current epoch, as in the terms
 
     def forward(
             self,
             images: torch.Tensor,
-            teacher: Optional[Features] = None,
+            teacher: Optional[TeacherFeatures] = None,
             target: Optional[torch.Tensor] = None,
     ) -> Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor, MethodTerms]]:
         """Run the student, and the methods where a teacher's features are given.
 
         Args:
             images: Normalised batch, [B, C, H, W].
-            teacher: Features of the teacher for this batch.
+            teacher: Features of the teacher for this batch, of several by name.
             target: Class indices [B] or soft targets [B, K].
 
         Returns:
@@ -78,22 +81,21 @@ class AdaptedStudent(nn.Module):
         logits: Any = features.logits
         if teacher is None or target is None:
             return logits
-        self._make_comparable(features, teacher)
         terms = self._run_methods(features, teacher, target, list(self.methods))
-        task_logits = features.logits if teacher.classes is None else self.transform_logits(logits)
+        with_all = isinstance(teacher, Features) and teacher.classes is None
+        task_logits = features.logits if with_all else self.transform_logits(logits)
         return logits, task_logits, terms  # type: ignore[return-value]
 
     def measure(
             self,
             images: torch.Tensor,
-            teacher: Features,
+            teacher: TeacherFeatures,
             target: torch.Tensor,
             methods: Sequence[str],
     ) -> Dict[str, torch.Tensor]:
         """Return the unweighted terms of some methods, with batch norms and dropout as in evaluation."""
         with evaluation_mode(self):
             features = self.forward_with_features(images, teacher)
-            self._make_comparable(features, teacher)
             terms = self._run_methods(features, teacher, target, methods)
         return {name: value for named in terms.values() for name, value in named.items()}
 
@@ -115,24 +117,49 @@ class AdaptedStudent(nn.Module):
     def _run_methods(
             self,
             features: Features,
-            teacher: Features,
+            teacher: TeacherFeatures,
             target: torch.Tensor,
             names: Sequence[str],
     ) -> MethodTerms:
-        return {name: self._run_method(name, features, teacher, target) for name in names}
+        """Return the terms of methods, with the logits that they compare transformed, in place for one teacher."""
+        if isinstance(teacher, Features):
+            self._make_comparable(features, teacher)
+            return {name: self._run_method(name, '', features, teacher, target) for name in names}
+        pairs = {name: (self._part_of(features, i), own) for i, (name, own) in enumerate(teacher.items())}
+        for pair in pairs.values():
+            self._make_comparable(*pair)
+        units = [(name, scope) for name in names for scope in ([split_scope(name)[1]] if '@' in name else pairs)]
+        return {
+            name if '@' in name else join_scope(name, scope): self._run_method(name, scope, *pairs[scope], target)
+            for name, scope in units}
+
+    def _part_of(self, features: Features, index: int) -> Features:
+        """Return the student's features for one of several teachers: adapters that are shared have a loss for each."""
+        matched = tuple(loss[index] if isinstance(loss, tuple) else loss for loss in features.matched)
+        return replace(features, matched=matched)
 
     def _run_method(
             self,
             name: str,
+            scope: str,
             features: Features,
             teacher: Features,
             target: torch.Tensor,
     ) -> Dict[str, torch.Tensor]:
         """Return a method's terms; without a graph where its weight is 0, as 0 times an infinite gradient is nan."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and name not in self.unweighted):
-            return self.methods[name](features, teacher, target)
+        unit = name if '@' in name else join_scope(name, scope)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and unit not in self.unweighted):
+            terms = self.methods[name](features, teacher, target)
+        return {scope_term(term, scope): value for term, value in terms.items()} if scope else terms
 
-    def forward_with_features(self, images: torch.Tensor, teacher: Optional[Features] = None) -> Features:
+    def _targets(self, teacher: TeacherFeatures) -> Any:
+        """Return what the adapters are matched with: a teacher's counterpart, of each where several share them."""
+        if isinstance(teacher, Features):
+            return teacher.tap
+        scope = next((split_scope(name)[1] for name, method in self.methods.items() if method.adapter), '')
+        return teacher[scope].tap if scope else tuple(features.tap for features in teacher.values())
+
+    def forward_with_features(self, images: torch.Tensor, teacher: Optional[TeacherFeatures] = None) -> Features:
         """Run the student; with a teacher's features, read what the methods ask for and match the adapters."""
         images = self._resize(images)
         outputs = LOGITS if teacher is None else self.outputs
@@ -141,13 +168,16 @@ class AdaptedStudent(nn.Module):
         spec = self._logits_spec if outputs == LOGITS else self.spec
         if self.tap is None:
             return read(self.student, spec, images, outputs)
-        target = None if teacher is None else teacher.tap
+        target = None if teacher is None else self._targets(teacher)
         return path_of(self.tap)(self.student, spec, images, outputs, self.tap, self.adapters, target).run()
 
     def transform_logits(self, logits: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
         """Apply the methods' maps of the logits, which the task loss and all methods see."""
         if logits is not None:
-            for method in self.methods.values():
+            first: Dict[str, Any] = {}
+            for name, method in self.methods.items():
+                first.setdefault(split_scope(name)[0], method)  # with each of several teachers it maps once
+            for method in first.values():
                 logits = method.transform_logits(logits)
         return logits
 

@@ -3,7 +3,7 @@
 Each is one forward of the student that reads as `Reading` does, with the adapters in between.
 """
 from contextlib import nullcontext
-from typing import AbstractSet, Callable, ContextManager, Iterable, Optional, Type, cast
+from typing import AbstractSet, Callable, ContextManager, Iterable, Optional, Tuple, Type, Union, cast
 
 import torch
 import torch.nn as nn
@@ -28,7 +28,8 @@ class AdaptedReading(Reading):
         outputs: What to read.
         tap: Insertion point of the adapters.
         adapters: One for each site of the tap.
-        target: The teacher's counterpart that they are matched with, [B, Ct, H, W]; None for no match.
+        target: The teacher's counterpart that they are matched with, [B, Ct, H, W], or that of each of several
+            teachers; None for no match.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class AdaptedReading(Reading):
             outputs: AbstractSet[str],
             tap: StudentTap,
             adapters: Iterable[nn.Module],
-            target: Optional[torch.Tensor] = None,
+            target: Union[torch.Tensor, Tuple[torch.Tensor, ...], None] = None,
     ):
         super().__init__(model, spec, images, outputs)
         self.tap = tap

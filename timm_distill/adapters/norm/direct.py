@@ -15,8 +15,12 @@ def run_direct(layers: Layers, x: torch.Tensor, match: Optional[Match]) -> Adapt
     output, expanded = expand_contract(layers, x)
     if match is None:
         return AdapterOutput(output)
-    student, teacher = match_grids(match.to_map(expanded), match.teacher, layers.pool)
-    return AdapterOutput(output, n_to_one_loss(student, teacher, layers.segments))
+    losses = []
+    for block, rows, target in zip(layers.blocks, layers.rows(), layers.targets(match), strict=True):
+        part = expanded if len(layers.blocks) == 1 else expanded[:, rows]
+        student, teacher = match_grids(match.to_map(part), target, layers.pool)
+        losses.append(n_to_one_loss(student, teacher, block.segments))
+    return AdapterOutput(output, losses[0] if len(losses) == 1 else tuple(losses))
 
 
 def expand_contract(layers: Layers, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:

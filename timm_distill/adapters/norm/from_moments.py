@@ -2,7 +2,7 @@
 
 Exactly what the direct form computes, without any activation of N * Ct channels.
 """
-from typing import NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -21,6 +21,19 @@ from .statistics import (
     scale_and_bias,
     update_running,
 )
+
+
+class _Expanded(NamedTuple):
+    """Expanding half of the transform for one batch.
+
+    Attributes:
+        contracted: W2 A, [Cs, Cs]; None without a contraction.
+        losses: The N-to-one loss against each teacher, scalars; none where nothing is matched.
+        variance: Variances of W1 x, [N * Ct]; not differentiable, for running statistics.
+    """
+    contracted: Optional[torch.Tensor]
+    losses: Tuple[torch.Tensor, ...]
+    variance: torch.Tensor
 
 
 class _Batch(NamedTuple):
@@ -43,11 +56,11 @@ def _run(layers: Layers, x: torch.Tensor, match: Optional[Match], dtype: torch.d
     batch = _batch(layers, compute_moments(to_full_precision(x)))
     moments = batch.moments
     scale, offset = _expansion_scale(layers, batch.expand is not None)
-    expansion = _expand(layers, batch, x, match, scale, offset)
+    expansion = _expand(layers, batch, scale) if match is None else _match(layers, batch, x, match, scale, offset)
     if batch.expand is not None:
         mean = matrix(layers.expand).detach() @ batch.expand.mean.detach()
         update_running(layers.expand_bn, mean, expansion.variance, batch.expand.num_positions)
-    loss = None if match is None else expansion.loss
+    loss = expansion.losses[0] if len(expansion.losses) == 1 else expansion.losses or None
     if layers.contract is None:
         return AdapterOutput(x, loss)
     weight, bias = _contract(layers, batch, expansion.contracted, offset)
@@ -86,34 +99,65 @@ def _expansion_scale(layers: Layers, from_batch: bool) -> Tuple[torch.Tensor, to
     return torch.ones_like(bias), bias
 
 
-def _expand(
+def _expand(layers: Layers, batch: _Batch, scale: torch.Tensor) -> _Expanded:
+    """Expand and contract where there is nothing to match with."""
+    weight, contract = matrix(layers.expand), None if layers.contract is None else matrix(layers.contract)
+    variance = scale.detach()
+    if batch.expand is not None:
+        variance = row_variances(weight, batch.expand.cov)
+        scale = scale * (variance + layers.expand_bn.eps).rsqrt()
+    factor = scale[:, None] * weight
+    # in full precision, forward and backward
+    contracted = None if contract is None else map_rows(contract, factor.t(), torch.zeros_like(weight[0]))
+    return _Expanded(contracted, (), variance.detach())
+
+
+def _match(
         layers: Layers,
         batch: _Batch,
         x: torch.Tensor,
-        match: Optional[Match],
+        match: Match,
         scale: torch.Tensor,
         offset: torch.Tensor,
-) -> Expansion:
-    """Expand and contract, and match where there is something to match with."""
+) -> _Expanded:
+    """Expand and contract, and match the segments of each teacher with its feature."""
     weight, contract = matrix(layers.expand), None if layers.contract is None else matrix(layers.contract)
-    matched, teacher = (None, None) if match is None else _matched_moments(layers, batch, x, match)
+    parts: List[Expansion] = []
+    for rows, target in zip(layers.rows(), layers.targets(match), strict=True):
+        if len(layers.blocks) == 1:
+            parts.append(_match_block(layers, batch, x, Match(target, match.to_map), (weight, contract, scale, offset)))
+            break
+        block = weight[rows], None if contract is None else contract[:, rows], scale[rows], offset[rows]
+        parts.append(_match_block(layers, batch, x, Match(target, match.to_map), block))
+    contracted, variance = parts[0].contracted, parts[0].variance
+    for part in parts[1:]:
+        contracted = None if contracted is None or part.contracted is None else contracted + part.contracted
+        variance = torch.cat([variance, part.variance])
+    return _Expanded(contracted, tuple(part.loss for part in parts), variance)
+
+
+def _match_block(
+        layers: Layers,
+        batch: _Batch,
+        x: torch.Tensor,
+        match: Match,
+        block: Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor],
+) -> Expansion:
+    """Expand, contract and match the segments of one teacher: their part of W1, W2, factor and constant part."""
+    weight, contract, scale, offset = block
+    matched, teacher = _matched_moments(layers, batch, x, match)
     eps, variance = None, scale.detach()
     if batch.expand is not None:
         eps = layers.expand_bn.eps
-        if matched is None or matched.cov is not batch.expand.cov:
+        if matched.cov is not batch.expand.cov:
             variance = row_variances(weight, batch.expand.cov)
             scale, eps = scale * (variance + eps).rsqrt(), None
-    if matched is None or teacher is None:
-        factor = scale[:, None] * weight
-        # in full precision, forward and backward
-        contracted = None if contract is None else map_rows(contract, factor.t(), torch.zeros_like(weight[0]))
-        return Expansion(contracted, scale.new_zeros(()), variance.detach())
     # in float64: near a match the loss depends on the last bits of its difference to the offset
     teacher_mean = channel_means(teacher)
     expansion = match_expansion(weight, contract, scale, eps, matched, teacher, teacher_mean)
     shift = _shift(matched.mean, batch.expand)
     constant = offset if shift is None else offset + scale * (weight @ shift)
-    residual = constant.unflatten(0, (layers.segments, -1)) - teacher_mean  # E[e] - E[t]
+    residual = constant.unflatten(0, (-1, len(teacher_mean))) - teacher_mean  # E[e] - E[t]
     loss = expansion.loss + residual.square().sum() / len(teacher_mean)
     return Expansion(
         expansion.contracted, loss.to(scale.dtype), variance.detach() if eps is None else expansion.variance)
@@ -126,6 +170,7 @@ def _matched_moments(
         match: Match,
 ) -> Tuple[Moments, torch.Tensor]:
     """Return the moments of the positions that are matched, and the teacher's map there."""
+    assert isinstance(match.teacher, torch.Tensor)  # for mypy: of one teacher
     student, teacher = match.to_map(x), match.teacher.detach()
     if student.shape[-2:] != teacher.shape[-2:]:
         student, teacher = match_grids(to_full_precision(student), to_full_precision(teacher), layers.pool)

@@ -1,5 +1,5 @@
 """The layers of the N-to-one transform, as its forms read them."""
-from typing import Any, Callable, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -8,15 +8,37 @@ from ...losses import to_full_precision
 from ..base import AdapterOutput, Match
 
 
+class Block(NamedTuple):
+    """Channels of the expanded feature that one teacher is matched with.
+
+    Attributes:
+        segments: How many segments these are.
+        channels: Ct.
+    """
+    segments: int
+    channels: int
+
+    @property
+    def width(self) -> int:
+        return self.segments * self.channels
+
+
+def share_segments(segments: int, teacher_channels: Union[int, Sequence[int]]) -> Tuple[Block, ...]:
+    """Return a block for each teacher: the segments are shared out evenly, those left over from the first one on."""
+    widths = (teacher_channels,) if isinstance(teacher_channels, int) else tuple(teacher_channels)
+    share, left = divmod(segments, len(widths))
+    return tuple(Block(share + (i < left), width) for i, width in enumerate(widths))
+
+
 class Layers(NamedTuple):
     """Layers and options of the transform: all that a form needs.
 
     Attributes:
-        expand: W1, a 1x1 convolution to N * Ct channels.
+        expand: W1, a 1x1 convolution to N * Ct channels, of several teachers to theirs one after the other.
         expand_bn: Batch norm behind it, or `nn.Identity`.
         contract: W2, a 1x1 convolution back to Cs channels; None beside the student's path.
         contract_bn: Batch norm behind it, or `nn.Identity`.
-        segments: N.
+        blocks: What of the expanded feature is matched with which teacher; one for a single teacher.
         residual: The input is added to the output.
         offset: The output has an offset.
         pool: How the larger of two grids is pooled to the smaller, 'avg' or 'max'.
@@ -25,10 +47,21 @@ class Layers(NamedTuple):
     expand_bn: Any
     contract: Optional[nn.Conv2d]
     contract_bn: Any
-    segments: int
+    blocks: Tuple[Block, ...]
     residual: bool
     offset: bool
     pool: str
+
+    def targets(self, match: Match) -> Tuple[torch.Tensor, ...]:
+        """Return the feature of each teacher, in the order of the blocks."""
+        return (match.teacher,) if isinstance(match.teacher, torch.Tensor) else match.teacher
+
+    def rows(self) -> Iterator[slice]:
+        """Yield the channels of each block."""
+        start = 0
+        for block in self.blocks:
+            yield slice(start, start + block.width)
+            start += block.width
 
     @property
     def norms(self) -> Tuple[nn.Module, ...]:

@@ -8,7 +8,7 @@ the second contracts it back. `batch_norm=True, residual=True` is the published 
 residual connection around both); `batch_norm=False` is the plain linear pair of the paper's text.
 """
 import logging
-from typing import Annotated, Any, Dict, Optional, Tuple, cast
+from typing import Annotated, Any, Dict, Optional, Sequence, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -20,7 +20,7 @@ from ...utils.ranges import OneOf, Range
 from ..base import Adapter, AdapterOutput, Match, register_adapter
 from .direct import expand_contract, run_direct
 from .from_moments import run_moments
-from .layers import Form, Layers, count_positions
+from .layers import Form, Layers, count_positions, share_segments
 from .statistics import count_ranks, is_known_norm, reads_batch
 
 _logger = logging.getLogger(__name__)
@@ -37,9 +37,13 @@ class NToOneTransform(Adapter):
 
     With x the student's feature: `e = BN1(W1 x)`, `y = x + BN2(W2 e)`.
 
+    With several teachers the N segments are shared out among them: e has the segments of the first teacher, each of its
+    channels, then those of the second. The loss against a teacher is the sum over its segments of each one's mean
+    squared error, as with one teacher; together they are a sum over N segments, however many teachers there are.
+
     Args:
         student_channels: Cs.
-        teacher_channels: Ct.
+        teacher_channels: Ct, or that of each of several teachers.
         segments: N, how many segments of the expanded feature are matched with the teacher's.
         batch_norm: Put a batch norm behind each layer; else the layers have biases.
         residual: Add the input to the output.
@@ -55,13 +59,13 @@ class NToOneTransform(Adapter):
             student that comes with weights and the latter for others.
 
     Raises:
-        UsageError: If the transform cannot be the identity and has to.
+        UsageError: If the transform cannot be the identity and has to, or there are more teachers than segments.
     """
 
     def __init__(
             self,
             student_channels: int,
-            teacher_channels: int,
+            teacher_channels: Union[int, Sequence[int]],
             segments: Annotated[int, Range(1, 1024, whole=True)] = 8,
             batch_norm: bool = True,
             residual: bool = True,
@@ -73,6 +77,11 @@ class NToOneTransform(Adapter):
     ):
         super().__init__(student_channels, teacher_channels)
         self.segments = segments
+        self.blocks = share_segments(segments, teacher_channels)
+        if segments < len(self.blocks):
+            raise UsageError(
+                f'norm.segments={segments} cannot be shared out among {len(self.blocks)} teachers: each needs a '
+                'segment of its own (--kd-kwargs norm.segments=N).')
         self.batch_norm = batch_norm
         self.residual = residual
         self.pool = pool
@@ -80,7 +89,7 @@ class NToOneTransform(Adapter):
         self.init = init
         self._logged_form = ''
         self.offset = offset
-        width = segments * teacher_channels
+        width = self.width
         self.expand = nn.Conv2d(student_channels, width, 1, bias=not batch_norm)
         self.expand_bn = nn.BatchNorm2d(width) if batch_norm else nn.Identity()
         self.contract: Optional[nn.Conv2d] = None
@@ -90,6 +99,11 @@ class NToOneTransform(Adapter):
             if batch_norm and not offset:
                 self.contract_bn.register_parameter('bias', None)
         self.reset_parameters()
+
+    @property
+    def width(self) -> int:
+        """Channels of the expanded feature, N * Ct."""
+        return sum(block.width for block in self.blocks)
 
     def reset_parameters(self) -> None:
         """Initialise as the official code does: Kaiming normal over the fan-out, batch norms at identity."""
@@ -127,9 +141,8 @@ class NToOneTransform(Adapter):
             return ''
         if self.batch_norm:
             return 'without the residual connection its batch norms give every channel another mean and deviation'
-        width = self.segments * self.teacher_channels
-        if width < self.student_channels:
-            return f'without the residual connection {width} channels cannot carry {self.student_channels}'
+        if self.width < self.student_channels:
+            return f'without the residual connection {self.width} channels cannot carry {self.student_channels}'
         return ''
 
     @torch.no_grad()
@@ -148,7 +161,7 @@ class NToOneTransform(Adapter):
         """Return what the forms read."""
         return Layers(
             self.expand, self.expand_bn, self.contract, nn.Identity() if self.contract is None else self.contract_bn,
-            self.segments, self.residual, self.offset, self.pool)
+            self.blocks, self.residual, self.offset, self.pool)
 
     def forward(self, x: torch.Tensor, match: Optional[Match] = None) -> AdapterOutput:
         layers = self.layers()
@@ -169,7 +182,8 @@ class NToOneTransform(Adapter):
     def _choose_form(self, layers: Layers, x: torch.Tensor, match: Optional[Match]) -> str:
         if not all(is_known_norm(norm) for norm in layers.norms):
             return 'direct'  # runs a norm of whatever kind
-        max_pooled = self.pool == 'max' and match is not None and _pools_student(match.to_map(x), match.teacher)
+        max_pooled = self.pool == 'max' and match is not None and any(
+            _pools_student(match.to_map(x), teacher) for teacher in layers.targets(match))
         form = self.form
         if not self.offset and isinstance(self.expand_bn, nn.SyncBatchNorm):
             form = 'moments'  # only these know the offset over all ranks
@@ -186,8 +200,8 @@ class NToOneTransform(Adapter):
 
     def _moments_are_cheaper(self, x: torch.Tensor) -> bool:
         """Compare the multiply-adds of a forward and backward pass, and what the direct form keeps."""
-        positions, cs, ct = count_positions(x), self.student_channels, self.teacher_channels
-        width = self.segments * ct
+        positions, cs, width = count_positions(x), self.student_channels, self.width
+        ct = sum(block.channels for block in self.blocks)
         direct = 6 * positions * width * cs
         moments = (5 * width + 4 * ct) * cs ** 2 + positions * (5 * cs ** 2 + 5 * cs * ct)
         return moments < direct or 5 * positions * width * x.element_size() > _DIRECT_BYTES
