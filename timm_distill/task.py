@@ -290,9 +290,9 @@ class DistillTask(TrainingTask):
         """The student's classes and the width of the pre-logits, (K, D), of each teacher whose class means are read."""
         methods = self.module.methods.items()
         readers = {split_scope(name)[1] for name, method in methods if method.needs_class_means}
-        student = self.module.spec.features
+        student: Any = self.module.spec.features
         return {
-            name: (student.num_classes, teacher.tap_channels('pre_logits'))  # type: ignore[union-attr]
+            name: (student.num_classes, teacher.tap_channels('pre_logits'))
             for name, teacher in self.teachers.items() if name in readers}
 
     @property

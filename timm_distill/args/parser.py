@@ -44,11 +44,11 @@ class ArgumentParser(argparse.ArgumentParser):
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         if isinstance(action, StorePerTeacher):
             return action.read(self, arg_string)
-        return super()._get_value(action, arg_string)  # type: ignore[misc]
+        return super()._get_value(action, arg_string)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if not isinstance(action, StorePerTeacher):  # which has done it
-            super()._check_value(action, value)  # type: ignore[misc]
+            super()._check_value(action, value)
 
     def add_topic(self, name: str, title: str, description: Optional[str] = None) -> Any:
         """Add a group of flags that `--help NAME` shows."""

@@ -70,8 +70,9 @@ def list_plots(
     if student is not None:
         models = {f'student, {"EMA" if ema else "raw"} weights': student, **teachers}
         plots.append(Plot('Calibration', partial(draw_calibration, models=models), 4.6, wide=len(models) > 1))
-    for label, one in teachers.items() if student is not None else ():
-        plots += _comparing_plots(student, one, class_names, label)
+    if student is not None:
+        for label, one in teachers.items():
+            plots += _comparing_plots(student, one, class_names, label)
     return plots
 
 

@@ -220,9 +220,9 @@ def softmax_temperature(task: DistillTask) -> Optional[float]:
 
 def report_cache_size(args: argparse.Namespace, task: DistillTask, num_samples: int) -> List[str]:
     """Return one line on the size of a cache for each method, as `--dry-run` prints it."""
-    assert task.teacher is not None
+    (teacher,) = task.teachers.values()
     views = args.cache_views or _NEW_VIEWS
-    codecs = choose_codecs(args, task, task.teacher.feature_spec)
+    codecs = choose_codecs(args, task, teacher.feature_spec)
     slots = num_samples * views * max(1, args.aug_splits) * len(args.train_img_sizes or [0])
     sizes = {name: table_bytes(slots, codec.row_bytes) for name, codec in codecs.items()}
     lines = []
