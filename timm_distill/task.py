@@ -70,7 +70,7 @@ class DistillTask(TrainingTask):
         self.targets: Optional[CachedTargets] = None  # of a run whose targets carry the keys of views
         self.summon_teacher: Optional[Callable[[], Teacher]] = None  # where one is known by its cache and can be had
         self.criterion = criterion
-        self.terms = TermWeights(module.methods, weights, schedules, task_loss_weight)  # type: ignore[arg-type]
+        self.terms = TermWeights(module.methods, weights, schedules, task_loss_weight)
         self.input_size = tuple(input_size)
         self._teacher_outputs = {name: teacher_outputs(module, name) for name in self.teachers}
         self.needs_indices = any(method.needs_indices for method in module.methods.values())

@@ -2,7 +2,7 @@
 import argparse
 import sys
 import textwrap
-from typing import Any, Dict, List, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NoReturn, Optional
 
 from timm.utils import ParseKwargs
 
@@ -24,11 +24,7 @@ class ArgumentParser(argparse.ArgumentParser):
             '-h', '--help', nargs='?', const='', action=_HelpAction, default=argparse.SUPPRESS,
             metavar='TOPIC', help='list all flags, or explain those of a topic (all: of every topic)')
 
-    def parse_known_args(  # type: ignore[override]
-            self,
-            args: Optional[Sequence[str]] = None,
-            namespace: Optional[argparse.Namespace] = None,
-    ) -> Tuple[argparse.Namespace, List[str]]:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         argv = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(place_positionals(argv, self._find_action), namespace)
 

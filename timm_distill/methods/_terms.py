@@ -22,7 +22,7 @@ class TermWeights:
 
     def __init__(
             self,
-            methods: Mapping[str, Any],
+            methods: Any,
             weights: Mapping[str, float],
             schedules: Optional[Mapping[str, Callable[[int], float]]],
             task_loss_weight: float,

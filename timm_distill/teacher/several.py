@@ -1,6 +1,6 @@
 """Several teachers under names: one forward each, and whatever is asked of a teacher asked of each of them."""
 import keyword
-from typing import Any, Callable, Dict, List, Mapping, Sequence, TypeVar, Union
+from typing import Any, Callable, Dict, List, Mapping, Sequence, TypeVar, Union, cast
 
 import torch.nn as nn
 
@@ -30,7 +30,7 @@ class Teachers(nn.Module):
 
     def by_name(self) -> Dict[str, Teacher]:
         """Return the teachers by name."""
-        return dict(zip(self.names, self.members))  # type: ignore[arg-type]
+        return dict(zip(self.names, cast(List[Teacher], self.members)))
 
     def train(self, mode: bool = True) -> 'Teachers':
         """Stay in eval mode."""
@@ -73,8 +73,3 @@ def live_teachers(teacher: Union[AnyTeacher, Teachers, None]) -> Dict[str, Teach
 def describe_name(name: str) -> str:
     """Return how messages call a teacher by name, '' for the only one."""
     return f"the teacher '{name}'" if name else 'the teacher'
-
-
-def join_names(names: List[str]) -> str:
-    """Return names in words."""
-    return ' and '.join(names)
