@@ -243,6 +243,8 @@ def create_step(kd: str, kd_kwargs: Dict[str, Any], setting: Setting) -> Callabl
         verbose=False)
     if task.class_means_shape is not None:
         task.set_class_means(torch.randn(task.class_means_shape, device=setting.device))
+    if task.needs_target_statistics:
+        task.standardize_targets([create_batch(setting)])
     if setting.channels_last:
         task.to(memory_format=torch.channels_last)
     optimizer = create_optimizer(task.trainable_module)

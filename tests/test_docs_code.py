@@ -150,7 +150,7 @@ def test_the_first_block_of_the_python_page_and_of_the_readme_train(
 
 def test_methods_that_need_more_of_the_data_get_it_as_the_page_says(
         given: Dict[str, Any], small_models: None) -> None:
-    crd, nd = blocks_of('Methods that need more', 'python.md')
+    crd, nd, tokens = blocks_of('Methods that need more', 'python.md')
     images, labels = given['loader'].dataset.tensors
     dataset = LabelledImages([(image, int(label)) for image, label in zip(images, labels)])
     names = run(crd, dict(given, dataset=dataset, torch=torch, timm_distill=timm_distill))
@@ -159,6 +159,8 @@ def test_methods_that_need_more_of_the_data_get_it_as_the_page_says(
     task = timm_distill.create_distill_task('mobilenetv2_100', 'resnet50', kd='nd')
     run(nd, dict(given, task=task, num_classes=CLASSES, timm_distill=timm_distill))
     assert torch.isfinite(task(images, labels)['nd_loss'])
+    names = run(tokens, dict(given, timm_distill=timm_distill))
+    assert torch.isfinite(names['task'](images, labels)['tokens_patch_loss'])
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ def _task(method: str, device: str) -> DistillTask:
         device=device, verbose=False)
     if task.class_means_shape is not None:
         task.set_class_means(torch.randn(task.class_means_shape))
+    if task.needs_target_statistics:
+        task.standardize_targets([(torch.randn(16, *SIZE, device=device), torch.zeros(16))])
     return task
 
 

@@ -22,7 +22,7 @@ from .student.adapted import AdaptedStudent
 from .student.inspection import inspect_student
 from .student.tap import StudentTap
 from .student.tap_search import resolve_student_tap
-from .task import DistillTask, teacher_outputs
+from .task import DistillTask
 from .teacher.build import (
     TEACHER_OPTIONS,
     AnyTeacher,
@@ -32,6 +32,8 @@ from .teacher.build import (
     report_teacher_input,
 )
 from .teacher.several import Teachers, ask_each, teachers_by_name
+from .teacher.standardize import choose_standardized
+from .teacher.targets import teacher_outputs
 from .teacher.teacher import Teacher
 
 _logger = logging.getLogger(__name__)
@@ -105,8 +107,9 @@ def create_distill_task(
             `DataSpec` (input_size, num_classes, sample_labels, ...), and arguments of `create_teacher`:
             teacher_checkpoint, teacher_pretrained, teacher_kwargs (of `timm.create_model`), teacher_weights,
             teacher_mean, teacher_std, teacher_img_size, and for modules as well teacher_dtype (the run's, autocast
-            included, by default), teacher_device and teacher_classes ('auto', a file or a mapping: `ClassMatch.by`). Of
-            several teachers each of these is one value for all, or a mapping from their names.
+            included, by default), teacher_device, teacher_classes ('auto', a file or a mapping: `ClassMatch.by`) and
+            teacher_standardize ('none', 'channel' or 'phi-s', with `task.standardize_targets(loader)` before training).
+            Of several teachers each of these is one value for all, or a mapping from their names.
 
     Raises:
         TypeError: If an option is unknown.
@@ -146,6 +149,8 @@ def create_distill_task(
     module = _adapt_student(model, teachers, methods, own_input, recipe.kd_tap, verbose)
     module.resize_to = resize_to
     _start_adapters(module, student, student_kwargs, student_pretrained, verbose)
+    standardizers = {name: one.standardizer for name, one in teachers_by_name(teachers).items()}
+    module.standardized = choose_standardized(methods, standardizers, verbose)
     for name, one in teachers_by_name(teachers).items():
         if verbose:
             report_teacher_input(one, module, input_size, name)
@@ -294,7 +299,8 @@ def _build_methods(module: AdaptedStudent, teacher: AnyTeacher, data: DataSpec, 
 
     What several teachers share needs nothing of one of them.
     """
-    methods = [method for key, method in module.methods.items() if split_scope(key)[1] == name]
+    by_name = {key: method for key, method in module.methods.items() if split_scope(key)[1] == name}
+    methods = list(by_name.values())
     for method in methods:
         method.set_classifier(teacher.classifier_weight)
     if isinstance(teacher, Teacher):  # what a cache lacks is told where it is opened
@@ -308,5 +314,6 @@ def _build_methods(module: AdaptedStudent, teacher: AnyTeacher, data: DataSpec, 
     if isinstance(teacher, Teacher) and any('tail' in m.teacher_outputs for m in methods):
         teacher.resolve_tail()
     pair = PairSpec(student, teacher.feature_spec, num_samples, data.sample_labels)
-    for method in methods:
-        method.build(pair)
+    standardized = replace(pair, teacher=pair.teacher.standardized())
+    for key, method in by_name.items():
+        method.build(standardized if key in module.standardized else pair)

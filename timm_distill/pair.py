@@ -196,6 +196,8 @@ def _measure(task: DistillTask, teacher: str, student: str, kd: str, batch_size:
     module.train()
     for name, shape in task.class_means_shapes.items():
         task.set_class_means(torch.randn(shape), name)
+    if task.needs_target_statistics:
+        task.standardize_targets([(images, target)])
     optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
     memory = _step_memory(task, images, target)
     seconds = _time(lambda: _step(task, optimizer, images, target), task.device)

@@ -1,7 +1,8 @@
 """The distillation task: a student with its adapters, a frozen teacher, methods, weights and schedules."""
 import logging
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, Callable, Dict, FrozenSet, List, Mapping, Optional, Sequence, Tuple, Union, cast
+from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Mapping, Optional, Sequence, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -22,7 +23,18 @@ from .student.adapted import AdaptedStudent
 from .student.merged import MergedStudents
 from .teacher.dropping import TeacherDrop
 from .teacher.several import Teachers, live_teachers, teachers_by_name
+from .teacher.standardize import NUM_IMAGES
 from .teacher.stored import StoredTeacher
+from .teacher.targets import (
+    add_to_statistics,
+    check_statistics,
+    finish_statistics,
+    lacks_statistics,
+    load_statistics,
+    standardized_outputs,
+    statistics_state,
+    teacher_outputs,
+)
 from .teacher.teacher import Teacher
 from .utils._compat import ignore_in_ddp
 
@@ -135,6 +147,7 @@ class DistillTask(TrainingTask):
             assert self.criterion is not None  # for mypy: without labels there is a teacher
             return {'loss': self.criterion(logits, target), 'output': logits}
         target, teacher = self.read_targets(input, target)
+        check_statistics(self.module, teacher)
         logits, task_logits, terms = self.trainable_module(input, teacher, target)
         task_terms = {} if self.criterion is None else {'task_loss': self.criterion(task_logits, target)}
         weighted = [(self.task_loss_weight, task_loss) for task_loss in task_terms.values()]
@@ -169,7 +182,9 @@ class DistillTask(TrainingTask):
         if trained is None or not self.measurable:
             return {}
         target = torch.zeros(len(input), dtype=torch.int64, device=input.device)
-        return trained.measure(input, self.teacher_features(input), target, self.measurable)
+        teacher = self.teacher_features(input)
+        check_statistics(self.module, teacher)
+        return trained.measure(input, teacher, target, self.measurable)
 
     @property
     def measurable(self) -> List[str]:
@@ -252,22 +267,72 @@ class DistillTask(TrainingTask):
         return self._with_aliases(self.teachers[name](images, self._teacher_outputs[name]), name)
 
     def _run_summoned_teacher(self, images: torch.Tensor) -> Features:
-        if isinstance(self.teacher, StoredTeacher) and self.summon_teacher is not None:
-            self.teacher = self.summon_teacher()
+        if isinstance(self.teacher, StoredTeacher):
+            self.summon()
         assert self.teacher is not None
         return self.teacher(images, self._teacher_outputs[''])
 
+    def summon(self) -> None:
+        """Put the teacher itself in the place of what its cache says of it, where it can be had."""
+        if self.summon_teacher is not None:
+            (known,) = self.teachers.values()
+            self.teacher = self.summon_teacher()
+            self.teacher.standardizer = known.standardizer
+
     def _with_aliases(self, features: Features, name: str) -> Features:
         """Add what the methods know a teacher's outputs by: tap, stages of a teacher without any, head."""
-        features.tap = features.feature
-        tap, outputs = self.module.tap, self._teacher_outputs[name]
-        if tap is not None and tap.point == 'pre_logits' and features.pre_logits is not None:
-            features.tap = features.pre_logits[:, :, None, None]
+        outputs, standardized = self._teacher_outputs[name], standardized_outputs(self.module, name)
+        self._set_tap(features)
+        if standardized:
+            features.standardized = self.teachers[name].standardizer(features, standardized)
+            if features.standardized is not None:
+                self._set_tap(features.standardized)
         if outputs & {'head', 'tail'}:
             teacher = live_teachers(self.teacher)[name]
             features.head = teacher.run_head if 'head' in outputs else None
             features.tail = partial(teacher.run_tail, prefix=features.prefix) if 'tail' in outputs else None
         return features
+
+    def _set_tap(self, features: Features) -> None:
+        features.tap = features.feature
+        tap = self.module.tap
+        if tap is not None and tap.point == 'pre_logits' and features.pre_logits is not None:
+            features.tap = features.pre_logits[:, :, None, None]
+
+    @property
+    def needs_target_statistics(self) -> bool:
+        """Whether targets are standardised and their statistics have not been measured yet."""
+        return lacks_statistics(self.module, self.teachers)
+
+    def standardize_targets(
+            self,
+            batches: Iterable[Any],
+            num_images: int = NUM_IMAGES,
+            amp_autocast: Callable[[], Any] = nullcontext,
+            distributed: bool = False,
+    ) -> None:
+        """Measure the statistics that targets are standardised by, where methods get such.
+
+        Args:
+            batches: Training images in any order, normalised for the student, (images, target) each.
+            num_images: How many to take at most, of this process.
+            amp_autocast: Makes the context of each forward pass.
+            distributed: Each process has its part of the images; all get the statistics of the whole.
+
+        Raises:
+            UsageError: If a teacher's features are not finite or all the same.
+        """
+        if not self.module.standardized:
+            return
+        for input, target in batches:
+            with torch.no_grad(), amp_autocast():
+                live = self.targets is None
+                features = self.teacher_features(input.to(self.device)) if live else self.read_targets(input, target)[1]
+            add_to_statistics(self.module, self.teachers, features, num_images)
+            num_images -= len(input)
+            if num_images <= 0 and not distributed:  # processes that share a teacher run it equally often
+                break
+        finish_statistics(self.teachers, distributed)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Dict[str, Any]:  # type: ignore[override]
         """Return the state of what trains. The teacher is left out: libraries that save a module whole save this."""
@@ -389,7 +454,8 @@ class DistillTask(TrainingTask):
         """Return what resuming needs besides the merged student: raw tensors, adapter and methods."""
         trained = self._trained_module(ema)
         drop = {} if self._drop is None else {'teacher_drop': self._drop.state_dict()}
-        return {} if trained is None else {'kd': list(trained.methods), **trained.task_state(), **drop}
+        targets = {} if ema else statistics_state(self.module, self.teachers)
+        return {} if trained is None else {'kd': list(trained.methods), **trained.task_state(), **drop, **targets}
 
     def load_task_state(
             self,
@@ -449,6 +515,8 @@ class DistillTask(TrainingTask):
                 f'The checkpoint was written with --kd {"+".join(saved) or "none"}, this run has --kd '
                 f'{"+".join(trained.methods) or "none"}. Resume with the former, or start from its '
                 'weights with --initial-checkpoint.')
+        if task_state is not None and not ema:
+            load_statistics(self.module, self.teachers, task_state.get('standardized'))
         trained.load_task_state(state_dict, task_state)
         if self._drop is not None and 'teacher_drop' in (task_state or {}):
             self._drop.load_state_dict((task_state or {})['teacher_drop'])
@@ -473,20 +541,3 @@ def _split_indices(target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
             f'index), int64 [B, 2], not {target.dtype} {list(target.shape)}. IndexedDataset of '
             'timm_distill.data makes such targets; mixup and cutmix cannot.')
     return target[:, 0], target[:, 1]
-
-
-def teacher_outputs(module: AdaptedStudent, teacher: str = '') -> FrozenSet[str]:
-    """Return what a teacher must compute: the union of what the methods read of it.
-
-    Args:
-        module: Has the methods.
-        teacher: Which of several.
-    """
-    methods: Any = [method for name, method in module.methods.items() if split_scope(name)[1] in ('', teacher)]
-    outputs = frozenset[str]().union(*(method.teacher_outputs for method in methods))
-    if 'tap' in outputs:
-        point = module.tap.point if module.tap is not None else 'features'
-        outputs = outputs - {'tap'} | {'pre_logits' if point == 'pre_logits' else 'feature'}
-    if 'stages' in outputs:
-        outputs = outputs | {'feature'}  # the one stage of a teacher that gives no intermediate features
-    return outputs

@@ -57,10 +57,12 @@ def create_student(kd: str, student: Tuple[str, Dict[str, Any]] = CNN_STUDENT) -
     return create_model(TOKEN_STUDENT if token else student)
 
 
-def with_class_means(task: DistillTask) -> DistillTask:
-    """Return the task, with class means where a method needs them."""
+def made_ready(task: DistillTask) -> DistillTask:
+    """Return the task, with class means and statistics of targets where a method needs them."""
     if task.class_means_shape is not None:
         task.set_class_means(torch.randn(task.class_means_shape))
+    if task.needs_target_statistics:
+        task.standardize_targets([(torch.randn(16, *SIZE), torch.zeros(16))])
     return task
 
 
@@ -68,7 +70,7 @@ def with_class_means(task: DistillTask) -> DistillTask:
 def _task(method: str, pair: str) -> DistillTask:
     teacher, student = create_teacher(pair.split('_to_')[0]), PAIRS[pair]
     torch.manual_seed(0)
-    return with_class_means(create_distill_task(
+    return made_ready(create_distill_task(
         create_student(method, student), teacher, kd=method, sample_labels=SAMPLE_LABELS, input_size=SIZE,
         verbose=False))
 
@@ -202,7 +204,7 @@ def test_defaults_can_be_given_by_name(method: str) -> None:
     defaults = METHODS.get(method).defaults
     options = {f'{method}.{key}': value for key, value in defaults.items()}
     torch.manual_seed(0)
-    task = with_class_means(create_distill_task(
+    task = made_ready(create_distill_task(
         create_student(method), create_teacher('cnn'), kd=method, kd_kwargs=options, sample_labels=SAMPLE_LABELS,
         input_size=SIZE, verbose=False))
     assert torch.isfinite(task(*create_batch(method))['loss'])

@@ -51,6 +51,7 @@ _NEEDS_KD: Dict[str, Any] = {
     'teacher_std': None,
     'teacher_img_size': None,
     'teacher_classes': '',
+    'teacher_standardize': None,
     'teacher_dtype': None,
     'task_loss_weight': None,
     'distill_loss_weight': None,

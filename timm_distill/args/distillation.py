@@ -38,6 +38,10 @@ def add_distillation_args(parser: ArgumentParser) -> None:
         help='which of the teacher\'s classes are the student\'s, where they differ: by WordNet id or name of the '
              'class (auto), or from a file; its logits are restricted to them')
     group.add_argument(
+        '--teacher-standardize', default=None, choices=['none', 'channel', 'phi-s'], action=StorePerTeacher,
+        help='bring the features that methods match to mean 0 and deviation 1 over the training images: every channel '
+             'by itself, or all by one scale after a rotation (PHI-S); None: channel for the methods that ask for it')
+    group.add_argument(
         '--teacher-kwargs', nargs='*', default={}, action=ParseKeyValues, metavar='KEY=VALUE',
         help='extra arguments for the teacher\'s constructor, e.g. img_size=256, of one of several dino.img_size=256')
     group.add_argument(

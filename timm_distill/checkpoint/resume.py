@@ -32,7 +32,7 @@ _WITHOUT_EFFECT = {
     'pretrained_path', 'dry_run', 'list_kd', 'demo', 'demo_dir', 'config', 'max_bad_images', 'on_nan',
     'teacher_checkpoint', 'stop_epoch', 'save_epochs', 'report', 'push_to_hub',
     'synchronize_step', 'save_images', 'nd_class_means', 'overwrite', 'cache_check',
-    'teacher_classes'}  # what a file or the data say is compared, not its name
+    'teacher_classes', 'teacher_standardize'}  # what comes of them is compared, not how it was asked for
 
 
 def done_batches(checkpoint: Optional[Dict[str, Any]]) -> int:

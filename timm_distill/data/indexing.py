@@ -42,6 +42,26 @@ class IndexedDataset(Dataset):
         return getattr(self.dataset, name)
 
 
+class SpacedDataset(IndexedDataset):
+    """Some samples of a dataset, evenly spaced over its order, as they come.
+
+    Args:
+        dataset: Gives (image, label) by index; its transform is set through this one.
+        count: How many at most.
+    """
+
+    def __init__(self, dataset: Dataset, count: int):
+        super().__init__(dataset)
+        size = len(self.dataset)
+        self.indices = np.linspace(0, size, min(count, size), endpoint=False).astype(np.int64).tolist()
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.indices[index]]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
 def index_samples(dataset: Dataset) -> IndexedDataset:
     """Return the dataset with (label, index) as targets.
 

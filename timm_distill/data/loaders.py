@@ -14,7 +14,7 @@ from ._pillow import posterize_to_black
 from .batch_scale import BatchScale
 from .datasets import create_datasets
 from .fingerprint import Fingerprint, fingerprint_dataset
-from .indexing import IndexedDataset, index_samples
+from .indexing import IndexedDataset, SpacedDataset, index_samples
 from .mixup import create_mixup, create_view_mixing
 from .naflex import PatchSize, create_naflex_eval_loader, create_naflex_train_loader
 from .pad_crop import use_pad_crop
@@ -215,6 +215,7 @@ def create_pass_loader(
         dataset: Dataset,
         device: torch.device,
         training_transform: bool = False,
+        num_images: Optional[int] = None,
         **kwargs: Any,
 ) -> Any:
     """Loader of every training image once and in order, unmixed; the training loader stays as it is.
@@ -225,6 +226,7 @@ def create_pass_loader(
         dataset: Dataset of the training loader, with its transform.
         device: Where the prefetcher puts batches.
         training_transform: Keep that transform; else the images are as in validation.
+        num_images: So many of them at most, evenly spaced; of a stream all.
         kwargs: As for `create_eval_loader`.
     """
     if training_transform and (args.train_img_sizes is not None or args.aug_splits > 1):
@@ -234,6 +236,8 @@ def create_pass_loader(
     while isinstance(dataset, (AugMixDataset, IndexedDataset, ViewDataset)):
         dataset = dataset.dataset
     copied = copy.copy(dataset)
+    if num_images is not None and hasattr(copied, '__len__') and not isinstance(copied, IterableDataset):
+        copied = SpacedDataset(copied, num_images)
     loader = create_eval_loader(args, data_config, copied, device, batch_size=args.validation_batch_size, **kwargs)
     if training_transform:
         cast(Any, copied).transform = cast(Any, dataset).transform

@@ -56,6 +56,8 @@ def collect_provenance(
         }
         if args.teacher_classes:
             provenance['teacher']['classes by'] = _file_names(args.teacher_classes)
+        if args.teacher_standardize:
+            provenance['teacher']['targets standardised'] = args.teacher_standardize
     return provenance
 
 

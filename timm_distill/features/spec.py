@@ -1,7 +1,7 @@
 """Features of one forward, and the shapes of a model's features.
 
 Knows nothing of how they are read."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, FrozenSet, List, Optional, Sequence, Tuple, Union
 
 import torch
@@ -29,6 +29,7 @@ class Features:
         indices: Indices of the batch's samples in the training set, [B] (teacher only).
         classes: The student's classes that the teacher knows, [M], where it does not know them all (teacher only). The
             methods get the logits of both for these, and the labels as they are: `losses.among_classes`.
+        standardized: The same with standardised features, for the methods that take these (teacher only).
     """
     logits: Optional[torch.Tensor] = None
     feature: Optional[torch.Tensor] = None
@@ -44,6 +45,7 @@ class Features:
     transform_logits: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits
     indices: Optional[torch.Tensor] = None
     classes: Optional[torch.Tensor] = None
+    standardized: Optional['Features'] = None
 
     def tensors(self) -> List[torch.Tensor]:
         """Return what the model gave: logits, feature, pre-logits, stages and blocks, as far as they were asked for."""
@@ -56,8 +58,22 @@ class Features:
         self.stages, self.blocks = (tuple(x.to(dtype) for x in maps) for maps in (self.stages, self.blocks))
         return self
 
+    def complete_standardized(self) -> None:
+        """Give the standardised features what goes with them and has no scale: logits, indices."""
+        other = self.standardized
+        if other is not None:
+            other.logits, other.token_logits = self.logits, self.token_logits
+            other.indices, other.classes = self.indices, self.classes
+
 
 TeacherFeatures = Union[Features, Dict[str, Features]]  # of one teacher, or of each of several by name
+
+
+def by_teacher(features: TeacherFeatures) -> Dict[str, Features]:
+    """Return features by the names of their teachers; those of the only one under ''."""
+    return {'': features} if isinstance(features, Features) else features
+
+
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,7 @@ class Stage:
     nonnegative: bool = False
 
 
+TARGETS = frozenset({'feature', 'pre_logits', 'stages', 'blocks'})  # what of a teacher can be standardised
 STUDENT_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages', 'blocks', 'token_logits', 'head'})
 
 
@@ -116,6 +133,12 @@ class FeatureSpec:
     non_negative: FrozenSet[str] = frozenset()
     tail: Optional[Stage] = None
     no_tail: str = ''
+
+
+    def standardized(self) -> 'FeatureSpec':
+        """Return what is known of the features once they are standardised, and so no longer have one sign."""
+        stages = tuple(replace(stage, nonnegative=False) for stage in self.stages)
+        return replace(self, stages=stages, non_negative=frozenset())
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from ..errors import UsageError
-from ..features.spec import Features, PairSpec
+from ..features.spec import TARGETS, Features, PairSpec
 from ..utils.ranges import Range
 from ..utils.registry import LARGEST_NUMBER, Registry
 from ._schedules import Steps
@@ -70,6 +70,7 @@ class DistillMethod(nn.Module):
         reads_labels: Reads what class an image is of: `target`, or the labels of the training set.
         needs_class_means: Reads the teacher's mean pre-logits of every class, given to `set_class_means`.
         needs_classifier: Reads the weight of the teacher's classifier, given to `set_classifier`.
+        standardized_targets: Asks for standardised features of the teacher where `--teacher-standardize` says nothing.
         mixed_images: Whether mixup and cutmix make sense.
         reads_softmax: Reads no more of the teacher's logits than their softmax at its `temperature`, or the
             largest, so that a few of them and the mass of the others will do (`--cache-topk`).
@@ -87,6 +88,7 @@ class DistillMethod(nn.Module):
     reads_labels: bool = False  # an option of the method may change it
     needs_class_means: ClassVar[bool] = False
     needs_classifier: ClassVar[bool] = False
+    standardized_targets: ClassVar[bool] = False
     mixed_images: ClassVar[bool] = True
     reads_softmax: ClassVar[bool] = False
 
@@ -150,6 +152,15 @@ class DistillMethod(nn.Module):
         """Whether logits of the student meet those of the teacher; those of its own head fit whatever its classes."""
         return 'logits' in cls.teacher_outputs and 'head' not in cls.teacher_outputs
 
+    @property
+    def takes_standardized(self) -> bool:
+        """Whether it reads features of the teacher that may be standardised.
+
+        Not those that it brings together with the teacher's own layers or class means, which go with them as they are.
+        """
+        tied = self.needs_class_means or self.needs_classifier or self.teacher_outputs & {'head', 'tail'}
+        return not tied and bool(self.teacher_outputs & {*TARGETS, 'tap'})
+
     @classmethod
     def reads_student_classes(cls) -> bool:
         """Whether the student has to have a classifier: its logits are read, or there is a mean for each class."""
@@ -169,6 +180,8 @@ class DistillMethod(nn.Module):
             needs.append('class means of the teacher, from a pass over the training set')
         if cls.needs_classifier:
             needs.append("the weight of the teacher's classifier, one linear layer")
+        if cls.standardized_targets:
+            needs.append('standardised targets (--teacher-standardize)')
         if cls.needs_indices:
             needs.append('indices of the training samples')
         if not cls.mixed_images:

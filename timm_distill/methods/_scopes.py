@@ -19,6 +19,21 @@ def join_scope(method: str, teacher: str) -> str:
     return f'{method}@{teacher}' if teacher else method
 
 
+def units_of(names: Iterable[str], teacher: str) -> Dict[str, str]:
+    """Return the units that a teacher has a part in, each with the name of its method among some.
+
+    Args:
+        names: Of methods, as a task has them: one that several teachers share has no teacher.
+        teacher: '' for the only one.
+    """
+    units = {}
+    for name in names:
+        scope = split_scope(name)[1]
+        if scope in ('', teacher):
+            units[name if scope else join_scope(name, teacher)] = name
+    return units
+
+
 def scope_term(term: str, teacher: str) -> str:
     """Return the name of a term with its teacher, 'nd_norm_loss' as 'nd_norm@dino_loss'."""
     return f'{join_scope(term[:-len("_loss")], teacher)}_loss' if teacher else term

@@ -22,8 +22,9 @@ from ..factory import DataSpec, create_distill_task
 from ..features.inputs import CANNOT_RUN, find_patch_size, random_images
 from ..methods import Recipe
 from ..methods._composition import methods_of
-from ..task import DistillTask, teacher_outputs
+from ..task import DistillTask
 from ..teacher.several import live_teachers
+from ..teacher.targets import teacher_outputs
 from ..utils._compat import get_learning_rates
 from ..utils.distributed import share_weights
 from ..utils.settings import settle
@@ -151,7 +152,7 @@ def distill_kwargs(
     """Map the distillation flags to arguments of `create_distill_task`, as timm's `optimizer_kwargs` does."""
     names = (
         'teacher_checkpoint', 'teacher_pretrained', 'teacher_weights', 'teacher_mean', 'teacher_std',
-        'teacher_img_size')
+        'teacher_img_size', 'teacher_standardize')
     dtypes: Any = args.teacher_dtype
     if isinstance(dtypes, dict):
         dtypes = {name: resolve_dtype(dtype) for name, dtype in dtypes.items()}

@@ -19,6 +19,7 @@ from ..data.views import load_views
 from ..errors import UsageError
 from ..features.spec import FeatureSpec
 from ..task import DistillTask
+from ..teacher.standardize import Standardizer
 from ..teacher.stored import StoredTeacher, describe_teacher
 from ..teacher.teacher import Teacher, create_teacher
 from ..utils.random import unchanged_randomness
@@ -80,7 +81,9 @@ def resolve_teacher(
 ) -> Union[Teacher, StoredTeacher]:
     """Return the teacher as its cache knows it; a live one where there is no cache yet."""
     header = read_header(cache_folder(args))
-    return StoredTeacher(header['facts']) if header else create_live_teacher(args, data_config, device, precision)
+    teacher = StoredTeacher(header['facts']) if header else create_live_teacher(args, data_config, device, precision)
+    teacher.standardizer = Standardizer(value_for(args.teacher_standardize, ''))
+    return teacher
 
 
 def create_live_teacher(
@@ -156,7 +159,7 @@ def attach_targets(
             f'--teacher-cache {args.teacher_cache} lacks {missing} of {len(loaders.grid)} views of what --kd {args.kd} '
             f'reads ({", ".join(codec.name for codec in codecs.values())}): give --teacher to fill them')
     if task.summon_teacher is not None and (missing or args.cache_check):
-        task.teacher = task.summon_teacher()
+        task.summon()
 
 
 def _summon_teacher(

@@ -20,6 +20,7 @@ from ..teacher.teacher import Teacher
 from ..utils._compat import allow_retained_graphs
 from ..utils.text import model_file_name
 from .state import Run
+from .target_statistics import measure_targets
 from .unchanged import check_unchanged, forget_data
 from .validation import count_samples, has_single_predictions, validate
 
@@ -42,6 +43,7 @@ def prepare_run(run: Run, checkpoint: Optional[Dict[str, Any]]) -> Tuple[int, Op
     if checkpoint is not None and has_other_data:
         forget_data(run, checkpoint)
     start_epoch = resume(run, checkpoint)
+    measure_targets(run)  # else the checkpoint holds the statistics
     prepare_for_device(run)
     # last: all of the above draws random numbers
     return start_epoch, restore_rank(run.task, run.loaders, checkpoint) if checkpoint is not None else None

@@ -60,6 +60,7 @@ class AdaptedStudent(nn.Module):
         self.methods = nn.ModuleDict(methods or {})
         self.resize_to = resize_to
         self.unweighted: FrozenSet[str] = frozenset()  # what has weight 0 in the current epoch, as in the terms
+        self.standardized: FrozenSet[str] = frozenset()  # what gets standardised features of a teacher, likewise
 
     def forward(
             self,
@@ -113,6 +114,7 @@ class AdaptedStudent(nn.Module):
             model.logits, model.token_logits = _transform(model.logits), _transform(model.token_logits)
             model.head = None if model.head is None else _behind(model.head)
         features.transform_logits = _transform  # type: ignore[assignment]
+        teacher.complete_standardized()
 
     def _run_methods(
             self,
@@ -149,15 +151,23 @@ class AdaptedStudent(nn.Module):
         """Return a method's terms; without a graph where its weight is 0, as 0 times an infinite gradient is nan."""
         unit = name if '@' in name else join_scope(name, scope)
         with torch.set_grad_enabled(torch.is_grad_enabled() and unit not in self.unweighted):
-            terms = self.methods[name](features, teacher, target)
+            terms = self.methods[name](features, self._source(unit, teacher), target)
         return {scope_term(term, scope): value for term, value in terms.items()} if scope else terms
 
     def _targets(self, teacher: TeacherFeatures) -> Any:
         """Return what the adapters are matched with: a teacher's counterpart, of each where several share them."""
-        if isinstance(teacher, Features):
-            return teacher.tap
-        scope = next((split_scope(name)[1] for name, method in self.methods.items() if method.adapter), '')
-        return teacher[scope].tap if scope else tuple(features.tap for features in teacher.values())
+        name = next((name for name, method in self.methods.items() if method.adapter), '')
+        scope = split_scope(name)[1]
+        if isinstance(teacher, Features) or scope:
+            return self._source(name, teacher if isinstance(teacher, Features) else teacher[scope]).tap
+        return tuple(self._source(join_scope(name, one), features).tap for one, features in teacher.items())
+
+    def _source(self, unit: str, teacher: Features) -> Features:
+        """Return a teacher's features as a method gets them."""
+        if unit not in self.standardized:
+            return teacher
+        assert teacher.standardized is not None  # for mypy: the task looks
+        return teacher.standardized
 
     def forward_with_features(self, images: torch.Tensor, teacher: Optional[TeacherFeatures] = None) -> Features:
         """Run the student; with a teacher's features, read what the methods ask for and match the adapters."""

@@ -54,5 +54,6 @@ def _enable_token_head(model: nn.Module) -> None:
     if not hasattr(model, 'set_distilled_training'):
         raise UsageError(
             f'The student {type(model).__name__} has no distillation token. Token distillation takes a student such as '
-            'deit_tiny_distilled_patch16_224; for others use --kd kd (--kd-kwargs kd.hard=True for hard labels).')
+            'deit_tiny_distilled_patch16_224; for others use --kd kd (--kd-kwargs kd.hard=True for hard labels), '
+            'or --kd tokens, which matches class and patch tokens of any model.')
     model.set_distilled_training(True)

@@ -13,7 +13,7 @@ from ..methods._scopes import join_scope, split_scope
 from .class_map import ClassChoice, ClassMatch
 from .several import AnyTeacher, Teachers, check_teacher_names, describe_name, teachers_by_name
 from .stored import StoredTeacher
-from .teacher import Teacher, create_teacher
+from .teacher import Teacher, create_teacher, wrap_teacher
 
 _logger = logging.getLogger(__name__)
 
@@ -23,9 +23,9 @@ _UNEXPECTED = 1.5  # how far apart two sizes are, as the ratio of their sides, b
 TEACHER_OPTIONS = {
     'teacher_kwargs': 'model_kwargs',
     **{f'teacher_{name}': name for name in (
-        'checkpoint', 'pretrained', 'weights', 'mean', 'std', 'img_size', 'dtype', 'device', 'classes')},
+        'checkpoint', 'pretrained', 'weights', 'mean', 'std', 'img_size', 'standardize', 'dtype', 'device', 'classes')},
 }
-_OF_ANY_TEACHER = ('teacher_dtype', 'teacher_device', 'teacher_classes')
+_OF_ANY_TEACHER = ('teacher_standardize', 'teacher_dtype', 'teacher_device', 'teacher_classes')
 _TAKE_MAPPINGS = ('teacher_kwargs', 'teacher_classes')  # so that a mapping may be one value for all teachers
 
 
@@ -142,7 +142,7 @@ def _resolve_teacher(
     if isinstance(teacher, (Teacher, StoredTeacher)):
         return teacher
     kwargs.update({TEACHER_OPTIONS[name]: value for name, value in {**defaults, **options}.items()})
-    return create_teacher(teacher, **by_name, **kwargs) if isinstance(teacher, str) else Teacher(teacher, **kwargs)
+    return create_teacher(teacher, **by_name, **kwargs) if isinstance(teacher, str) else wrap_teacher(teacher, **kwargs)
 
 
 def check_class_counts(

@@ -10,6 +10,7 @@ from ..features.spec import Features, FeatureSpec, Stage
 from .class_map import ClassMap
 from .label_set import LabelSet
 from .preprocessing import Preprocessing
+from .standardize import Standardizer
 from .teacher import Teacher
 
 
@@ -48,6 +49,7 @@ class StoredTeacher(nn.Module):
         self.input_size = self.preprocessing.input_size
         self.num_classes = self.feature_spec.num_classes
         self.digest = str(facts['digest'])
+        self.standardizer = Standardizer()
         self._tap_channels = {str(point): int(width) for point, width in facts['tap_channels'].items()}
 
     def tap_channels(self, point: str) -> int:

@@ -26,6 +26,7 @@ from .label_set import LabelSet, find_labels
 from .memory_order import order_channels_last
 from .preprocessing import InputRecord, Preparation, first_record, model_record, resolve_preprocessing, resolve_size
 from .sharding import shard_reader
+from .standardize import Standardizer
 from .weights import TeacherSource, load_teacher_model
 
 _logger = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class Teacher(nn.Module):
         labels: Names of its own classes, None where nobody knows them.
         class_map: From its own classes to the student's, with `classes`.
         head_input: What its head can be run on.
+        standardizer: How its features are standardised for the methods that get such targets; `forward` gives them as
+            they are.
         folded: Which batch norms were folded.
         digest: SHA-256 of the weights as they came, before folding and rounding.
 
@@ -105,6 +108,7 @@ class Teacher(nn.Module):
         self.autocast = autocast
         self.prepare = Preparation(self.preprocessing, student_mean, student_std, resize_to, weight)
         self.is_sharded = False
+        self.standardizer = Standardizer()
         self.class_map: Optional[ClassMap] = None
         if classes is not None:
             self.class_map = create_class_map(classes, self.num_classes, self.labels).to(weight.device)
@@ -289,7 +293,7 @@ def hash_weights(model: nn.Module) -> str:
 @arguments_in_messages({
     'teacher': 'name', 'teacher-kwargs': 'model_kwargs', 'img-size': 'input_size', 'in-chans': 'input_size',
     **{f'teacher-{name}': name.replace('-', '_') for name in (
-        'checkpoint', 'pretrained', 'weights', 'mean', 'std', 'img-size')}})
+        'checkpoint', 'pretrained', 'weights', 'mean', 'std', 'img-size', 'standardize')}})
 def create_teacher(
         name: str,
         input_size: Sequence[int],
@@ -322,12 +326,36 @@ def create_teacher(
         mean: The teacher's own normalisation.
         std: Likewise.
         img_size: Height and width that it is fed.
-        teacher_kwargs: More arguments of `Teacher`: student_mean, student_std, device, dtype, classes, ...
+        teacher_kwargs: More arguments of `wrap_teacher`: standardize, student_mean, student_std, device, dtype, ...
 
     Raises:
         UsageError: If the name is unknown, or the weights are missing, unreadable or of another architecture.
     """
     source = TeacherSource(name, checkpoint or '', pretrained, model_kwargs, weights, mean, std, img_size)
     model, records = load_teacher_model(source, input_size[0], num_classes, verbose)
-    return Teacher(model, input_size, copy_model=False, records=records, **teacher_kwargs)
+    return wrap_teacher(model, input_size, copy_model=False, records=records, **teacher_kwargs)
+
+
+def wrap_teacher(
+        model: nn.Module,
+        input_size: Sequence[int],
+        standardize: Optional[str] = None,
+        **kwargs: Any,
+) -> Teacher:
+    """Make a model a teacher.
+
+    Args:
+        model: As for `Teacher`.
+        input_size: Likewise.
+        standardize: How its features are standardised for the methods: 'none', 'channel' or 'phi-s'; None for those
+            methods alone that ask for it ('channel').
+        kwargs: More arguments of `Teacher`.
+
+    Raises:
+        UsageError: As `Teacher`, and for another `standardize`.
+    """
+    standardizer = Standardizer(standardize)
+    teacher = Teacher(model, input_size, **kwargs)
+    teacher.standardizer = standardizer
+    return teacher
 
