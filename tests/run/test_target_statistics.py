@@ -69,7 +69,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not_and_measures_once(
         runs: Runs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     flags = ['--kd', 'norm+tokens', '--teacher-standardize', 'phi-s', '--model-ema']
     whole = runs('whole', *flags)
-    assert whole['task_state']['standardized']['kd'] == ['norm', 'tokens']
+    assert whole['task_state']['standardized']['']['kd'] == ['norm', 'tokens']
     assert whole['provenance']['teacher']['targets standardised'] == 'phi-s'
 
     class Stop(Exception):
@@ -110,9 +110,9 @@ def test_statistics_depend_on_no_seed_and_no_augmentation_and_move_no_random_num
     second = runs(
         'second', '--kd', 'norm', '--teacher-standardize', 'channel', '--epochs', '1', '--seed', '7', '-b', '50',
         '--aa', 'rand-m9-mstd0.5-inc1', '--mixup', '0.2')
-    for name, tensor in first['task_state']['standardized'].items():
+    for name, tensor in first['task_state']['standardized'][''].items():
         if isinstance(tensor, torch.Tensor):
-            torch.testing.assert_close(second['task_state']['standardized'][name], tensor, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(second['task_state']['standardized'][''][name], tensor, rtol=1e-6, atol=1e-6)
     raw = runs('raw', '--kd', 'kd+norm', '--kd-weight', 'norm=0', '--epochs', '1')
     unused = runs(
         'unused', '--kd', 'kd+norm', '--kd-weight', 'norm=0', '--epochs', '1', '--teacher-standardize', 'channel')
@@ -122,7 +122,7 @@ def test_statistics_depend_on_no_seed_and_no_augmentation_and_move_no_random_num
 def test_a_run_that_fills_a_cache_and_one_that_reads_it_have_the_same_targets(runs: Runs, tmp_path: Path) -> None:
     flags = ['--kd', 'tokens', '--teacher-cache', str(tmp_path / 'cache'), '--cache-views', '2']
     filled, read = runs('filled', *flags), runs('read', *flags)
-    assert filled['task_state']['standardized'].keys() >= {'feature.mean', 'pre_logits.deviation'}
+    assert filled['task_state']['standardized'][''].keys() >= {'feature.mean', 'pre_logits.deviation'}
     assert_equal(filled, read)
     raw = runs('raw', *flags, '--teacher-standardize', 'none')
     assert 'standardized' not in raw['task_state']
@@ -131,7 +131,7 @@ def test_a_run_that_fills_a_cache_and_one_that_reads_it_have_the_same_targets(ru
 def test_images_without_labels_and_a_student_without_classifier(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         state = runs('run', '--kd', 'tokens', '--no-labels', '--num-classes', '0', '--val-split', '0.2')
-    assert state['task_state']['standardized']['mode'] == 'channel'
+    assert state['task_state']['standardized']['']['mode'] == 'channel'
     assert len([m for m in caplog.messages if m.startswith('Targets standardised')]) == 1
 
 

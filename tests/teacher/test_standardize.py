@@ -434,3 +434,62 @@ def test_processes_put_their_images_together_and_have_equal_statistics(tmp_path:
             torch.testing.assert_close(first[mode][name][0], mean, rtol=1e-6, atol=1e-6)
             gram = [m if m.ndim == 1 else m.T @ m for m in (first[mode][name][1], scale)]
             torch.testing.assert_close(*gram, rtol=1e-5, atol=1e-5)
+
+
+def create_pair_task(kd: str, modes: Any, **options: Any) -> DistillTask:
+    torch.manual_seed(0)
+    student, a, b = (
+        timm.create_model(name, num_classes=CLASSES) for name in ('test_efficientnet', 'test_resnet', 'test_convnext'))
+    return create_distill_task(
+        student, {'a': a, 'b': b}, kd=kd, input_size=SIZE, teacher_standardize=modes, verbose=False, **options).train()
+
+
+@pytest.mark.parametrize('kd, modes, standardized', [
+    ('norm+tokens@b', None, {'tokens@b'}),
+    ('norm+tokens@b', 'phi-s', {'norm@a', 'norm@b', 'tokens@b'}),
+    ('norm+tokens@b', {'a': 'channel'}, {'norm@a', 'tokens@b'}),
+    ('norm+tokens@b', {'a': 'phi-s', 'b': 'none'}, {'norm@a'}),
+    ('fm@a+kd@b', 'channel', {'fm@a'}),
+])
+def test_each_of_several_teachers_is_standardised_by_itself(kd: str, modes: Any, standardized: set) -> None:
+    task = create_pair_task(kd, modes)
+    assert task.module.standardized == standardized
+    assert task.needs_target_statistics
+    with pytest.raises(UsageError, match='standardize_targets'):
+        task(*batches(1)[0])
+    task.standardize_targets(batches())
+    images, target = batches(1)[0]
+    features = task.teacher_features(images)
+    for name, own in features.items():
+        units = {unit for unit in standardized if unit.endswith(f'@{name}')}
+        assert (own.standardized is not None) == bool(units)
+        for unit in units & {'norm@a', 'norm@b'}:
+            assert torch.equal(task.module._source(unit, own).tap, own.standardized.feature)
+    result = task(images, target)
+    assert torch.isfinite(result['loss'])
+    state, other = task.get_checkpoint_state(), create_pair_task(kd, modes)
+    assert set(state['task_state']['standardized']) == {unit.partition('@')[2] for unit in standardized}
+    other.load_checkpoint_state(**state)
+    assert not other.needs_target_statistics
+    assert torch.equal(other(images, target)['loss'], task(images, target)['loss'])
+
+
+def test_a_shared_transform_meets_the_standardised_target_of_one_teacher_and_the_raw_one_of_the_other() -> None:
+    task, raw = create_pair_task('norm', {'a': 'channel'}), create_pair_task('norm', 'none')
+    task.standardize_targets(batches())
+    raw.module.load_state_dict(task.module.state_dict())
+    losses = [t(*batches(1)[0]) for t in (task, raw)]
+    torch.testing.assert_close(losses[0]['norm@b_loss'], losses[1]['norm@b_loss'])
+    assert not torch.isclose(losses[0]['norm@a_loss'], losses[1]['norm@a_loss'], rtol=1e-2)
+
+
+def test_statistics_that_cannot_be_measured_name_the_teacher() -> None:
+    task = create_pair_task('fm', 'channel')
+    torch.nn.init.constant_(next(task.teachers['b'].parameters()), float('nan'))
+    with pytest.raises(UsageError, match="^Teacher 'b': .*not finite"):
+        task.standardize_targets(batches())
+
+
+def test_several_teachers_without_anything_to_standardise_are_refused() -> None:
+    with pytest.raises(UsageError, match='teacher_standardize channel has nothing to standardise: kd kd@a'):
+        create_pair_task('kd', 'channel')

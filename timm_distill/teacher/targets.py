@@ -1,4 +1,4 @@
-"""What the methods of a task read of its teachers, and which of it is standardised.
+"""Outputs of teachers that the methods of a task read, and which of them are standardised.
 
 `module` is what trains: it has `methods`, `tap`, and in `standardized` the names of what gets standardised features.
 """
