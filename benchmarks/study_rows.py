@@ -1,6 +1,7 @@
 """Rows of a study: a CSV that grows by one row when a run ends, and those of step costs and teachers beside it."""
 import csv
 import os
+import shlex
 import subprocess
 import threading
 from typing import Any, Dict, List, Sequence, Tuple
@@ -112,10 +113,17 @@ def _key_of(row: Dict[str, str]) -> Tuple[str, str, str]:
 
 
 def _flags(command: str) -> Tuple[str, ...]:
-    """Return what of a command decides the numbers, its paths apart."""
+    """Return what of a command decides the numbers: of paths what is below the study's own folder, and where it is."""
     paths = ('--data-dir', '--output', '--teacher-checkpoint', '--pretrained-path')
-    words = command.split()
-    return tuple(word for i, word in enumerate(words) if word not in paths and words[i - 1] not in paths)
+    words = shlex.split(command)
+    output = words[words.index('--output') + 1]
+    kept = []
+    for before, word in zip(['', *words], words):
+        if before not in paths:
+            kept.append(word)
+        elif word.startswith(output + os.sep):
+            kept.append(word[len(output):])
+    return tuple(kept)
 
 
 def commit_id() -> str:

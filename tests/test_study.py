@@ -150,6 +150,10 @@ def test_row_of_other_flags_than_the_plans_is_refused(tmp_path: Path) -> None:
     changed = study_plan.read_plan(str(write_plan(tmp_path, flags={**TINY['flags'], 'lr': 1e-3})))
     with pytest.raises(UsageError, match='other flags than the plan .*0.001'):
         study_rows.Results(results.path).check(changed.runs(), 'out')
+    settings = {**TINY['settings'], run.setting: {'labels': 0.1}}
+    fewer = study_plan.read_plan(str(write_plan(tmp_path, settings=settings)))
+    with pytest.raises(UsageError, match=r'other flags than the plan .*labels-0\.1'):
+        study_rows.Results(results.path).check(fewer.runs(), 'out')
 
 
 def test_rows_of_before_there_were_probes_are_read(tmp_path: Path) -> None:
