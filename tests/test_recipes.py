@@ -9,8 +9,10 @@ import yaml
 
 import train_distill
 from timm_distill.args import create_train_parser, parse_args
+from timm_distill.args.per_teacher import teachers_of
 from timm_distill.methods._composition import Recipe, create_composition, expand_kd
 
+OF_TEACHERS = sorted((Path(__file__).resolve().parent.parent / 'recipes/teachers').glob('*.yaml'))
 RECIPES = sorted((Path(__file__).resolve().parent.parent / 'recipes').glob('*.yaml'))
 each_recipe = pytest.mark.parametrize('path', RECIPES, ids=lambda path: path.stem)
 
@@ -71,3 +73,20 @@ def test_a_recipe_runs_on_small_models(path: Path, digits_dir: Path, tmp_path: P
     terms = {name for name in entry['train'] if name.endswith('_loss')}
     assert ('task_loss' in terms) == has_labels
     assert all(any(t.startswith(f'{name}_') for t in terms) for name in methods_of(path))
+
+
+@pytest.mark.parametrize('path', OF_TEACHERS, ids=lambda path: path.stem)
+def test_a_recipe_of_several_teachers_names_what_exists_and_runs_on_small_models(
+        path: Path, digits_dir: Path, tmp_path: Path) -> None:
+    args = parse_args(create_train_parser(), ['--config', str(path)])
+    teachers = teachers_of(args.teacher)
+    assert len(teachers) > 1 and all(timm.is_model(name) for name in [args.model, *teachers.values()])
+    composition = create_composition(Recipe(
+        args.kd, args.kd_weight, args.kd_kwargs, num_epochs=args.epochs), list(teachers))
+    assert composition.weights == {name: float(weight) for name, weight in args.kd_weight.items()}
+    result = train_distill.main([
+        '--config', str(path), '--data-dir', str(digits_dir), '--output', str(tmp_path), '--teacher',
+        *(f'{name}=test_resnet' for name in teachers), '--student', 'test_efficientnet', '--no-teacher-pretrained',
+        '--num-classes', '10', '--input-size', '3', '32', '32', '-b', '100', '--epochs', '1', '--warmup-epochs', '0',
+        '-j', '0', '--device', 'cpu', '--no-report', '--lr', '1e-3'])
+    assert {f'{name}_loss' for name in args.kd_weight} <= set(result.history[0]['train'])

@@ -12,8 +12,8 @@ from timm_distill import UsageError
 from timm_distill.checkpoint.file import read_checkpoint
 
 FLAGS = [
-    '--num-classes', 10, '--img-size', 32, '-b', 20, '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', 0, '--device',
-    'cpu', '-j', 0, '--train-batches-per-epoch', 3, '--epochs', 2, '--student', 'test_efficientnet', '--teacher',
+    '--num-classes', 10, '--img-size', 32, '-b', 100, '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', 0, '--device',
+    'cpu', '-j', 0, '--epochs', 2, '--student', 'test_efficientnet', '--teacher',
     'a=test_vit', 'b=test_resnet', '--no-teacher-pretrained', '--teacher-kwargs', 'a.num_classes=0', 'a.img_size=32',
     '--kd', 'norm+kd@b+feature', '--kd-kwargs', 'norm.segments=3', '--kd-weight', 'kd=0.5', 'norm@a=0.3',
     '--teacher-drop', 0.5]
@@ -75,8 +75,8 @@ def test_another_teacher_under_one_of_the_names_is_refused(
     other = timm.create_model('test_resnet', num_classes=10)
     torch.save(other.state_dict(), tmp_path / 'other.pth')
     with pytest.raises(UsageError, match="teacher 'b' with other weights"):
-        run(digits_dir, output, 'part', '--resume', 'auto', '--epochs', 3, '--teacher-checkpoint',
-            f'b={tmp_path / "other.pth"}')
+        weights = f'b={tmp_path / "other.pth"}'
+        run(digits_dir, output, 'part', '--resume', 'auto', '--epochs', 3, '--teacher-checkpoint', weights)
     with pytest.raises(UsageError, match="a teacher 'a' with other preprocessing: std"):
         run(digits_dir, output, 'part', '--resume', 'auto', '--epochs', 3, '--teacher-std', 'a=0.9')
     with pytest.raises(UsageError, match='of another run: --teacher'):
