@@ -12,9 +12,9 @@ from timm_distill import UsageError
 from timm_distill.checkpoint.file import read_checkpoint
 
 FLAGS = [
-    '--num-classes', 10, '--img-size', 32, '-b', 100, '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', 0, '--device',
-    'cpu', '-j', 0, '--epochs', 2, '--student', 'test_efficientnet', '--teacher',
-    'a=test_vit', 'b=test_resnet', '--no-teacher-pretrained', '--teacher-kwargs', 'a.num_classes=0', 'a.img_size=32',
+    '--num-classes', 10, '--img-size', 32, '-b', 100, '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', 0,
+    '--device', 'cpu', '-j', 0, '--epochs', 2, '--student', 'test_efficientnet', '--teacher', 'a=test_vit',
+    'b=test_resnet', '--no-teacher-pretrained', '--teacher-kwargs', 'a.num_classes=0', 'a.img_size=32',
     '--kd', 'norm+kd@b+feature', '--kd-kwargs', 'norm.segments=3', '--kd-weight', 'kd=0.5', 'norm@a=0.3',
     '--teacher-drop', 0.5]
 
