@@ -1,10 +1,11 @@
-"""Training processes that a test kills; imported by a fork server, so that a process starts without importing torch.
+"""Programs that tests start and kill; imported by a fork server, so that a process starts without importing torch.
 
 Processes come from multiprocessing's fork server, which has loaded everything once and runs nothing itself.
 """
 import contextlib
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -94,6 +95,33 @@ def run(argv: Sequence[str], rank: int, world_size: int, port: int, moment: str,
         _die_at(moment, count)
     sys.argv = ['train_distill.py', *argv]
     sys.exit(train_distill.cli())
+
+
+def _run_program(argv: Sequence[str], stdout: str, stderr: str) -> None:
+    multiprocessing.set_start_method('fork', force=True)
+    for path, handle in ((stdout, 1), (stderr, 2)):
+        with open(path, 'ab') as file:
+            os.dup2(file.fileno(), handle)
+    if argv[0] == '-m':
+        sys.argv = list(argv[1:])
+        runpy.run_module(argv[1], run_name='__main__', alter_sys=True)
+    else:
+        sys.argv = list(argv)
+        sys.path.insert(0, os.path.dirname(os.path.abspath(argv[0])))  # as the interpreter does
+        runpy.run_path(argv[0], run_name='__main__')
+
+
+def start_program(argv: Sequence[str], stdout: str, stderr: str) -> Any:
+    """Start what `python ARGV` does, without importing torch again.
+
+    Args:
+        argv: A file or `-m` and a module, and its flags.
+        stdout: File or named pipe that its output is appended to.
+        stderr: Likewise.
+    """
+    process = start_method().Process(target=_run_program, args=(list(map(str, argv)), str(stdout), str(stderr)))
+    process.start()
+    return process
 
 
 def free_port() -> int:

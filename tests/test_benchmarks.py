@@ -1,12 +1,11 @@
 """The benchmarks run as the documentation says, and their scripts really take turns."""
 import csv
-import os
-import subprocess
 import sys
 from itertools import groupby
 from pathlib import Path
 
 import pytest
+from kill_runs import start_program
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / 'benchmarks'
 SCRIPT = '''
@@ -20,10 +19,14 @@ for update in range(10000):
 
 
 def run_benchmark(script, tmp_path, *flags):
-    path = tmp_path / 'rows.csv'
-    env = {**os.environ, 'PYTHONPATH': str(BENCHMARKS.parent)}
-    command = [sys.executable, str(BENCHMARKS / script), *flags, '--device', 'cpu', '--csv', str(path)]
-    subprocess.run(command, check=True, env=env, capture_output=True, timeout=500)
+    path, log = tmp_path / 'rows.csv', tmp_path / 'log'
+    process = start_program([BENCHMARKS / script, *flags, '--device', 'cpu', '--csv', path], log, log)
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+    return read_rows(path)
+
+
+def read_rows(path):
     with open(path) as f:
         return {row['variant']: row for row in csv.DictReader(f)}
 
@@ -36,10 +39,16 @@ def test_loop_is_compared_with_its_step_and_its_loader(tmp_path):
     assert all(float(row['seconds_per_update']) > 0 for row in rows.values())
 
 
-def test_step_is_compared_with_the_limit(tmp_path):
-    rows = run_benchmark(
-        'step.py', tmp_path, '--what', 'step', '--pairs', 'resnet34 -> resnet18', '--images', '2',
-        '--size', '32', '--repeats', '1', '--no-memory', '--variants', 'limit', 'kd', 'norm moments')
+def test_step_is_compared_with_the_limit(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import step
+    monkeypatch.setattr(step, 'PAIRS', {'small': ('test_resnet', 'test_efficientnet')})
+    monkeypatch.setattr(step.logging, 'disable', lambda level: None)  # it is of the whole process
+    monkeypatch.setattr(sys, 'argv', [
+        'step.py', '--what', 'step', '--images', '2', '--size', '32', '--repeats', '1', '--no-memory', '--device',
+        'cpu', '--variants', 'limit', 'kd', 'norm moments', '--csv', str(tmp_path / 'rows.csv')])
+    step.main()
+    rows = read_rows(tmp_path / 'rows.csv')
     assert list(rows) == ['limit', 'kd', 'norm moments']
     assert all(float(row['ratio']) > 0.1 for row in rows.values())
 

@@ -203,12 +203,12 @@ def test_figures_of_the_document_are_those_of_the_table() -> None:
 
 
 def test_one_command_trains_teacher_and_student_and_goes_on(
-        digits_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        few_digits_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, log = tmp_path / 'output', tmp_path / 'log'
     flags = [
-        'norm', 'vgg13-vgg8', '--output', str(output), '--data-dir', str(digits_dir), '--dataset', '',
-        '--num-classes', '10', '--epochs', '1', '--train-batches-per-epoch', '2', '-j', '0', '--device', 'cpu',
-        '--no-report']
+        'norm', 'resnet56-resnet20', '--output', str(output), '--data-dir', str(few_digits_dir), '--dataset', '',
+        '--num-classes', '10', '--epochs', '1', '-b', '20', '--train-batches-per-epoch', '2', '-j', '0', '--device',
+        'cpu', '--no-report']
 
     def start(command: List[str]) -> 'subprocess.CompletedProcess[bytes]':
         with open(log, 'a') as file:
@@ -216,10 +216,10 @@ def test_one_command_trains_teacher_and_student_and_goes_on(
 
     monkeypatch.setattr(run, 'subprocess', Namespace(run=start))
     assert run.main(flags) == 0, log.read_text()[-2000:]
-    assert {path.name for path in output.iterdir()} == {'teacher-vgg13', 'norm-vgg13-vgg8'}
-    written = (output / 'teacher-vgg13' / 'last.pth.tar').stat().st_mtime_ns
+    assert {path.name for path in output.iterdir()} == {'teacher-resnet56', 'norm-resnet56-resnet20'}
+    written = (output / 'teacher-resnet56' / 'last.pth.tar').stat().st_mtime_ns
     assert run.main(flags) == 0
-    assert (output / 'teacher-vgg13' / 'last.pth.tar').stat().st_mtime_ns == written
+    assert (output / 'teacher-resnet56' / 'last.pth.tar').stat().st_mtime_ns == written
 
 
 def test_script_prints_the_commands_that_it_would_run() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import timm.utils
+from kill_runs import start_program
 
 import timm_distill_cli
 from timm_distill import __version__, list_methods
@@ -83,7 +84,8 @@ def test_signal_while_torch_is_imported_has_its_word_and_code(number: int, code:
     assert out.stderr.startswith('timm-distill train: stopped') and 'nothing is saved yet' in out.stderr
 
 
-def test_the_package_is_the_same_command() -> None:
-    out = run_process('-m', 'timm_distill', '--help')
-    assert out.returncode == 0 and out.stdout.strip() == timm_distill_cli.usage()
+def test_the_package_is_the_same_command(tmp_path: Path) -> None:
+    process = start_program(['-m', 'timm_distill', '--help'], tmp_path / 'out', tmp_path / 'error')
+    process.join()
+    assert process.exitcode == 0 and (tmp_path / 'out').read_text().strip() == timm_distill_cli.usage()
     assert __version__.startswith('0.2')

@@ -2,7 +2,6 @@
 import csv
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from typing import Any, Dict, List
 
 import pytest
 import yaml
-from kill_runs import ScriptProcess
+from kill_runs import ScriptProcess, start_program
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / 'benchmarks'
 sys.path.append(str(BENCHMARKS))
@@ -230,9 +229,10 @@ def test_study_runs_what_is_missing_and_writes_its_table(
     assert unlabelled['top1'] == '' and min(float(unlabelled[x]) for x in ('knn', 'linear_probe')) > 15
     assert all(float(row['top1']) == pytest.approx(float(row['curve'].split()[-1])) for row in rows.values())
     plan = write_plan(tmp_path, seeds=[0, 1, 2], settings=settings)
-    command = [sys.executable, str(BENCHMARKS / 'study.py'), *study_flags(plan, digits_dir)]
-    env = {**os.environ, 'PYTHONPATH': str(BENCHMARKS.parent)}
-    subprocess.run([*command, '--table'], env=env, check=True, timeout=800)
+    flags = [*study_flags(plan, digits_dir), '--table']
+    table = start_program([BENCHMARKS / 'study.py', *flags], tmp_path / 'log', tmp_path / 'log')
+    table.join()
+    assert table.exitcode == 0, (tmp_path / 'log').read_text()
     text = (tmp_path / 'results.md').read_text()
     assert '5 of the 6 runs of this plan have been made' in text
     assert '| alone | 2 of 3 |' in text and (tmp_path / 'results-tiny.png').exists()

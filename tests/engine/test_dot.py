@@ -1,7 +1,5 @@
 """Separate momenta: the optimizer against the official code's numbers, and the loop that gives it two gradients."""
 import copy
-import os
-import socket
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence
 
@@ -10,6 +8,7 @@ import timm
 import torch
 import torch.nn as nn
 from golden_data import GoldenCase, assert_golden, case_id, golden_cases
+from ranks import run_ranks
 from timm.optim import create_optimizer_v2
 from timm.utils import NativeScaler
 from torch.utils.flop_counter import FlopCounterMode
@@ -292,10 +291,7 @@ def test_momenta_outside_of_their_range_are_named(momentum: float, delta: float)
 
 # Two processes
 
-def _run_rank(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE='2')
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+def _run_rank(rank: int, world_size: int) -> Dict[str, Dict[str, torch.Tensor]]:
     states = {}
     for name, update in (('accumulation', UpdateSpec(grad_accum_steps=2, clip_grad=1.)), ('plain', UpdateSpec())):
         task = create_task(kd='kd+fitnet')
@@ -303,12 +299,11 @@ def _run_rank(rank: int, port: int, folder: str) -> None:
         task.prepare_distributed(device_ids=[torch.device('cpu')])
         freeze_statistics(task)
         loader = Loader()
-        loader.batches = [(x[rank::2], y[rank::2]) for x, y in loader.batches]
+        loader.batches = [(x[rank::world_size], y[rank::world_size]) for x, y in loader.batches]
         compute = ComputeSpec(torch.device('cpu'), prefetcher=False, distributed=True)
         train_one_epoch(task, loader, optimizer, compute, epoch=0, update=update)
         states[name] = dict(task.module.named_parameters())
-    torch.save(states, Path(folder) / f'rank{rank}.pt')
-    torch.distributed.destroy_process_group()
+    return states
 
 
 def freeze_statistics(task: DistillTask) -> None:
@@ -322,11 +317,7 @@ def freeze_statistics(task: DistillTask) -> None:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_both_halves_of_each_batch(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, args=(port, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f'rank{rank}.pt', weights_only=True) for rank in range(2)]
+    ranks = run_ranks(_run_rank, tmp_path)
     for name, update in (('accumulation', UpdateSpec(grad_accum_steps=2, clip_grad=1.)), ('plain', UpdateSpec())):
         task = create_task(kd='kd+fitnet')
         optimizer = create_optimizer(task, 0.075)
@@ -339,9 +330,9 @@ def test_two_processes_train_as_one_with_both_halves_of_each_batch(tmp_path: Pat
 
 # Runs
 
-def run(digits_dir: Path, output: Path, *flags: str) -> Any:
+def run(few_digits_dir: Path, output: Path, *flags: str) -> Any:
     return train_distill.main([
-        '--data-dir', str(digits_dir), '--model', 'test_efficientnet', '--teacher', 'test_resnet',
+        '--data-dir', str(few_digits_dir), '--model', 'test_efficientnet', '--teacher', 'test_resnet',
         '--no-teacher-pretrained', '--kd', 'kd', '--kd-optimizer', 'dot', '--num-classes', '10', '--input-size', '3',
         '32', '32', '-b', '100', '--epochs', '2', '-j', '0', '--device', 'cpu', '--no-report', '--lr', '1e-2',
         '--warmup-epochs', '0', '--output', str(output), '--experiment', 'run', *flags])
@@ -351,22 +342,22 @@ def weights(output: Path) -> Dict[str, torch.Tensor]:
     return torch.load(output / 'run' / 'last.pth.tar', weights_only=False)['state_dict']
 
 
-def test_a_resumed_run_ends_as_one_that_never_stopped(digits_dir: Path, tmp_path: Path) -> None:
-    run(digits_dir, tmp_path / 'whole')
-    run(digits_dir, tmp_path / 'parts', '--stop-epoch', '1')
+def test_a_resumed_run_ends_as_one_that_never_stopped(few_digits_dir: Path, tmp_path: Path) -> None:
+    run(few_digits_dir, tmp_path / 'whole')
+    run(few_digits_dir, tmp_path / 'parts', '--stop-epoch', '1')
     with pytest.raises(UsageError, match='another optimizer: --kd-optimizer dot -> None'):
         resume = ['--resume', str(tmp_path / 'parts' / 'run' / 'last.pth.tar')]
         args = [
-            '--data-dir', str(digits_dir), '--model', 'test_efficientnet', '--teacher', 'test_resnet', '--kd', 'kd',
+            '--data-dir', str(few_digits_dir), '--model', 'test_efficientnet', '--teacher', 'test_resnet', '--kd', 'kd',
             '--no-teacher-pretrained', '--num-classes', '10', '--input-size', '3', '32', '32', '-b', '100', '--epochs',
             '2', '-j', '0', '--device', 'cpu', '--no-report', '--output', str(tmp_path / 'none')]
         train_distill.main([*args, *resume])
-    run(digits_dir, tmp_path / 'parts', '--resume', 'auto')
+    run(few_digits_dir, tmp_path / 'parts', '--resume', 'auto')
     expected, actual = weights(tmp_path / 'whole'), weights(tmp_path / 'parts')
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
-def test_another_optimizer_is_refused_before_anything_is_written(digits_dir: Path, tmp_path: Path) -> None:
+def test_another_optimizer_is_refused_before_anything_is_written(few_digits_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match='--kd-optimizer dot is a rule for SGD.*AdamW'):
-        run(digits_dir, tmp_path, '--opt', 'adamw')
+        run(few_digits_dir, tmp_path, '--opt', 'adamw')
     assert not list(tmp_path.iterdir())

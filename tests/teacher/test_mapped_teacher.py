@@ -1,5 +1,6 @@
 """A teacher of other classes than the student's: what methods, evaluation and factory make of its logits."""
 import copy
+from functools import cache
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import pytest
@@ -58,6 +59,15 @@ def input_size(kd: str) -> Tuple[int, int, int]:
     return (3, 64, 64) if 'sdd' in kd else SIZE
 
 
+@cache
+def create_frozen(kd_size: Tuple[int, int, int], rows: Tuple[int, ...] = (), known: Tuple[int, ...] = ()) -> Teacher:
+    """Return a teacher of some of its classes' rows, or one whose classes are matched with those that it knows."""
+    if rows:
+        return Teacher(with_rows(create_model(), rows), kd_size)
+    choice = {NAMES[i]: ROWS[i] if i in known else [] for i in range(CLASSES)}
+    return Teacher(create_model(), kd_size, classes=ClassMatch(NAMES, choice))
+
+
 def create_task(kd: str, student: nn.Module, teacher: nn.Module, classes: Any = None) -> DistillTask:
     torch.manual_seed(2)
     task = create_distill_task(
@@ -80,29 +90,27 @@ def run(task: DistillTask, kd: str, labels: Sequence[int]) -> Dict[str, torch.Te
 
 @each_on_logits
 def test_every_method_on_logits_sees_the_teacher_with_the_students_classes(kd: str) -> None:
-    student, teacher = create_student(kd), create_model()
-    mapped = run(create_task(kd, student, teacher, dict(zip(NAMES, ROWS))), kd, [0, 1, 2, 3])
-    restricted = run(create_task(kd, student, with_rows(teacher, ROWS)), kd, [0, 1, 2, 3])
+    student, size = create_student(kd), input_size(kd)
+    mapped = run(create_task(kd, student, create_frozen(size, known=tuple(range(CLASSES)))), kd, [0, 1, 2, 3])
+    restricted = run(create_task(kd, student, create_frozen(size, rows=tuple(ROWS))), kd, [0, 1, 2, 3])
     torch.testing.assert_close(mapped, restricted)
 
 
 @pytest.mark.parametrize('kd', [
     'kd', 'dkd', 'nkd', 'wkd_l', 'wttm', 'dist', 'bce_kd', 'logitstd+kd', 'srrl', 'token', 'sdd:dkd', 'sdd:kd'])
 def test_methods_compare_the_classes_that_both_know_and_the_labels_stay_whole(kd: str) -> None:
-    student, teacher = create_student(kd), create_model()
-    choice = {NAMES[i]: ROWS[i] if i in KNOWN else [] for i in range(CLASSES)}
-    mapped = run(create_task(kd, student, teacher, choice), kd, [0, 2, 3, 4])
-    task = create_task(kd, with_rows(student, KNOWN), with_rows(teacher, [ROWS[i] for i in KNOWN]))
+    student, size = create_student(kd), input_size(kd)
+    mapped = run(create_task(kd, student, create_frozen(size, known=tuple(KNOWN))), kd, [0, 2, 3, 4])
+    task = create_task(kd, with_rows(student, KNOWN), create_frozen(size, rows=tuple(ROWS[i] for i in KNOWN)))
     restricted = run(task, kd, [0, 1, 2, 3])
-    plain = run(create_task(kd, student, with_rows(teacher, ROWS)), kd, [0, 2, 3, 4])
+    plain = run(create_task(kd, student, create_frozen(size, rows=tuple(ROWS))), kd, [0, 2, 3, 4])
     for name in mapped:
         torch.testing.assert_close(mapped[name], (plain if name == 'task_loss' else restricted)[name], msg=name)
 
 
 @each_on_logits
 def test_images_of_an_unknown_class_leave_every_loss_finite(kd: str) -> None:
-    choice = {NAMES[i]: ROWS[i] if i in KNOWN else [] for i in range(CLASSES)}
-    task = create_task(kd, create_student(kd), create_model(), choice)
+    task = create_task(kd, create_student(kd), create_frozen(input_size(kd), known=tuple(KNOWN)))
     terms = run(task, kd, [1, 1, 0, 1])
     assert all(bool(value.isfinite()) for value in terms.values())
     sum(terms.values(), torch.zeros(())).backward()
