@@ -191,7 +191,7 @@ class Study:
         for name in names:
             run = self.plan.run(student, name, self.plan.seeds[0])
             untrained = bool(run.teacher) and not self._has_teacher(run.teacher)
-            command = run.command(os.path.join(self.output, 'estimate'), pretend_teacher=untrained)
+            command = run.command(os.path.join(self.output, 'estimate'), pretend_teacher=untrained, cached=False)
             commands[name] = [*without(command, '--resume', '--recovery-interval', '--experiment'), *flags]
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
         env = {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', threads)}

@@ -65,6 +65,18 @@ class Student:
 
 
 @dataclass
+class Cache:
+    """Cached targets of a teacher, which settings, students and seeds share.
+
+    Attributes:
+        folder: Where it lies.
+        flags: Flags of the runs on it, such as cache-views.
+    """
+    folder: str
+    flags: Dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class Setting:
     """Setting of a plan.
 
@@ -75,6 +87,7 @@ class Setting:
         seeds: Seeds that it is run with.
         start: Setting whose student it starts from, '' for none.
         labels: Share of the training images that it has.
+        cache: Name of the cache that its runs share with others, '' for none.
     """
     teacher: str
     flags: Dict[str, Any]
@@ -82,6 +95,7 @@ class Setting:
     seeds: List[int]
     start: str = ''
     labels: float = 1.
+    cache: str = ''
 
 
 @dataclass
@@ -96,6 +110,7 @@ class Run:
     teacher_flags: Dict[str, Any] = field(default_factory=dict)
     start: str = ''
     labels: float = 1.
+    cache_flags: Dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -125,14 +140,15 @@ class Run:
     def batch_size(self) -> int:
         return int(self.flags['batch-size'])
 
-    def command(self, output: str, pretend_teacher: bool = False) -> List[str]:
+    def command(self, output: str, pretend_teacher: bool = False, cached: bool = True) -> List[str]:
         """Return script and flags.
 
         Args:
             output: Folder of the study's runs.
             pretend_teacher: Take a teacher without weights, to time steps before it is trained.
+            cached: Use the setting's cache, if it has one.
         """
-        teacher = dict(self.teacher_flags)
+        teacher = {**self.teacher_flags, **(self.cache_flags if cached else {})}
         if pretend_teacher:
             teacher.update({'teacher-checkpoint': None, 'no-teacher-pretrained': True})
         flags = {**self.flags, 'data-dir': self.data_dir(output)}
@@ -167,6 +183,7 @@ class Plan:
         settings: By name.
         baselines: Settings that the others are compared with, seed by seed.
         probe: Whether frozen features are probed at the end of each run, which those without a classifier always are.
+        caches: Cached targets that settings name, by name.
     """
     name: str
     about: str
@@ -182,6 +199,7 @@ class Plan:
     baselines: List[str]
     flags: Dict[str, Any]
     probe: bool = False
+    caches: Dict[str, Cache] = field(default_factory=dict)
     _keep: Callable[[Run], bool] = lambda run: True
 
     def keep(self, wanted: Callable[[Run], bool]) -> None:
@@ -198,9 +216,11 @@ class Plan:
         flags = {
             'data-dir': self.data_dir, 'num-classes': self.classes, **self.flags, **of_student.flags,
             **of_setting.flags}
+        cache = self.caches.get(of_setting.cache)
+        cache_flags = {} if cache is None else {'teacher-cache': cache.folder, **cache.flags}
         return Run(
             student, setting, seed, of_setting.teacher, of_student.model, flags, teacher_flags, of_setting.start,
-            of_setting.labels)
+            of_setting.labels, cache_flags)
 
     def runs(self) -> List[Run]:
         """Return the runs, all settings with the first seed first; one that starts from another comes behind it."""

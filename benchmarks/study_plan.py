@@ -1,21 +1,26 @@
-"""Plan of a study: data, teachers, students, settings, seeds and flags, checked before anything runs."""
+"""Plan of a study: data, teachers, students, caches, settings, seeds and flags, checked before anything runs."""
 import os
+from argparse import Namespace
 from typing import Any, Dict, List, Sequence
 
 import timm
 import yaml
-from study_parts import Plan, Setting, Student, Teacher
+from study_parts import Cache, Plan, Setting, Student, Teacher
 
 from timm_distill import UsageError
 from timm_distill.args import check_train_args, create_train_parser, parse_args
+from timm_distill.cache.header import VIEW_FLAGS
 from timm_distill.methods._composition import Recipe, create_composition
 
+# What all runs on a cache have alike, by the names of parsed flags.
+_SHARED = (*VIEW_FLAGS, 'img_size', 'input_size', 'in_chans', 'teacher_dtype', 'teacher_kwargs', 'amp', 'cache_views')
 _KEYS = {
-    'plan': {'about', 'data', 'flags', 'teachers', 'students', 'seeds', 'settings', 'baselines', 'probe'},
+    'plan': {'about', 'data', 'flags', 'teachers', 'students', 'seeds', 'settings', 'baselines', 'probe', 'caches'},
     'data': {'about', 'dir', 'classes', 'train', 'validation'},
     'teacher': {'about', 'model', 'checkpoint', 'flags', 'run_flags'},
     'student': {'about', 'model', 'flags'},
-    'setting': {'about', 'teacher', 'flags', 'students', 'seeds', 'start', 'labels'},
+    'setting': {'about', 'teacher', 'flags', 'students', 'seeds', 'start', 'labels', 'cache'},
+    'cache': {'about', 'flags'},
 }
 
 
@@ -53,6 +58,10 @@ def read_plan(path: str, data_root: str = 'data', output: str = 'output/study') 
     common = {'data-dir': data_dir, 'num-classes': plan.classes, **flags}
     for key, value in (content.get('teachers') or {}).items():
         plan.teachers[key] = _read_teacher(key, value, common, data_root, os.path.join(output, name), path)
+    for key, value in (content.get('caches') or {}).items():
+        _check_keys(value or {}, 'cache', path)
+        folder = os.path.join(output, name, f'cache-{key}')
+        plan.caches[str(key)] = Cache(folder, dict((value or {}).get('flags') or {}))
     for key, value in content['settings'].items():
         plan.settings[key] = _read_setting(key, value or {}, plan, path)
     _check_plan(plan, path, os.path.join(output, name))
@@ -131,7 +140,23 @@ def _read_setting(name: str, content: Any, plan: Plan, path: str) -> Setting:
         first = plan.settings[start]
         students = [student for student in students if student in first.students]
         seeds = [seed for seed in seeds if seed in first.seeds]
-    return Setting(teacher, dict(content.get('flags') or {}), students, seeds, start, float(labels))
+    cache = _read_cache_name(name, content, plan, path)
+    return Setting(teacher, dict(content.get('flags') or {}), students, seeds, start, float(labels), cache)
+
+
+def _read_cache_name(name: str, content: Any, plan: Plan, path: str) -> str:
+    """Return the name of a setting's cache, '' for none."""
+    cache = str(content.get('cache') or '')
+    if cache and cache not in plan.caches:
+        raise UsageError(
+            f'{path}: the setting {name} has the unknown cache {cache!r}; there are: '
+            f'{", ".join(plan.caches) or "none"}.')
+    if cache and not content.get('teacher'):
+        raise UsageError(f'{path}: the setting {name} has the cache {cache!r} and no teacher.')
+    if cache and content.get('labels', 1) != 1:
+        raise UsageError(
+            f'{path}: the setting {name} has the cache {cache!r} and labels: every seed has other images.')
+    return cache
 
 
 def _check_plan(plan: Plan, path: str, output: str) -> None:
@@ -152,9 +177,30 @@ def _check_plan(plan: Plan, path: str, output: str) -> None:
         commands[f'setting {name}'] = plan.run(setting.students[0], name, setting.seeds[0]).command(output)
     for what, command in commands.items():
         _check_command(command, f'{path}, {what}')
+    for cache in plan.caches:
+        _check_cache(plan, cache, path, output)
 
 
-def _check_command(command: Sequence[str], what: str) -> None:
+def _check_cache(plan: Plan, name: str, path: str, output: str) -> None:
+    """Check that all runs on a cache have one teacher and the same views."""
+    sharing = {key: setting for key, setting in plan.settings.items() if setting.cache == name and setting.seeds}
+    if not sharing:
+        raise UsageError(f'{path}: no setting names the cache {name}: give one of them "cache: {name}".')
+    first: Dict[str, Any] = {}
+    for key, setting in sharing.items():
+        for student in setting.students:
+            what = f'{path}, setting {key} with {student}'
+            args = _check_command(plan.run(student, key, setting.seeds[0]).command(output), what)
+            views = {'teacher': setting.teacher, **{flag: getattr(args, flag) for flag in _SHARED}}
+            first = first or {**views, 'what': f'{key} with {student}'}
+            flag = next((flag for flag in views if views[flag] != first[flag]), '')
+            if flag:
+                raise UsageError(
+                    f'{what}: the cache {name} is shared with {first["what"]}, which has another '
+                    f'{flag.replace("_", "-")} ({first[flag]}, here {views[flag]}): give it a cache of its own.')
+
+
+def _check_command(command: Sequence[str], what: str) -> Namespace:
     parser = create_train_parser()
 
     def refuse(message: str) -> None:
@@ -167,3 +213,4 @@ def _check_command(command: Sequence[str], what: str) -> None:
         create_composition(Recipe(args.kd, args.kd_weight, args.kd_kwargs, args.kd_schedule, num_epochs=args.epochs))
     except UsageError as e:
         raise e if str(e).startswith(what) else UsageError(f'{what}: {e}') from e
+    return args

@@ -114,7 +114,7 @@ def _key_of(row: Dict[str, str]) -> Tuple[str, str, str]:
 
 def _flags(command: str) -> Tuple[str, ...]:
     """Return what of a command decides the numbers: of paths what is below the study's own folder, and where it is."""
-    paths = ('--data-dir', '--output', '--teacher-checkpoint', '--pretrained-path')
+    paths = ('--data-dir', '--output', '--teacher-checkpoint', '--pretrained-path', '--teacher-cache')
     words = shlex.split(command)
     output = words[words.index('--output') + 1]
     kept = []

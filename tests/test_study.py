@@ -96,6 +96,67 @@ def test_students_and_teachers_bring_flags_of_their_own(tmp_path: Path) -> None:
     assert 'stem_width=8' not in commands['test_vit-norm-0']
 
 
+CACHED: Dict[str, Any] = {
+    'students': ['test_efficientnet', 'test_vit'],
+    'caches': {'views': {'about': 'Two views.', 'flags': {'cache-views': 2}}},
+    'settings': {
+        'alone': {}, 'live': {'teacher': 'small', 'flags': {'kd': 'kd'}},
+        'kd': {'teacher': 'small', 'cache': 'views', 'flags': {'kd': 'kd'}},
+        'norm': {'teacher': 'small', 'cache': 'views', 'flags': {'kd': 'norm', 'lr': 1e-3}}}}
+
+
+def test_settings_students_and_seeds_share_the_cache_that_the_plan_names(tmp_path: Path) -> None:
+    plan = study_plan.read_plan(str(write_plan(tmp_path, **CACHED)), output='out')
+    folders = {}
+    for run in plan.runs():
+        command = run.command('out/tiny')
+        folders[run.setting] = '--teacher-cache' in command and command[command.index('--teacher-cache') + 1]
+        if folders[run.setting]:
+            assert command[command.index('--cache-views') + 1] == '2' and '--teacher-checkpoint' in command
+        assert '--teacher-cache' not in run.command('out/tiny', pretend_teacher=True, cached=False)
+    folder = os.path.join('out', 'tiny', 'cache-views')
+    assert folders == {'alone': False, 'live': False, 'kd': folder, 'norm': folder}
+
+
+def test_row_of_a_live_run_is_not_taken_for_that_of_a_cached_one(tmp_path: Path) -> None:
+    plan = study_plan.read_plan(str(write_plan(tmp_path, **CACHED)), output='out')
+    runs = {(run.setting, run.student, run.seed): run for run in plan.runs()}
+    live, cached = (runs[setting, 'test_vit', 0] for setting in ('live', 'kd'))
+    results = study_rows.Results(str(tmp_path / 'rows.csv'))
+    row = dict.fromkeys(study_rows.COLUMNS, '0') | {'student': 'test_vit', 'setting': 'kd', 'seed': 0}
+    results.add({**row, 'command': cached.spelled('out/tiny')})
+    moved = study_plan.read_plan(str(tmp_path / 'tiny.yaml'), output='elsewhere')
+    results.check(moved.runs(), 'elsewhere/tiny')
+    results.rows[0]['command'] = live.spelled('out/tiny')
+    with pytest.raises(UsageError, match='--cache-views --teacher-cache'):
+        results.check(moved.runs(), 'elsewhere/tiny')
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'cache': 'other'}, "unknown cache 'other'; there are: views"),
+    ({'cache': 'views'}, "has the cache 'views' and no teacher"),
+    ({'cache': 'views', 'teacher': 'small', 'labels': 0.5}, 'every seed has other images'),
+    ({'cache': 'views', 'teacher': 'big', 'flags': {'kd': 'kd'}}, r'shared with kd with test_efficientnet.* teacher'),
+    ({'cache': 'views', 'teacher': 'small', 'flags': {'kd': 'kd', 'hflip': 0}}, r'another hflip \(0.5, here 0.0\)'),
+    ({'cache': 'views', 'teacher': 'small', 'flags': {'kd': 'kd', 'img-size': 64}}, r'img-size \(32, here 64\)'),
+])
+def test_settings_that_cannot_share_a_cache_are_refused_with_the_difference(
+        tmp_path: Path,
+        changes: Dict[str, Any],
+        message: str,
+) -> None:
+    teachers = {**TINY['teachers'], 'big': {'model': 'test_vit', 'flags': {}}}
+    settings = {**CACHED['settings'], 'new': changes}
+    path = str(write_plan(tmp_path, **{**CACHED, 'settings': settings, 'teachers': teachers}))
+    with pytest.raises(UsageError, match=message):
+        study_plan.read_plan(path)
+
+
+def test_a_cache_that_no_setting_names_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match='no setting names the cache idle'):
+        study_plan.read_plan(str(write_plan(tmp_path, caches={'idle': {}})))
+
+
 @pytest.mark.parametrize('changes, message', [
     ({'seeds': [0, 0]}, 'stands twice'),
     ({'seeds': ['a']}, 'list of numbers'),

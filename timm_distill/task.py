@@ -22,6 +22,7 @@ from .methods._terms import TermWeights
 from .student.adapted import AdaptedStudent
 from .student.merged import MergedStudents
 from .teacher.dropping import TeacherDrop
+from .teacher.rounding import run_rounded
 from .teacher.several import Teachers, live_teachers, teachers_by_name
 from .teacher.standardize import NUM_IMAGES
 from .teacher.stored import StoredTeacher
@@ -259,7 +260,7 @@ class DistillTask(TrainingTask):
         target, keys = split_keys(target)
         is_stored = isinstance(self.teacher, StoredTeacher)
         live = None if is_stored and self.summon_teacher is None else self._run_summoned_teacher
-        stored = self._with_aliases(self.targets.read(keys, input, live), '')
+        stored = self._with_aliases(self.targets.read(keys, input, live, self._run_rounded), '')
         stored.indices = self.targets.grid.indices(keys)
         return target, stored
 
@@ -271,6 +272,10 @@ class DistillTask(TrainingTask):
             self.summon()
         assert self.teacher is not None
         return self.teacher(images, self._teacher_outputs[''])
+
+    def _run_rounded(self, images: torch.Tensor) -> Tuple[Features, float]:
+        assert isinstance(self.teacher, Teacher)
+        return run_rounded(self.teacher, images, self._teacher_outputs[''])
 
     def summon(self) -> None:
         """Put the teacher itself in the place of what its cache says of it, where it can be had."""

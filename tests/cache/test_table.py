@@ -1,6 +1,7 @@
 """Rows on disk: kills, damage, several writers, full disks and read-only folders."""
 import errno
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 
 from timm_distill.cache import table as table_module
+from timm_distill.cache.codecs import HalfCodec
 from timm_distill.cache.table import DamagedRowsError, Table
+from timm_distill.cache.targets import CachedTargets
+from timm_distill.data.views import ViewGrid
 
 
 def rows_of(slots: Any, row_bytes: int = 20) -> np.ndarray:
@@ -141,6 +145,35 @@ def test_a_full_disk_leaves_what_was_complete(tmp_path: Path, monkeypatch: pytes
     table.write([4, 5], rows_of([4, 5]))
     assert_holds(table, [1, 2, 4, 5])
     assert_holds(create(tmp_path / '.'), [1, 2, 3, 4, 5])  # the row that was whole is found by the next process
+
+
+def test_few_files_of_a_table_are_open_however_many_shards_it_has(
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(table_module, '_SHARD_BYTES', 1)
+    table = create(tmp_path)
+    for slot in range(100):
+        table.write([slot], rows_of([slot]))
+    assert len(table.shards()) == 100
+    assert_holds(table, range(100))
+    assert len(table._shards._files) == 64
+    assert_holds(table, range(100))  # those that were closed are opened again
+
+
+def test_memory_of_what_is_missing_does_not_grow_with_the_cache(tmp_path: Path) -> None:
+    def peak(num_views: int) -> float:
+        targets = CachedTargets(
+            str(tmp_path / str(num_views)), ViewGrid(100_000, num_views), {'logits': HalfCodec('logits', (4,))})
+        tracemalloc.start()
+        assert targets.count_missing(num_views) == 100_000 * num_views
+        assert len(targets.missing(0)) == 100_000
+        used = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        targets.close()
+        return used
+
+    assert peak(80) < 1.2 * peak(20)
 
 
 def test_shards_end_at_a_size_and_tables_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

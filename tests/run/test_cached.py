@@ -4,14 +4,16 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict
 
+import huggingface_hub
 import pytest
 import torch
 
 import train_distill
 from timm_distill import UsageError
+from timm_distill.cache import location
 from timm_distill.cache import table as table_module
 from timm_distill.cache.targets import CacheMismatchError
-from timm_distill.run import cached
+from timm_distill.run import cache_teacher
 
 FLAGS = [
     '--student', 'test_resnet', '--num-classes', '10', '--img-size', '32', '-b', '48', '-j', '0', '--warmup-epochs',
@@ -67,7 +69,7 @@ def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on no teacher can be created."""
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError('a teacher was created')
-    monkeypatch.setattr(cached, 'create_teacher', refuse)
+    monkeypatch.setattr(cache_teacher, 'create_teacher', refuse)
 
 
 @pytest.mark.parametrize('flags', [
@@ -88,6 +90,46 @@ def test_later_run_without_teacher_is_the_first_run_to_the_bit(
     request.getfixturevalue('no_teacher')
     later = runs(*flags, '--epochs', '3')
     assert_equal(first, later)
+
+
+def test_methods_that_need_layers_of_the_teacher_do_not_run_it_on_a_complete_cache(
+        runs: Runs,
+        monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from timm_distill.teacher.teacher import Teacher
+    flags = ['--kd', 'srrl+wkd_l', *runs.teacher, '--epochs', '2']
+    first = runs(*flags, '--cache-views', '2')
+    monkeypatch.setattr(Teacher, 'forward', lambda *_: pytest.fail('the teacher ran'))
+    assert_equal(first, runs(*flags))
+
+
+def test_class_means_come_from_the_teacher_where_it_is_given_and_from_their_file_where_not(runs: Runs) -> None:
+    first = runs('--kd', 'nd', *runs.teacher, '--epochs', '1', '--cache-views', '1')
+    shutil.rmtree(runs.root / 'out' / 'class_means')
+    assert_equal(first, runs('--kd', 'nd', *runs.teacher, '--epochs', '1'))
+    with pytest.raises(UsageError, match='give --teacher, or their file with --nd-class-means'):
+        runs('--kd', 'nd', '--epochs', '1')
+    (means,) = (runs.root / 'out' / 'class_means').iterdir()
+    assert_equal(first, runs('--kd', 'nd', '--epochs', '1', '--nd-class-means', str(means)))
+
+
+def test_a_teacher_of_other_classes_is_cached_with_its_map_and_another_map_is_refused(runs: Runs) -> None:
+    file, other = runs.root / 'classes.txt', runs.root / 'other.txt'
+    file.write_text('0\t1\t2\n1\t0\n2\t3\n')
+    other.write_text('0\t1\t2\n1\t0\n2\t4\n')
+    flags = ['--kd', 'kd', '--epochs', '1']
+    mapped = ['--teacher-classes', str(file)]
+    first = runs(*flags, *runs.teacher, *mapped, '--cache-views', '1')
+    assert_equal(first, runs(*flags, *mapped))
+    assert_equal(first, runs(*flags, *mapped, *runs.teacher, '--cache-check', '8'))
+    for difference in ([], ['--teacher-classes', str(other)]):
+        for teacher in ([], runs.teacher):
+            with pytest.raises(UsageError, match="the teacher's classes .* in the cache"):
+                runs(*flags, *teacher, *difference)
+    plain = runs.root / 'plain'
+    runs(*flags, *runs.teacher, '--cache-views', '1', cache=plain)
+    with pytest.raises(UsageError, match="the teacher's classes None in the cache"):
+        runs(*flags, *mapped, cache=plain)
 
 
 def test_another_student_batch_size_and_seed_read_a_cache_that_one_epoch_per_view_filled(
@@ -112,7 +154,7 @@ def test_a_partial_fill_is_completed_by_another_run(runs: Runs, request: pytest.
 
 def test_a_run_that_reads_more_adds_what_is_missing(runs: Runs, request: pytest.FixtureRequest) -> None:
     runs('--kd', 'kd', *runs.teacher, '--epochs', '1', '--cache-views', '1')
-    with pytest.raises(UsageError, match='feature-float16.*give --teacher'):
+    with pytest.raises(UsageError, match='feature-avg1x1-float16.*give --teacher'):
         runs('--kd', 'norm+kd', '--epochs', '1')
     runs('--kd', 'norm+kd', *runs.teacher, '--epochs', '1')
     request.getfixturevalue('no_teacher')
@@ -132,11 +174,49 @@ def filled(tmp_path_factory: pytest.TempPathFactory, few_digits_dir: Path, teach
     (['--img-size', '48'], '--input-size 3 32 32 in the cache, 3 48 48 here'),
     (['--mixup', '0.5', '--mixup-mode', 'elem'], '--mixup None in the cache, 0.5 here'),
     (['--cache-views', '3'], '--cache-views 3: the cache .* has 1'),
-    (['--kd', 'srrl'], "the teacher's own head"),
+    (['--kd', 'srrl'], 'layers of the teacher itself, which no cache holds: give --teacher'),
+    (['--kd', 'sdd:wkd_l+kd'], '--kd sdd:wkd_l\\+wkd_l runs layers of the teacher'),
 ])
 def test_a_cache_of_something_else_is_refused_with_the_difference(filled: Runs, flags: Any, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         filled('--kd', 'kd', '--epochs', '1', *flags)
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--teacher-dtype', 'bfloat16'], "the teacher's precision float32 in the cache, bfloat16 here"),
+    (['--teacher-mean', '0.1', '0.2', '0.3'], "the teacher's mean .* in the cache, 0.1 0.2 0.3 here"),
+    (['--teacher-img-size', '64'], "the teacher's input size 3 32 32 in the cache, 3 64 64 here"),
+    (['--teacher', 'test_resnet'], "the teacher's architecture test_vit in the cache, test_resnet here"),
+])
+@pytest.mark.parametrize('live', [False, True])
+def test_flags_of_another_teacher_are_refused_also_where_the_cache_is_complete(
+        filled: Runs,
+        flags: Any,
+        words: str,
+        live: bool,
+) -> None:
+    if live and '--teacher' in flags:
+        pytest.skip('its weights do not fit')
+    teacher = filled.teacher if live else []
+    with pytest.raises(UsageError, match=words):
+        filled('--kd', 'kd', *teacher, '--epochs', '1', *flags, *(['--cache-check', '1'] if live else []))
+
+
+def test_a_resumed_run_is_told_that_its_cache_has_other_views(
+        filled: Runs,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+) -> None:
+    def run(*flags: str) -> None:
+        train_distill.main([
+            '--data-dir', str(filled.data_dir), *FLAGS, '--kd', 'kd', *filled.teacher, '--teacher-cache',
+            str(tmp_path / 'cache'), '--output', str(tmp_path), '--experiment', 'run', '--epochs', '2', *flags])
+
+    run('--cache-views', '2', '--stop-epoch', '1')
+    shutil.move(tmp_path / 'cache', tmp_path / 'two')
+    shutil.copytree(filled.cache, tmp_path / 'cache')
+    run('--resume', 'auto')
+    assert 'other than when' in caplog.text and 'views of an image 2 -> 1' in caplog.text
 
 
 def test_other_data_and_another_teacher_are_refused(
@@ -249,3 +329,31 @@ def test_without_cache_and_teacher_the_message_says_what_to_give(runs: Runs) -> 
     with pytest.raises(UsageError, match='has no cache.json: give the folder of a cache, or --teacher'):
         runs('--kd', 'kd', '--epochs', '1')
     assert not runs.cache.exists() and not (runs.root / 'out').exists()
+
+
+def test_a_cache_of_the_hub_is_read_and_never_written(
+        filled: Runs,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    snapshot = tmp_path / 'snapshot'
+    for path in [path for path in filled.cache.rglob('*') if path.is_file()]:
+        target = snapshot / 'vit' / path.relative_to(filled.cache)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path)  # as the hub's client lays them
+    files = sorted(snapshot.rglob('*'))
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda *args, **kwargs: str(snapshot))
+    location._download.cache_clear()
+    place = 'hf://datasets/me/targets/vit'
+    assert_equal(filled.first, filled('--kd', 'kd', '--epochs', '1', cache=place))
+    filled('--kd', 'feature', *filled.teacher, '--epochs', '1', cache=place)  # what it lacks the teacher says each time
+    with pytest.raises(UsageError, match='has no cache.json'):
+        filled('--kd', 'kd', *filled.teacher, '--epochs', '1', cache='hf://datasets/me/targets')
+    assert sorted(snapshot.rglob('*')) == files
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_a_new_cache_is_filled(runs: Runs) -> None:
+    runs.cache.write_text('a file')
+    with pytest.raises(UsageError, match='holds no cache yet and cannot be written|cannot be read'):
+        runs('--kd', 'kd', *runs.teacher, '--epochs', '1')
+    assert runs.cache.read_text() == 'a file'

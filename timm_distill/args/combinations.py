@@ -115,10 +115,6 @@ def _check_targets(args: argparse.Namespace) -> None:
         args.task == 'multilabel' and args.teacher_classes and args.kd != 'none',
         f'--teacher-classes {args.teacher_classes} restricts a distribution over classes, which --task multilabel does '
         'not have: leave it out')
-    _reject(
-        args.teacher_classes and args.teacher_cache and args.kd != 'none',
-        f'--teacher-classes {args.teacher_classes} does not go with --teacher-cache, which holds the logits of a '
-        'teacher that is not mapped: leave out one of the two')
     _reject(args.task == 'multilabel' and args.jsd_loss, '--jsd-loss needs one label per image: not --task multilabel')
     for flag, given, loss in (('--bce-loss', args.bce_loss, 'bce'), ('--jsd-loss', args.jsd_loss, 'jsd')):
         _reject(given and args.loss not in (None, loss), f'{flag} contradicts --loss {args.loss}: leave out one')

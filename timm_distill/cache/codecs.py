@@ -7,15 +7,18 @@ difference between the student's log-probabilities of two of them, a KL divergen
 r (log m + D), and its gradient with respect to the student's logits by at most 2 r in the sum of absolute values.
 """
 import math
-from typing import Any, Dict, Optional, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
 from ..errors import UsageError
+from ..losses import pool_to_grid
 
+Pool = Tuple[Tuple[int, int], str]  # grid and mode, as of `losses.pool_to_grid`
 TEMPERATURES = (1., 2., 4., 8., math.inf)  # at which the mass of the classes that are not kept is stored
 _SMALL = 32  # classes of a label set of which all logits are kept
+_FEW = 2  # positions of a map that take no more bytes in float16 than in 8 bits with a scale
 
 
 class Codec:
@@ -24,11 +27,15 @@ class Codec:
     Attributes:
         name: What it is called in files, unlike any other's.
         row_bytes: Length of the row of a view.
-        step: Largest difference between a value and what is read back of it, relative to the largest of its row.
+        pool: What a map is pooled by before it is encoded, None for nothing.
     """
     name: str
     row_bytes: int
-    step: float
+    pool: Optional[Pool] = None
+
+    def reduce(self, values: torch.Tensor) -> torch.Tensor:
+        """Return what is encoded of the teacher's values for a batch, [B, ...]."""
+        return values if self.pool is None else pool_to_grid(values.float(), *self.pool)
 
     def encode(self, values: torch.Tensor) -> np.ndarray:
         """Return the rows of a batch, uint8 [B, row_bytes]."""
@@ -38,10 +45,10 @@ class Codec:
         """Return the values of rows in float32, [B, ...]; nan and infinite ones come back as such."""
         raise NotImplementedError
 
-    def error(self, rows: np.ndarray, values: torch.Tensor) -> torch.Tensor:
-        """Return the largest difference of rows from the values they stand for, relative to the largest of its row."""
-        decoded, values = self.decode(rows).flatten(1), values.flatten(1)
-        return ((decoded - values).abs().amax(1) / values.abs().amax(1).clamp(min=1e-30)).max()
+    def error(self, rows: np.ndarray, values: torch.Tensor) -> float:
+        """Return how far rows are from values, float32 [B, ...]: the root mean square of the difference over that of
+        the values, of the view where it is largest."""
+        return _relative_error(self.decode(rows).flatten(1), values.flatten(1))
 
 
 class HalfCodec(Codec):
@@ -49,14 +56,15 @@ class HalfCodec(Codec):
 
     Args:
         output: Name of the output.
-        shape: Of its values for one view.
+        shape: Of its values for one view, as they are stored.
+        pool: What a map was pooled by.
     """
-    step = 2 ** -11
 
-    def __init__(self, output: str, shape: Sequence[int]):
-        self.name = f'{output}-float16-{_text(shape)}'
+    def __init__(self, output: str, shape: Sequence[int], pool: Optional[Pool] = None):
+        self.name = f'{output}-{_pool_text(pool)}float16-{_text(shape)}'
         self.shape = tuple(shape)
         self.row_bytes = 2 * math.prod(shape)
+        self.pool = pool
 
     def encode(self, values: torch.Tensor) -> np.ndarray:
         return _bytes(values.detach().to(torch.float16))
@@ -72,13 +80,20 @@ class ByteCodec(Codec):
 
     Args:
         output: Name of the output.
-        shape: Of its values for one view.
+        shape: Of its values for one view, as they are stored.
         spread: Typical size of each channel of a vector, [D]; all alike if None.
+        pool: What a map was pooled by.
     """
-    step = 1.02 * 0.5 / 127
 
-    def __init__(self, output: str, shape: Sequence[int], spread: Optional[torch.Tensor] = None):
-        self.name = f'{output}-int8-{_text(shape)}'
+    def __init__(
+            self,
+            output: str,
+            shape: Sequence[int],
+            spread: Optional[torch.Tensor] = None,
+            pool: Optional[Pool] = None,
+    ):
+        self.name = f'{output}-{_pool_text(pool)}int8-{_text(shape)}'
+        self.pool = pool
         self.shape = tuple(shape)
         self.num_scales = shape[0] if len(shape) > 1 else 1
         self.row_bytes = 2 * self.num_scales + math.prod(shape)
@@ -91,8 +106,7 @@ class ByteCodec(Codec):
         values = values.reshape(len(values), self.num_scales, -1)
         # rounded up: what is divided by it stays within 127
         scale = (1.01 / 127 * values.abs().amax(2).clamp(min=1e-30)).to(torch.bfloat16)
-        numbers = (values / scale.float()[:, :, None]).round()
-        rounded = torch.where(numbers.isfinite(), numbers, torch.zeros_like(numbers)).to(torch.int8)
+        rounded = (values / scale.float()[:, :, None]).round_().to(torch.int8)  # where that is not finite, scale is not
         return np.concatenate([_bytes(scale), _bytes(rounded)], axis=1)
 
     def decode(self, rows: np.ndarray) -> torch.Tensor:
@@ -110,7 +124,6 @@ class TopKCodec(Codec):
         k: How many are kept, below K.
         temperature: At which the others' mass is read back; between those stored it is interpolated.
     """
-    step = 2 ** -11
 
     def __init__(self, num_classes: int, k: int, temperature: float = 1.):
         if not 1 <= temperature:
@@ -127,10 +140,8 @@ class TopKCodec(Codec):
     def encode(self, values: torch.Tensor) -> np.ndarray:
         logits = values.detach().float()
         kept, indices = logits.topk(self.k, dim=1)
-        others = logits.scatter(1, indices, -math.inf)
-        bad = ~logits.isfinite().all(1)
-        means = torch.stack([_softmax_mean(others, self.num_classes - self.k, t) for t in TEMPERATURES], 1)
-        kept[bad] = math.nan
+        kept[~logits.isfinite().all(1)] = math.nan
+        means = _softmax_means(logits.scatter(1, indices, -math.inf), self.num_classes - self.k)
         numbers = indices.cpu().numpy().astype(f'<u{self.index_bytes}')
         return np.concatenate([
             np.ascontiguousarray(numbers).view(np.uint8).reshape(len(numbers), -1),
@@ -143,10 +154,10 @@ class TopKCodec(Codec):
         others = self._at_temperature(_tensor(rows[:, second:], torch.float16).float())
         return others[:, None].repeat(1, self.num_classes).scatter_(1, indices, kept)
 
-    def error(self, rows: np.ndarray, values: torch.Tensor) -> torch.Tensor:
+    def error(self, rows: np.ndarray, values: torch.Tensor) -> float:
         """As of all codecs, over the classes that are kept."""
-        differences = (self.decode(rows) - values).gather(1, self._indices(rows))
-        return (differences.abs().amax(1) / values.abs().amax(1).clamp(min=1e-30)).max()
+        kept = self._indices(rows)
+        return _relative_error(self.decode(rows).gather(1, kept), values.gather(1, kept))
 
     def _indices(self, rows: np.ndarray) -> torch.Tensor:
         """Return the classes that rows keep, int64 [B, k]."""
@@ -164,11 +175,20 @@ class TopKCodec(Codec):
         return (1 - part) * means[:, i] + part * means[:, i + 1]
 
 
-def _softmax_mean(others: torch.Tensor, count: int, temperature: float) -> torch.Tensor:
-    """Return T log mean exp(z / T) of the entries above minus infinity, [B]; the plain mean at an infinite T."""
-    if math.isinf(temperature):
-        return others.masked_fill(others == -math.inf, 0).sum(1) / count
-    return temperature * (torch.logsumexp(others / temperature, dim=1) - math.log(count))
+def _softmax_means(others: torch.Tensor, count: int) -> torch.Tensor:
+    """Return T log mean exp(z / T) of the entries above minus infinity at each T of TEMPERATURES, [B, 5]; the last is
+    their mean.
+
+    One exponential serves all: at half the temperature it is squared.
+    """
+    largest = others.amax(1, keepdim=True)
+    finite = TEMPERATURES[:-1]
+    powers = ((others - largest) / finite[-1]).exp_()
+    means: List[torch.Tensor] = []
+    for temperature in reversed(finite):
+        means.insert(0, largest[:, 0] + temperature * (powers.sum(1).log() - math.log(count)))
+        powers = powers.square_()
+    return torch.stack([*means, others.masked_fill_(others == -math.inf, 0).sum(1) / count], 1)
 
 
 def logits_codec(num_classes: int, topk: int, temperature: Optional[float]) -> Codec:
@@ -193,10 +213,28 @@ def logits_codec(num_classes: int, topk: int, temperature: Optional[float]) -> C
     return codec if codec.row_bytes < whole.row_bytes else whole
 
 
-def feature_codec(output: str, shape: Sequence[int], precision: str, spread: Optional[torch.Tensor] = None) -> Codec:
-    """Return the form of a feature, by `--cache-precision`."""
-    codecs: Dict[str, Any] = {'float16': HalfCodec, 'int8': ByteCodec}
-    return codecs[precision](output, shape, *([spread] if precision == 'int8' else []))
+def feature_codec(output: str, shape: Sequence[int], precision: str, pool: Optional[Pool] = None) -> Codec:
+    """Return the form of a feature.
+
+    Args:
+        output: Name of the output.
+        shape: Of its values for one view, as they are stored.
+        precision: `--cache-precision`.
+        pool: What a map is pooled by first.
+    """
+    if precision == 'float16' or len(shape) == 3 and math.prod(shape[1:]) <= _FEW:
+        return HalfCodec(output, shape, pool)
+    return ByteCodec(output, shape, pool=pool)
+
+
+def _pool_text(pool: Optional[Pool]) -> str:
+    return '' if pool is None else f'{pool[1]}{_text(pool[0])}-'
+
+
+def _relative_error(decoded: torch.Tensor, values: torch.Tensor) -> float:
+    """Return the largest of the rows' root mean squared differences over those of their values; [B, N] each."""
+    sizes = values.square().mean(1).sqrt().clamp(min=1e-30)
+    return float(((decoded - values).square().mean(1).sqrt() / sizes).max())
 
 
 def _text(shape: Sequence[int]) -> str:
@@ -209,7 +247,11 @@ def _bytes(values: torch.Tensor) -> np.ndarray:
 
 
 def _tensor(rows: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(np.array(rows, dtype=np.uint8, order='C')).view(dtype)
+    """Return rows of bytes as numbers; they share memory where that is possible."""
+    aligned = rows.strides[0] % dtype.itemsize == 0 and rows.ctypes.data % dtype.itemsize == 0
+    if not (aligned and rows.strides[1] == 1 and rows.flags.writeable):
+        rows = np.array(rows, order='C')
+    return torch.from_numpy(rows).view(dtype)
 
 
 def spread_of(values: torch.Tensor) -> torch.Tensor:

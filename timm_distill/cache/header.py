@@ -19,7 +19,7 @@ FORMAT = 1
 _FILE = 'cache.json'
 _PACKAGES = ('timm', 'torch', 'torchvision', 'pillow', 'numpy')
 # Flags that a view depends on. What erasing alone reads follows below.
-_VIEW_FLAGS = (
+VIEW_FLAGS = (
     'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
     'grayscale_prob', 'gaussian_blur_prob', 'aa', 'aug_splits', 'reprob', 'remode', 'recount', 'resplit',
     'train_interpolation', 'mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode',
@@ -28,7 +28,7 @@ _VIEW_FLAGS = (
 
 def describe_views(args: Namespace, data_config: Mapping[str, Any], grid: ViewGrid) -> Dict[str, Any]:
     """Return what the views of a run depend on beside the data."""
-    flags = {name: _plain(getattr(args, name)) for name in _VIEW_FLAGS}
+    flags = {name: _plain(getattr(args, name)) for name in VIEW_FLAGS}
     if not (args.mixup or args.cutmix or args.cutmix_minmax):
         flags = {name: value for name, value in flags.items() if 'mix' not in name}
     config = {'input_size': _plain(data_config['input_size'])}
@@ -97,7 +97,9 @@ def differences(cached: Header, here: Header) -> List[str]:
     words: List[str] = []
     for section in ('teacher', 'views', 'versions'):
         old, new = cached.get(section, {}), here.get(section, {})
-        names = [name for name in new if name in old] if section == 'teacher' else sorted({*old, *new})
+        names = sorted({*old, *new})
+        if section == 'teacher':  # flags say less of it than a live one does
+            names = [name for name in new if name in old or name == 'classes']
         words += [
             f'{_title(section, name)} {_text(old.get(name))} in the cache, {_text(new.get(name))} here'
             for name in names if _plain(old.get(name)) != _plain(new.get(name))]

@@ -90,6 +90,18 @@ class Stage:
     nonnegative: bool = False
 
 
+@dataclass(frozen=True)
+class Pooling:
+    """Pooling of the teacher's last map with which a method begins, so that it need not have more of it.
+
+    Attributes:
+        grid: (height, width) that it is pooled to; None for the student's, in each dimension where that is smaller.
+        mode: 'avg' or 'max', as of `losses.pool_to_grid`.
+    """
+    grid: Optional[Tuple[int, int]] = None
+    mode: str = 'avg'
+
+
 TARGETS = frozenset({'feature', 'pre_logits', 'stages', 'blocks'})  # what of a teacher can be standardised
 STUDENT_OUTPUTS = frozenset({'logits', 'feature', 'pre_logits', 'stages', 'blocks', 'token_logits', 'head'})
 

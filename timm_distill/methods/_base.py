@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from ..errors import UsageError
-from ..features.spec import TARGETS, Features, PairSpec
+from ..features.spec import TARGETS, Features, PairSpec, Pooling
 from ..utils.ranges import Range
 from ..utils.registry import LARGEST_NUMBER, Registry
 from ._schedules import Steps
@@ -134,6 +134,14 @@ class DistillMethod(nn.Module):
         """Map the logits of student and teacher, [B, K], before the task loss and every method see them."""
         return logits
 
+    def teacher_pooling(self) -> Optional[Pooling]:
+        """Return the pooling with which it begins on the teacher's last map; None where it reads the map itself."""
+        return None
+
+    def teacher_stages(self) -> Optional[FrozenSet[int]]:
+        """Return the positions of the teacher's stages that it reads, once built; None for all."""
+        return None
+
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """Return named unweighted terms.
 
@@ -160,6 +168,11 @@ class DistillMethod(nn.Module):
         """
         tied = self.needs_class_means or self.needs_classifier or self.teacher_outputs & {'head', 'tail'}
         return not tied and bool(self.teacher_outputs & {*TARGETS, 'tap'})
+
+    @classmethod
+    def reads_teacher_layers(cls) -> bool:
+        """Whether it needs layers of the teacher, and not alone what the teacher says of the images."""
+        return cls.needs_classifier or bool(cls.teacher_outputs & {'head', 'tail'})
 
     @classmethod
     def reads_student_classes(cls) -> bool:

@@ -2,7 +2,7 @@
 import math
 import operator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Dict, List, Sequence, Tuple, Union
+from typing import Annotated, Any, ClassVar, Dict, FrozenSet, List, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -162,6 +162,9 @@ class StageMethod(DistillMethod):
 
     def build_stages(self, stages: List[Tuple[Stage, Stage]]) -> None:
         """Create what the method trains for pairs of stages, shallow to deep."""
+
+    def teacher_stages(self) -> Optional[FrozenSet[int]]:
+        return frozenset(j for _, j in self.pairs)
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         students, teachers = zip(*matched_stages(student, teacher, self.pairs))

@@ -12,11 +12,11 @@ feature, times N, so that this term with weight w is the paper's with alpha = N 
 well as in KD). It is off by default because it trains logits whose scale the model's softmax never sees: the released
 student's accuracy is kept but its confidence is not calibrated.
 """
-from typing import Annotated, Any, Dict
+from typing import Annotated, Any, Dict, Optional
 
 import torch
 
-from ..features.spec import Features
+from ..features.spec import Features, Pooling
 from ..losses import standardize_logits
 from ..utils.ranges import OneOf, Range
 from ._base import DistillMethod, register_method
@@ -79,6 +79,9 @@ class NORM(DistillMethod):
 
     def weight(self, epoch: int) -> float:
         return self.schedule(epoch)
+
+    def teacher_pooling(self) -> Optional[Pooling]:
+        return Pooling(mode=str(self._adapter_options['pool']))
 
     def transform_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return standardize_logits(logits, self.logit_scale) if self.logit_scale else logits

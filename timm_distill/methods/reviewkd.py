@@ -8,7 +8,7 @@ of equal reduction in both models, and the pre-logits as a map of one position. 
 20 epochs as a linear warmup (`--kd-schedule reviewkd=warmup:20`; 5 in ReviewKD++ on ImageNet) and compares features
 before the last activation of a stage; timm's stages end behind it.
 """
-from typing import Dict, List, Optional, Tuple, cast
+from typing import Dict, FrozenSet, List, Optional, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -107,6 +107,9 @@ class ReviewKD(DistillMethod):
         mid = self.mid_channels or min(512, channels[-1][0])
         self.abfs = nn.ModuleList(
             AttentionFusion(own, mid, other, fuse=i > 0) for i, (own, other) in enumerate(reversed(channels)))
+
+    def teacher_stages(self) -> Optional[FrozenSet[int]]:
+        return frozenset(j for _, j in self.pairs)
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         assert student.pre_logits is not None and teacher.pre_logits is not None

@@ -12,13 +12,13 @@ Where the side of a map is no multiple of 4, cells of the 4 x 4 grid overlap, as
 the whole is not quite what the model averages.
 """
 import logging
-from typing import Annotated, Any, Dict, Sequence, Tuple, Union
+from typing import Annotated, Any, Dict, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 
 from ..errors import UsageError
-from ..features.spec import Features, FeatureSpec, PairSpec
+from ..features.spec import Features, FeatureSpec, PairSpec, Pooling
 from ..losses import among_classes, target_classes, to_full_precision
 from ._base import Weight, register_method
 from ._logits import LogitMethod
@@ -136,6 +136,9 @@ class SDD(WrapperMethod):
                 f'sdd.scales={",".join(map(str, self.scales))}: the last map of the {name} is {height}x{width} and has '
                 f'no {max(self.scales)}x{max(self.scales)} regions. Use a larger --img-size'
                 + (', or --kd-kwargs sdd.scales=1,2.' if max(self.scales) > 2 and min(height, width) > 1 else '.'))
+
+    def teacher_pooling(self) -> Optional[Pooling]:
+        return Pooling((FINEST, FINEST))
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         own, other = self.region_logits(student), self.region_logits(teacher).detach()  # [N, B, K]

@@ -12,12 +12,12 @@ batch norms take the statistics of the batch in training; of a single sample, wh
 The sum of powers is taken in units of the largest difference, so that it neither overflows nor vanishes. Differences
 far below `FLOOR`, of features that are already equal, lose their gradient instead of having an endless one.
 """
-from typing import Annotated, Dict
+from typing import Annotated, Dict, Optional
 
 import torch
 import torch.nn as nn
 
-from ..features.spec import Features, PairSpec
+from ..features.spec import Features, PairSpec, Pooling
 from ..losses import kl_divergence, to_full_precision
 from ..utils.precision import in_full_precision
 from ..utils.ranges import OneOf, Range
@@ -100,6 +100,9 @@ class SRD(DistillMethod):
             channels = pair.teacher.feature[0]
             self.projector = nn.Linear(pair.student.feature[0], channels)
             self.student_norm, self.teacher_norm = (_create_norm(channels, self.eps) for _ in range(2))
+
+    def teacher_pooling(self) -> Optional[Pooling]:
+        return Pooling((1, 1))
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         assert student.feature is not None and teacher.feature is not None

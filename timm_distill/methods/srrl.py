@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..errors import UsageError
-from ..features.spec import Features, PairSpec
+from ..features.spec import Features, PairSpec, Pooling
 from ..losses import to_full_precision
 from ._base import DistillMethod, Weight, register_method
 from ._layers import BatchNorm2d
@@ -70,6 +70,9 @@ class _Matching(DistillMethod):
             spec.feature[0] if self.matched == 'feature' else spec.pre_logits
             for spec in (pair.student, pair.teacher))
         self.connector = Connector(in_channels, out_channels, relu=self.matched in pair.teacher.non_negative)
+
+    def teacher_pooling(self) -> Optional[Pooling]:
+        return Pooling((1, 1))
 
     def penultimate(self, features: Features) -> torch.Tensor:
         """Return the feature that is matched as a map, [B, C, H, W] or [B, D, 1, 1]."""

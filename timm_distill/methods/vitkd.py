@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from ..errors import UsageError
-from ..features.spec import Features, PairSpec, first_blocks
+from ..features.spec import Features, PairSpec, Pooling, first_blocks
 from ..losses import match_grids, to_full_precision
 from ..utils.ranges import Range
 from ._base import DistillMethod, Weight, check_weights, register_method
@@ -94,6 +94,9 @@ class ViTKD(DistillMethod):
             raise UsageError(
                 '--kd vitkd masks positions of the last feature, of which this pair has a single one: use a larger '
                 '--img-size, or leave vitkd.alpha above 0 (--kd-kwargs).')
+
+    def teacher_pooling(self) -> Optional[Pooling]:
+        return Pooling()
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         terms = {}

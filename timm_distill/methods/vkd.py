@@ -12,13 +12,13 @@ The matrix is the orthonormal factor of a free one, so that it is orthogonal wha
 parametrisation stores signs in the diagonal of its parameter, cut to integers: one step of AdamW with weight decay, and
 the projector is zero from then on.
 """
-from typing import Dict, Set
+from typing import Dict, Optional, Set
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ..features.spec import Features, PairSpec
+from ..features.spec import Features, PairSpec, Pooling
 from ..losses import to_full_precision
 from ..utils.precision import in_full_precision
 from ._base import DistillMethod, register_method
@@ -99,6 +99,9 @@ class VkD(DistillMethod):
 
     def no_weight_decay(self) -> Set[str]:
         return {'projector.free'}
+
+    def teacher_pooling(self) -> Optional[Pooling]:
+        return Pooling((1, 1))
 
     def forward(self, student: Features, teacher: Features, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         assert student.feature is not None and teacher.feature is not None

@@ -29,7 +29,8 @@ from ..utils._compat import get_learning_rates
 from ..utils.distributed import share_weights
 from ..utils.settings import settle
 from ..utils.text import model_file_name
-from .cached import attach_targets, count_views, resolve_teacher
+from .cache_teacher import resolve_teacher
+from .cached import attach_targets, count_views
 from .device import (
     Precision,
     enable_fast_math,
@@ -104,7 +105,7 @@ def build_task(
     indexed = isinstance(dataset, (IndexedDataset, ViewDataset))
     kwargs = distill_kwargs(args, data_config, known_names(dataset, args.num_classes))
     if loaders.grid is not None:
-        teacher = resolve_teacher(args, data_config, device, precision)
+        teacher = resolve_teacher(args, data_config, loaders, device, precision)
         others = {name: value for name, value in kwargs.items() if not name.startswith('teacher')}
         kwargs = {**others, 'teacher': teacher}
     if args.rank == 0:

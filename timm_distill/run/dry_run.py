@@ -11,7 +11,7 @@ from ..errors import UsageError, flags_in_messages
 from ..pair import check_pair
 from ..task import DistillTask
 from .build import distill_kwargs, recipe_of
-from .cached import report_cache_size
+from .cache_forms import report_cache_size
 from .device import resolve_device_name
 from .labels import settle_labels
 from .models import build_student, fit_input_size

@@ -128,8 +128,8 @@ def _compute_class_means(run: Run, name: str, shape: Tuple[int, int]) -> torch.T
     teacher = live_teachers(task.teacher).get(name)
     if teacher is None:
         raise UsageError(
-            f'--kd {args.kd} reads class means of the teacher, which --teacher-cache does not hold: give their file '
-            'with --nd-class-means, as a run with --teacher leaves it in class_means of its --output')
+            f'--kd {args.kd} reads class means of the teacher, which --teacher-cache does not hold: give --teacher, or '
+            'their file with --nd-class-means, as a run with --teacher leaves it in class_means of its --output')
     training = args.nd_class_means_transform == 'train'
     loader = create_pass_loader(
         args, run.data_config, run.loaders.train.dataset, run.device, training,

@@ -110,6 +110,7 @@ def fingerprints(run: Run) -> Dict[str, Any]:
         'teacher_input': ask_each(teacher, lambda one: one.preprocessing.values()),
         'model_code': {'student': code_digest(run.args.model), **(codes or {'teacher': ''})},
         'teacher_classes': ask_each(teacher, lambda one: one.class_sources),
+        'cached_targets': None if run.task.targets is None else run.task.targets.describe(),
     }
 
 

@@ -12,7 +12,7 @@ from ..errors import UsageError
 from ..methods._scopes import join_scope
 from ..models.external import code_digest
 from ..teacher.several import Teachers, ask_each, teachers_by_name
-from .state import Run, weights_in_force
+from .state import Run, fingerprints, weights_in_force
 
 _logger = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ def check_unchanged(run: Run, checkpoint: Dict[str, Any]) -> bool:
     check_same_teacher_input(run, checkpoint)
     check_same_teacher_classes(run, checkpoint)
     check_same_code(run, checkpoint)
+    check_same_targets(run, checkpoint)
     check_same_weights(run, checkpoint)
     return check_same_data(run, checkpoint)
 
@@ -125,6 +126,20 @@ def check_same_code(run: Run, checkpoint: Dict[str, Any]) -> None:
                 f'The file of --{role.partition("@")[0]} {name} has changed since {run.args.resume!r} was written '
                 f'(SHA-256 {saved[role][:12]} -> {digest[:12]}): the run goes on with the new one, but not as if it '
                 'had never stopped, where that computes something else.')
+
+
+def check_same_targets(run: Run, checkpoint: Dict[str, Any]) -> None:
+    """Warn where a cache has other views or forms than when a checkpoint was written, whatever the flags say."""
+    if 'cached_targets' not in checkpoint:
+        return
+    saved, now = checkpoint['cached_targets'] or {}, fingerprints(run)['cached_targets'] or {}
+    changes = [
+        f'{name} {saved.get(name, "none")} -> {now.get(name, "none")}' for name in {**saved, **now}
+        if saved.get(name) != now.get(name)]
+    if changes and run.args.rank == 0:
+        _logger.warning(
+            f'--teacher-cache is other than when {run.args.resume!r} was written: {", ".join(changes)}. The run goes '
+            'on with the new one, but not as if it had never stopped.')
 
 
 def check_same_teacher_classes(run: Run, checkpoint: Dict[str, Any]) -> None:

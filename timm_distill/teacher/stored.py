@@ -31,8 +31,6 @@ class StoredTeacher(nn.Module):
     classifier_weight: Optional[torch.Tensor] = None
     trained_size: Optional[Tuple[int, int]] = None
     labels: Optional[LabelSet] = None
-    class_map: Optional[ClassMap] = None  # --teacher-classes does not go with a cache
-    class_sources: Optional[List[List[int]]] = None
 
     def __init__(self, facts: Dict[str, Any]):
         super().__init__()
@@ -50,7 +48,19 @@ class StoredTeacher(nn.Module):
         self.num_classes = self.feature_spec.num_classes
         self.digest = str(facts['digest'])
         self.standardizer = Standardizer()
+        self._classes: Optional[Dict[str, Any]] = facts.get('classes')
         self._tap_channels = {str(point): int(width) for point, width in facts['tap_channels'].items()}
+
+    @property
+    def class_map(self) -> Optional[ClassMap]:
+        """The map that its logits went through."""
+        if self._classes is None:
+            return None
+        return ClassMap(self._classes['sources'], self._classes['num_teacher_classes'], self._classes['names'])
+
+    @property
+    def class_sources(self) -> Optional[List[List[int]]]:
+        return None if self.class_map is None else self.class_map.plain_sources()
 
     def tap_channels(self, point: str) -> int:
         """Return the channels of the counterpart of a student's tap point."""
@@ -65,8 +75,11 @@ class StoredTeacher(nn.Module):
 
 def describe_teacher(teacher: Teacher) -> Dict[str, Any]:
     """Return what `StoredTeacher` needs to know, as plain values for JSON."""
-    spec = teacher.feature_spec
+    spec, class_map = teacher.feature_spec, teacher.class_map
     return {
+        'classes': None if class_map is None else {
+            'sources': [list(classes) for classes in class_map.sources], 'names': list(map(str, class_map.names)),
+            'num_teacher_classes': class_map.num_teacher_classes},
         'digest': teacher.digest,
         'preprocessing': teacher.preprocessing.values(),
         'tap_channels': {point: teacher.tap_channels(point) for point in ('features', 'pre_logits', 'side')},

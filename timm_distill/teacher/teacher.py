@@ -190,11 +190,16 @@ class Teacher(nn.Module):
         autocast = torch.is_autocast_enabled(images.device.type)
         with self._precision(images.device):
             features = self._read(self.prepare(images), outputs)
+        features = self.map_classes(features)
+        # autocast converts where it is needed; without it the methods' own layers take nothing but the run's dtype
+        return features if autocast else features.to(images.dtype)
+
+    def map_classes(self, features: Features) -> Features:
+        """Bring the logits to the student's classes, in place, where there is a map."""
         if self.class_map is not None and features.logits is not None:
             features.logits = self.class_map(features.logits)
             features.classes = self.class_map.known
-        # autocast converts where it is needed; without it the methods' own layers take nothing but the run's dtype
-        return features if autocast else features.to(images.dtype)
+        return features
 
     def _read(self, images: torch.Tensor, outputs: AbstractSet[str]) -> Features:
         if not self.is_sharded:
