@@ -7,6 +7,7 @@ import timm
 import torch
 from feature_pairs import create_features, create_pair
 from golden_data import GoldenCase, assert_golden, case_id, golden_cases
+from timm.models.mlp_mixer import MlpMixer
 
 from timm_distill import DistillTask, UsageError, create_distill_task, create_method
 from timm_distill.features.spec import Features
@@ -126,19 +127,21 @@ MODELS: Dict[str, Any] = {
     'vit': ('test_vit', dict(img_size=32, reg_tokens=2)),
     'swin': ('swin_tiny_patch4_window7_224', SWIN),
     'hybrid': ('mobilevit_xxs', dict(output_stride=16)),
+    'mlp': (MlpMixer, dict(img_size=32, patch_size=8, embed_dim=16, num_blocks=2)),
 }
 
 
 def create_task(student: str, teacher: str, classes: int = 5, **options: Any) -> DistillTask:
     torch.manual_seed(0)
-    models = [timm.create_model(name, num_classes=classes, **kwargs) for name, kwargs in (
-        MODELS[student], MODELS[teacher])]
+    models = [
+        timm.create_model(model, num_classes=classes, **kwargs) if isinstance(model, str) else model(
+            num_classes=classes, **kwargs) for model, kwargs in (MODELS[student], MODELS[teacher])]
     return create_distill_task(
         *models, kd='tokens', input_size=SIZE, has_labels=bool(classes), **{'verbose': False, **options}).train()
 
 
 @pytest.mark.parametrize('teacher, student', [
-    ('cnn', 'vit'), ('vit', 'swin'), ('swin', 'hybrid'), ('hybrid', 'cnn'), ('vit', 'cnn')])
+    ('cnn', 'vit'), ('vit', 'swin'), ('swin', 'hybrid'), ('hybrid', 'mlp'), ('mlp', 'cnn'), ('vit', 'cnn')])
 @pytest.mark.parametrize('classes', [5, 0], ids=['labels', 'headless'])
 def test_models_of_all_kinds_teach_and_learn_with_and_without_classes(
         teacher: str, student: str, classes: int) -> None:

@@ -122,6 +122,19 @@ def test_phi_s_gives_unit_variances_for_every_width(size: int) -> None:
     torch.testing.assert_close(((x - x.mean(0)) @ matrix.T).var(0), torch.ones(size, dtype=torch.float64))
 
 
+def test_phi_s_is_there_where_the_eigenvalues_do_not_converge(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, 12, dtype=torch.float64)  # of low rank
+    expected = phi_s_matrix(x.T.cov())
+
+    def fail(matrix: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError('no convergence')
+    monkeypatch.setattr(torch.linalg, 'eigh', fail)
+    matrix = phi_s_matrix(x.T.cov())
+    for one in (matrix, expected):
+        torch.testing.assert_close(((x - x.mean(0)) @ one.T).var(0), torch.ones(12, dtype=torch.float64))
+    torch.testing.assert_close(matrix.T @ matrix, expected.T @ expected)
+
+
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
 def test_standardised_maps_have_mean_0_and_variance_1_and_keep_their_dtype(mode: str, dtype: torch.dtype) -> None:

@@ -255,10 +255,20 @@ def phi_s_matrix(covariance: torch.Tensor) -> torch.Tensor:
     Args:
         covariance: [C, C], float64.
     """
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = _eigenvectors(covariance)
     values = values.clamp_min(0)  # rounding
     spread = hadamard_matrix(len(values))
     return (equalize(values) if spread is None else spread) @ vectors.T / values.mean().sqrt()
+
+
+def _eigenvectors(covariance: torch.Tensor) -> Statistics:
+    """Return eigenvalues and eigenvectors; of a matrix without negative ones they are its singular vectors too."""
+    size = covariance.diagonal().mean()
+    try:
+        values, vectors = torch.linalg.eigh(covariance / size)
+    except torch.linalg.LinAlgError:  # does not converge for some of low rank: more channels than values
+        vectors, values, _ = torch.linalg.svd(covariance / size)
+    return values * size, vectors
 
 
 def standardize_channels(x: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
