@@ -99,9 +99,10 @@ def test_a_term_with_one_of_the_teachers_is_that_of_a_task_with_it_alone(
     assert terms and all(torch.equal(several[scope_term(term, name)], alone[term]) for term in terms)
 
 
-@pytest.mark.parametrize('form', ['direct', 'moments'])
-def test_the_student_of_several_teachers_merges_into_a_plain_model(form: str) -> None:
-    task = create_task('norm+kd@sup', kd_kwargs={'norm.form': form})
+@pytest.mark.parametrize(
+    'form,kd_tap', [('direct', 'auto'), ('moments', 'auto'), ('auto', 'pre_logits'), ('auto', 'side')])
+def test_the_student_of_several_teachers_merges_into_a_plain_model(form: str, kd_tap: str) -> None:
+    task = create_task('norm+kd@sup', kd_kwargs={'norm.form': form}, kd_tap=kd_tap)
     losses = train(task, 3)
     assert all(torch.isfinite(torch.tensor(losses)))
     assert len(task.module.adapters) == 1 and task.module.merge_error(create_batch()[0]) < 1e-5
@@ -112,6 +113,13 @@ def test_the_student_of_several_teachers_merges_into_a_plain_model(form: str) ->
     trained = task.eval().module(images)
     torch.testing.assert_close(plain(images), trained, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stock(images), trained, rtol=1e-4, atol=1e-5)
+
+
+def test_compiling_changes_no_number() -> None:
+    plain, compiled = create_task('norm+kd@sup+feature'), create_task('norm+kd@sup+feature')
+    compiled.compile(backend='eager')
+    expected, actual = plain(*create_batch()), compiled(*create_batch())
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
 def test_a_restored_task_goes_on_to_the_bit_and_no_teacher_is_saved() -> None:

@@ -210,7 +210,7 @@ def _check_distillation(args: argparse.Namespace) -> None:
 # Flags with a value for all teachers or one for each.
 _PER_TEACHER = (
     'teacher_checkpoint', 'teacher_weights', 'teacher_mean', 'teacher_std', 'teacher_img_size', 'teacher_classes',
-    'teacher_dtype', 'nd_class_means')
+    'teacher_dtype', 'teacher_standardize', 'nd_class_means')
 
 
 def _check_teachers(args: argparse.Namespace) -> None:

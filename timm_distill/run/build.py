@@ -13,7 +13,7 @@ from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2, scheduler_kwargs
 
-from ..args.per_teacher import kwargs_by_teacher, model_of, teacher_argument
+from ..args.per_teacher import kwargs_by_teacher, model_of, teacher_argument, teachers_of
 from ..data import DataLoaders, IndexedDataset, create_loaders, create_train_loss, known_names, read_labels
 from ..data.views import ViewDataset
 from ..engine.dot import create_dot
@@ -107,7 +107,8 @@ def build_task(
     if loaders.grid is not None:
         teacher = resolve_teacher(args, data_config, loaders, device, precision)
         others = {name: value for name, value in kwargs.items() if not name.startswith('teacher')}
-        kwargs = {**others, 'teacher': teacher}
+        names = [name for name in teachers_of(args.teacher) if name]
+        kwargs = {**others, 'teacher': {names[0]: teacher} if names else teacher}
     if args.rank == 0:
         parameters = sum(p.numel() for p in student.parameters())
         _logger.info(f'Student {model_file_name(args.model)}: {parameters:,} parameters.')

@@ -232,17 +232,18 @@ def report_teacher_input(
         name: What the teacher is called.
     """
     fed, said = teacher.preprocessing.input_size[1:], teacher.trained_size
-    _logger.info(f'Teacher input: {teacher.preprocessing}.')
+    who = describe_name(name).replace('t', 'T', 1)
+    _logger.info(f'{" ".join(["Teacher", name]).strip()} input: {teacher.preprocessing}.')
     if teacher.preprocessing.sources.get('input_size') == '--teacher-img-size':
         return
     if said is not None and not 1 / _UNEXPECTED < math.sqrt(math.prod(fed) / math.prod(said)) < _UNEXPECTED:
         _logger.warning(
-            f'The teacher was trained on {said[0]}x{said[1]} images and is fed {fed[0]}x{fed[1]}: its features may be '
+            f'{who} was trained on {said[0]}x{said[1]} images and is fed {fed[0]}x{fed[1]}: its features may be '
             f'far from those it learnt. --teacher-img-size {said[0]} resizes its images.')
     if isinstance(teacher, Teacher) and math.sqrt(math.prod(fed) / math.prod(input_size[1:])) > _UNEXPECTED:
         share = _teacher_share(teacher, module, input_size)
         _logger.warning(
-            f'The teacher is fed {fed[0]}x{fed[1]}, the student {input_size[1]}x{input_size[2]}: the teacher takes '
+            f'{who} is fed {fed[0]}x{fed[1]}, the student {input_size[1]}x{input_size[2]}: the teacher takes '
             f"{100 * share:.0f} % of a step's operations. --teacher-img-size N feeds it another size.")
 
 
