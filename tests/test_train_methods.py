@@ -14,7 +14,7 @@ import train_distill
 from timm_distill import UsageError
 
 FAST = [
-    '--num-classes', '10', '--img-size', '32', '-b', '60', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0',
+    '--num-classes', '10', '--img-size', '32', '-b', '20', '--opt', 'adamw', '--lr', '2e-3', '--warmup-epochs', '0',
     '--device', 'cpu', '-j', '0', '--student', 'test_efficientnet', '--teacher', 'test_resnet', '--no-teacher-eval',
     '--no-report']
 
@@ -47,14 +47,14 @@ CRD = ['--kd', 'crd', '--kd-kwargs', 'crd.negatives=32', 'crd.embed_dim=8', '--m
 
 
 def test_resumed_crd_run_ends_with_the_weights_and_banks_of_one_never_stopped(
-        digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
-    flags = [digits_dir, tmp_path, teacher_file, *CRD, '--sched', 'none', '--epochs']
+        few_digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
+    flags = [few_digits_dir, tmp_path, teacher_file, *CRD, '--sched', 'none', '--epochs']
     whole = run(*flags, 2, experiment='whole')
     stopped = run(*flags, 1, experiment='stopped')
     resumed = run(*flags, 2, '--resume', Path(stopped.output_dir) / 'last.pth.tar', experiment='resumed')
     first, second = load(whole), load(resumed)
     memory = first['task_state']['memory']
-    assert memory['crd.student_bank'].shape == (300, 8)
+    assert memory['crd.student_bank'].shape == (100, 8)
     assert (memory['crd.student_bank'].norm(dim=1) - 1).abs().max() < 1e-5  # every image was seen
     for key in ('state_dict', 'state_dict_ema'):
         assert all(torch.equal(second[key][name], tensor) for name, tensor in first[key].items())
@@ -65,9 +65,9 @@ def test_resumed_crd_run_ends_with_the_weights_and_banks_of_one_never_stopped(
 
 @pytest.mark.parametrize('flags', [['--mixup', '0.2'], ['--cutmix', '1.0'], ['--cutmix-minmax', '0.2', '0.8']])
 def test_method_that_needs_unmixed_images_names_the_flag_and_the_alternatives(
-        flags: List[str], digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
+        flags: List[str], few_digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
     with pytest.raises(UsageError) as error:
-        run(digits_dir, tmp_path, teacher_file, *CRD, *flags)
+        run(few_digits_dir, tmp_path, teacher_file, *CRD, *flags)
     message = str(error.value)
     assert flags[0] in message and '--kd crd' in message and 'kd, ' in message and not list(tmp_path.iterdir())
 
@@ -78,8 +78,8 @@ def test_method_of_samples_passes_a_dry_run_without_data(capsys: pytest.CaptureF
 
 
 def test_gradient_norms_are_columns_of_the_summary_in_every_epoch_and_change_nothing(
-        digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
-    flags = [digits_dir, tmp_path, teacher_file, '--kd', 'norm+kd', '--epochs', 2]
+        few_digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
+    flags = [few_digits_dir, tmp_path, teacher_file, '--kd', 'norm+kd', '--epochs', 2]
     plain = run(*flags, experiment='plain')
     measured = run(*flags, '--log-grad-norm', 100, experiment='measured')
     columns = [f'train_grad_norm_{name}' for name in ('task', 'norm', 'kd')]
@@ -111,8 +111,8 @@ def test_schedule_of_the_command_line_or_a_config_reaches_the_task(
     assert seen['kd_schedule'] == expected
 
 
-def test_schedule_weighs_the_terms_of_each_epoch(digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
-    result = run(digits_dir, tmp_path, teacher_file, '--kd', 'kd', '--kd-schedule', 'kd=cosine:1:0', '--epochs', 2)
+def test_schedule_weighs_the_terms_of_each_epoch(few_digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
+    result = run(few_digits_dir, tmp_path, teacher_file, '--kd', 'kd', '--kd-schedule', 'kd=cosine:1:0', '--epochs', 2)
     for row, weight in zip(rows(result), (1, 0)):
         expected = float(row['train_task_loss']) + weight * float(row['train_kd_loss'])
         assert float(row['train_loss']) == pytest.approx(expected, rel=1e-5)
@@ -124,18 +124,18 @@ def test_schedule_weighs_the_terms_of_each_epoch(digits_dir: Path, tmp_path: Pat
     ('kd=warmup:0', 'warmup:0'),
 ])
 def test_wrong_schedule_is_one_message_before_anything_is_written(
-        schedule: str, message: str, digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
+        schedule: str, message: str, few_digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
     with pytest.raises(UsageError, match=message):
-        run(digits_dir, tmp_path, teacher_file, '--kd', 'kd', '--kd-schedule', schedule)
+        run(few_digits_dir, tmp_path, teacher_file, '--kd', 'kd', '--kd-schedule', schedule)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_gradient_norms_of_a_compiled_run_are_those_of_an_eager_one(
-        digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
+        few_digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
     flags = [
-        digits_dir, tmp_path, teacher_file, '--kd', 'norm+kd', '--epochs', 1, '--sched', 'none',
-        '--log-grad-norm', 2]
+        few_digits_dir, tmp_path, teacher_file, '--student', 'test_vit', '--model-kwargs', 'depth=1', '-b', 20, '--kd',
+        'norm+kd', '--epochs', 1, '--sched', 'none', '--log-grad-norm', 2]
     with torch._functorch.config.patch(donated_buffer=True):
         compiled = run(*flags, '--torchcompile', 'aot_eager', experiment='compiled')
     (expected,), (actual,) = rows(run(*flags, experiment='eager')), rows(compiled)
@@ -152,8 +152,8 @@ NEWER = [
 
 @pytest.mark.slow
 def test_resumed_run_of_a_method_that_takes_another_ends_with_the_weights_of_one_never_stopped(
-        digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
-    flags = [digits_dir, tmp_path, teacher_file, *NEWER, '--sched', 'none', '--epochs']
+        few_digits_dir: Path, tmp_path: Path, teacher_file: Path) -> None:
+    flags = [few_digits_dir, tmp_path, teacher_file, *NEWER, '--sched', 'none', '--epochs']
     whole = run(*flags, 2, experiment='whole')
     stopped = run(*flags, 1, experiment='stopped')
     resumed = run(*flags, 2, '--resume', Path(stopped.output_dir) / 'last.pth.tar', experiment='resumed')

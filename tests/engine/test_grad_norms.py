@@ -23,9 +23,9 @@ CLASSES = 5
 
 def create_task(kd: str = 'norm+kd', student: str = 'test_resnet', dtype: torch.dtype = torch.float64) -> DistillTask:
     torch.manual_seed(0)
-    kwargs = {'img_size': 32} if 'vit' in student else {'drop_rate': 0.1, 'drop_path_rate': 0.1}
+    kwargs = {'img_size': 32, 'depth': 2} if 'vit' in student else {'drop_rate': 0.1, 'drop_path_rate': 0.1}
     model = timm.create_model(student, num_classes=CLASSES, **kwargs)
-    teacher = timm.create_model('test_convnext', num_classes=CLASSES)
+    teacher = timm.create_model('test_convnext', num_classes=CLASSES, depths=(1, 1, 1, 1))
     return create_distill_task(
         model, teacher, kd=kd, kd_weight={'kd': 0.5} if 'kd' in kd else None, input_size=SIZE,
         dtype=dtype, verbose=False).train()

@@ -192,8 +192,9 @@ def create_task(**options: Any) -> DistillTask:
     torch.manual_seed(0)
     kwargs = {'embed_dim': 5, 'negatives': 6, **options}
     return create_distill_task(
-        timm.create_model('test_vit', num_classes=4, img_size=32), timm.create_model('test_resnet', num_classes=4),
-        kd='crd', kd_kwargs={'crd': kwargs}, sample_labels=LABELS, input_size=SIZE, verbose=False).train()
+        timm.create_model('test_vit', num_classes=4, img_size=32, depth=2),
+        timm.create_model('test_resnet', num_classes=4), kd='crd', kd_kwargs={'crd': kwargs}, sample_labels=LABELS,
+        input_size=SIZE, verbose=False).train()
 
 
 def create_batch(indices: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:

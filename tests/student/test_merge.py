@@ -1,7 +1,5 @@
 """Merged students give the logits of the students as trained and are plain timm models."""
 import copy
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, Dict, List, Tuple, Type
@@ -14,7 +12,7 @@ from timm.layers import FrozenBatchNormAct2d, freeze_batch_norm_2d
 from tiny_models import CHANNELS, Plain
 from torch.nn.utils.parametrizations import weight_norm
 
-from timm_distill import DistillTask, UsageError, create_distill_task, merge_student
+from timm_distill import DistillTask, Teacher, UsageError, create_distill_task, merge_student
 from timm_distill.errors import MergeError
 from timm_distill.student.merge import full_precision, merge_error, merged_state_dict, merged_tensors
 
@@ -22,20 +20,21 @@ SIZE = (3, 32, 32)
 CLASSES = 5
 STUDENTS: Dict[str, Tuple[str, Dict[str, Any]]] = {
     'nchw_features': ('test_resnet', {}),
-    'tokens_features': ('test_vit', dict(img_size=32)),
-    'pre_logits': ('test_convnext', {}),
+    'tokens_features': ('test_vit', dict(img_size=32, depth=2)),
+    'pre_logits': ('test_convnext', dict(depths=(1, 1, 1, 1))),
     'conv_head_inside_features': ('test_efficientnet', {}),
     'nhwc_features': ('swin_tiny_patch4_window7_224', dict(
-        img_size=32, window_size=1, embed_dim=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))),
+        img_size=32, window_size=1, embed_dim=16, depths=(1, 1), num_heads=(1, 2))),
     'conv_after_pool': ('mobilenetv3_small_050', {}),
 }
 ADAPTERS = {'bn_residual': (True, True), 'bn': (True, False), 'plain_residual': (False, True), 'plain': (False, False)}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-# All of float64; of float32, which differs by rounding, every student and every adapter.
+# An adapter gives one affine map and a student takes one, whatever gave it: every student with two adapters, every
+# adapter with three students; in float32, which differs by rounding, with one of them.
 MERGES = {
     f'{kind}-{adapter}-{str(dtype)[6:]}': (kind, adapter, dtype)
     for dtype in TOLERANCE for i, kind in enumerate(STUDENTS) for j, adapter in enumerate(ADAPTERS)
-    if dtype == torch.float64 or i % len(ADAPTERS) == j}
+    if i % len(ADAPTERS) == j or dtype == torch.float64 and (i + 2) % len(ADAPTERS) == j}
 
 
 def create_student(kind: str, **kwargs: Any) -> nn.Module:
@@ -44,12 +43,19 @@ def create_student(kind: str, **kwargs: Any) -> nn.Module:
 
 
 @cache
+def create_teacher(dtype: torch.dtype) -> Teacher:
+    """Return the frozen teacher of all students."""
+    torch.manual_seed(0)
+    return Teacher(timm.create_model('test_resnet', num_classes=7), SIZE, dtype=dtype)
+
+
+@cache
 def trained_task(kind: str, adapter: str = 'bn_residual', dtype: torch.dtype = torch.float64) -> DistillTask:
     """Return a task after a few real training steps with EMA."""
+    teacher, (batch_norm, residual) = create_teacher(dtype), ADAPTERS[adapter]
     torch.manual_seed(0)
-    batch_norm, residual = ADAPTERS[adapter]
     task = create_distill_task(
-        create_student(kind), timm.create_model('test_resnet', num_classes=7), kd='norm', dtype=dtype,
+        create_student(kind), teacher, kd='norm', dtype=dtype,
         kd_kwargs={'norm': dict(segments=2, batch_norm=batch_norm, residual=residual)}, input_size=SIZE, verbose=False)
     task.setup_ema(decay=0.6)
     task.train()
@@ -194,19 +200,12 @@ def test_ema_student_is_asked_for_only_where_there_is_one() -> None:
         merge_student(task, ema=True)
 
 
-def test_timm_alone_loads_the_checkpoint_and_gives_the_same_logits(tmp_path: Path) -> None:
+def test_timms_own_model_loads_the_checkpoint_and_gives_the_same_logits(tmp_path: Path) -> None:
     task = trained_task('nchw_features', dtype=torch.float32)
     images = torch.randn(2, *SIZE)
     torch.save(task.get_checkpoint_state(), tmp_path / 'last.pth.tar')
-    torch.save(images, tmp_path / 'images.pt')
-    code = (
-        'import sys, timm, torch\n'
-        "path = sys.argv[1] + '/last.pth.tar'\n"
-        f"model = timm.create_model('test_resnet', num_classes={CLASSES}, checkpoint_path=path)\n"
-        "assert not any(name.startswith('timm_distill') for name in sys.modules)\n"
-        "torch.save(model.eval()(torch.load(sys.argv[1] + '/images.pt')).detach(), sys.argv[1] + '/logits.pt')\n")
-    subprocess.run([sys.executable, '-c', code, str(tmp_path)], check=True, cwd=tmp_path)
-    actual, expected = torch.load(tmp_path / 'logits.pt'), unmerged_logits(task, images, ema=False)
+    model = timm.create_model('test_resnet', num_classes=CLASSES, checkpoint_path=str(tmp_path / 'last.pth.tar'))
+    actual, expected = model.eval()(images).detach(), unmerged_logits(task, images, ema=False)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
