@@ -693,13 +693,14 @@ def test_student_that_comes_with_weights_keeps_its_accuracy_until_it_learns(
 
 
 @pytest.mark.parametrize('student,options,identity', [
-    ('test_resnet', {}, False),
-    ('test_resnet', dict(student_pretrained=False), False),
-    ('module', {}, False),
+    ('test_resnet', {}, True),
+    ('test_resnet', dict(student_pretrained=False), True),
+    ('module', {}, True),
     ('module', dict(student_pretrained=True), True),
     ('test_resnet', dict(student_kwargs=dict(checkpoint_path='student.pth')), True),
+    ('test_resnet', dict(kd_kwargs={'norm.init': 'official'}), False),
 ])
-def test_adapter_starts_as_the_identity_where_the_student_is_known_to_come_with_weights(
+def test_adapter_starts_as_the_identity_unless_it_is_told_to_start_at_random(
         student: str, options: Dict[str, Any], identity: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(create_model().state_dict(), 'student.pth')

@@ -148,7 +148,7 @@ def create_distill_task(
         check_class_counts(model, teachers, methods, own_input, data.class_names)
     module = _adapt_student(model, teachers, methods, own_input, recipe.kd_tap, verbose)
     module.resize_to = resize_to
-    _start_adapters(module, student, student_kwargs, student_pretrained, verbose)
+    _start_adapters(module, student, student_kwargs, student_pretrained)
     standardizers = {name: one.standardizer for name, one in teachers_by_name(teachers).items()}
     module.standardized = choose_standardized(methods, standardizers, verbose)
     for name, one in teachers_by_name(teachers).items():
@@ -267,15 +267,10 @@ def _start_adapters(
         student: Union[str, nn.Module],
         student_kwargs: Optional[Mapping[str, Any]],
         pretrained: Optional[bool],
-        verbose: bool,
 ) -> None:
     """Let the adapters of a student that comes with weights leave it as it is."""
     if isinstance(student, str):
         pretrained = any((student_kwargs or {}).get(name) for name in ('pretrained', 'checkpoint_path'))
-    elif pretrained is None and module.adapters and verbose:
-        _logger.info(
-            'The adapter starts as for a student without weights: student_pretrained=True says that a module '
-            'comes with some.')
     if pretrained:
         for adapter in module.adapters:
             adapter.start_pretrained()

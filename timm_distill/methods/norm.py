@@ -41,7 +41,7 @@ class NORM(DistillMethod):
             'auto' for the cheaper at the batch's size.
         schedule: Weight over epochs: 'const', 'imagenet', 'cifar' or a list of epoch:weight.
         init: How the adapter starts: 'identity' leaves the student's logits as they are, 'official' is the published
-            code's random start, 'auto' the former for a student that comes with weights and the latter for others.
+            code's random start, 'auto' the former where the adapter can be the identity and the latter where not.
         logit_scale: Standardise both models' logits times this (2.5 in the official recipe); 0 is off. Costs calibrated
             confidence.
 

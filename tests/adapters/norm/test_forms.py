@@ -469,7 +469,7 @@ def nearly_matching(
     weight = torch.randn(24, channels, generator=generator, dtype=torch.float64) / channels ** 0.5
     linear = torch.einsum('oc,bchw->bohw', weight, x)
     teacher = linear + noise * torch.randn(linear.shape, generator=generator, dtype=torch.float64)
-    adapter = create_adapter('norm', channels, 24, segments=4).double().train()
+    adapter = create_adapter('norm', channels, 24, segments=4, init='official').double().train()
     variance, mean = torch.var_mean(linear, (0, 2, 3), correction=0)
     with torch.no_grad():
         adapter.expand.weight.copy_(weight.repeat(4, 1)[:, :, None, None])
@@ -562,7 +562,7 @@ def test_gradients_lose_digits_only_where_one_direction_of_the_feature_dominates
     direction = nn.functional.normalize(torch.randn(64, generator=generator, dtype=torch.float64), dim=0)
     x = (x + (deviation - 1) * torch.einsum('bchw,c,d->bdhw', x, direction, direction)).float()
     torch.manual_seed(0)
-    adapter = create_adapter('norm', 64, 48, segments=4).train()
+    adapter = create_adapter('norm', 64, 48, segments=4, init='official').train()
     results = {}
     for form, dtype in (('exact', torch.float64), ('direct', torch.float32), ('moments', torch.float32)):
         match = Match(teacher.float().to(dtype), lambda positions: positions)

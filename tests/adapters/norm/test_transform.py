@@ -102,8 +102,8 @@ def test_convolutions_start_kaiming_normal_over_the_fan_out() -> None:
         assert conv.bias is None
 
 
-def test_batch_norms_start_as_the_identity() -> None:
-    adapter = create_adapter('norm', 6, 5, segments=3)
+def test_batch_norms_start_as_the_identity_in_the_official_start() -> None:
+    adapter = create_adapter('norm', 6, 5, segments=3, init='official')
     for norm in (adapter.expand_bn, adapter.contract_bn):
         assert (norm.eps, norm.momentum) == (1e-5, 0.1)
         assert (norm.weight == 1).all() and (norm.bias == 0).all()
@@ -177,9 +177,9 @@ def test_identity_init_only_differs_in_what_it_sets_to_zero() -> None:
 
 
 @pytest.mark.parametrize('init,identity', [('auto', True), ('identity', True), ('official', False)])
-def test_auto_is_the_identity_for_a_student_with_weights_and_official_for_others(init: str, identity: bool) -> None:
+def test_transform_starts_as_the_identity_unless_it_is_told_to_start_at_random(init: str, identity: bool) -> None:
     adapter = create_adapter('norm', 6, 5, segments=3, init=init)
-    assert (adapter.contract_bn.weight == (0. if init == 'identity' else 1.)).all()
+    assert (adapter.contract_bn.weight == (0. if identity else 1.)).all()
     adapter.start_pretrained()
     assert (adapter.contract_bn.weight == (0. if identity else 1.)).all()
 

@@ -55,8 +55,8 @@ class NToOneTransform(Adapter):
         side: Expand for the loss alone and leave the student's path as it is.
         init: 'identity' starts with an output that is the input, by a last batch norm of scale 0 (without batch norms:
             a contraction of weight 0), so that a student keeps its accuracy until it learns; the match trains the
-            expansion meanwhile. 'official' starts at random as the published code does. 'auto' is the former for a
-            student that comes with weights and the latter for others.
+            expansion meanwhile. 'official' starts at random as the published code does. 'auto' is the former where
+            the transform can be the identity, and the latter where not.
 
     Raises:
         UsageError: If the transform cannot be the identity and has to, or there are more teachers than segments.
@@ -112,28 +112,21 @@ class NToOneTransform(Adapter):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if self.init == 'identity':
-            obstacle = self._identity_obstacle()
-            if obstacle:
-                raise UsageError(
-                    f'norm.init=identity is impossible: {obstacle}. Give norm.residual=True, or '
-                    'norm.init=official (--kd-kwargs).')
+        obstacle = self._identity_obstacle()
+        if self.init == 'identity' and obstacle:
+            raise UsageError(
+                f'norm.init=identity is impossible: {obstacle}. Give norm.residual=True, or '
+                'norm.init=official (--kd-kwargs).')
+        if self.init != 'official' and not obstacle:
             self._become_identity()
 
     def start_pretrained(self) -> None:
-        if self.init != 'auto' or self.contract is None:
-            return
         obstacle = self._identity_obstacle()
-        if obstacle:
+        if self.init == 'auto' and obstacle:
             _logger.warning(
                 "The N-to-one transform starts at random on the path of a student that comes with weights, "
                 f'whose accuracy it takes at first: it cannot start as the identity, {obstacle}. '
                 '--kd-kwargs norm.residual=True lets it.')
-            return
-        _logger.info(
-            'The N-to-one transform starts as the identity, since the student comes with weights '
-            '(--kd-kwargs norm.init=official starts at random).')
-        self._become_identity()
 
     def _identity_obstacle(self) -> str:
         """Return why the transform cannot start as the identity, '' where it can."""
