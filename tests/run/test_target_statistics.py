@@ -135,6 +135,12 @@ def test_images_without_labels_and_a_student_without_classifier(runs: Runs, capl
     assert len([m for m in caplog.messages if m.startswith('Targets standardised')]) == 1
 
 
+@pytest.mark.parametrize('kd', ['tokens', 'nd'])
+def test_images_of_several_sizes_are_measured_at_the_size_of_validation(runs: Runs, kd: str) -> None:
+    state = runs('run', '--kd', kd, '--train-img-sizes', '32', '64', '--epochs', '1')
+    assert all(tensor.isfinite().all() for tensor in flat(state['task_state']).values() if tensor.is_floating_point())
+
+
 def test_a_dry_run_needs_no_images(capsys: pytest.CaptureFixture) -> None:
     for mode in ('channel', 'phi-s'):
         train_distill.main([

@@ -7,6 +7,7 @@ from typing import Any, Callable, Dict, Optional, Tuple, cast
 
 import torch
 from timm.data import AugMixDataset, create_loader
+from timm.data.scheduled_sampler import ScheduledTransformDataset
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import UsageError
@@ -233,7 +234,7 @@ def create_pass_loader(
         raise UsageError(
             '--nd-class-means-transform train does not go with --train-img-sizes and --aug-splits: use '
             'eval.')
-    while isinstance(dataset, (AugMixDataset, IndexedDataset, ViewDataset)):
+    while isinstance(dataset, (AugMixDataset, IndexedDataset, ScheduledTransformDataset, ViewDataset)):
         dataset = dataset.dataset
     copied = copy.copy(dataset)
     if num_images is not None and hasattr(copied, '__len__') and not isinstance(copied, IterableDataset):
