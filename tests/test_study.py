@@ -1,6 +1,7 @@
 """The study: plans are checked before anything runs, runs resume and are not repeated, differences are paired."""
 import csv
 import os
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -39,6 +40,11 @@ def write_plan(folder: Path, **changes: Any) -> Path:
     path = folder / 'tiny.yaml'
     path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
     return path
+
+
+def results_of(plan: Path) -> Path:
+    """Return the committed rows of a plan of the repository."""
+    return BENCHMARKS / 'results' / f'{plan.stem}.csv'
 
 
 def study_flags(plan: Path, digits_dir: Path) -> List[str]:
@@ -260,6 +266,22 @@ def test_every_plan_of_the_repository_is_valid() -> None:
         plan = study_plan.read_plan(str(path))
         results = study_rows.Results(str(BENCHMARKS / 'results' / f'{plan.name}.csv'))
         results.check(plan.runs(), os.path.join('output', 'study', plan.name))
+
+
+def test_page_of_results_is_what_the_rows_say() -> None:
+    page = (BENCHMARKS.parent / 'docs' / 'results.md').read_text(encoding='utf-8')
+    plans = [path for path in (BENCHMARKS / 'plans').glob('*.yaml') if results_of(path).is_file()]
+    assert plans
+    for path in plans:
+        section = study_table.describe(study_plan.read_plan(str(path)), study_rows.Results(str(results_of(path))))
+        assert section in page, f'study.py {path.name} --table writes another page'
+
+
+def test_rows_that_the_advice_on_methods_names_have_been_run() -> None:
+    text = (BENCHMARKS.parent / 'docs' / 'choosing.md').read_text(encoding='utf-8')
+    named = {name for names in re.findall(r'rows? (\*[^)]*?)[),]', text) for name in re.findall(r'\*([^*]+)\*', names)}
+    rows = study_rows.Results(str(results_of(BENCHMARKS / 'plans' / 'imagenette.yaml'))).rows
+    assert named and named <= {row['setting'] for row in rows}
 
 
 @pytest.mark.slow
