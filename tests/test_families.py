@@ -68,8 +68,8 @@ def trained(built: Built) -> Trained:
     """The model as student after one step, two where a classifier that starts at zero holds gradients back."""
     torch.manual_seed(0)
     task = create_distill_task(
-        built.model, create_teacher_for(built.input_size), kd='norm', kd_kwargs={'norm.segments': 2},
-        input_size=built.input_size, verbose=False).train()
+        built.model, create_teacher_for(built.input_size), kd='norm',
+        kd_kwargs={'norm.segments': 2, 'norm.init': 'official'}, input_size=built.input_size, verbose=False).train()
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
     images = torch.randn(BATCH, *built.input_size)
     result, gradients = train_step(task, images, optimizer)

@@ -51,7 +51,7 @@ def create_task(
         **options: Any,
 ) -> DistillTask:
     student, teacher = student or create_model(seed=seed), teacher or create_model('test_convnext', seed=7)
-    kd_kwargs = options.pop('kd_kwargs', {'norm.segments': 2} if 'norm' in kd else None)
+    kd_kwargs = options.pop('kd_kwargs', {'norm.segments': 2, 'norm.init': 'official'} if 'norm' in kd else None)
     return create_distill_task(
         student, teacher, kd=kd, kd_kwargs=kd_kwargs, input_size=SIZE, verbose=False, **options).train()
 

@@ -21,7 +21,8 @@ def create_task(kd: str = 'norm+srrl', seed: int = 0, teacher_seed: int = 7) -> 
     torch.manual_seed(seed)
     student = timm.create_model('test_resnet', num_classes=CLASSES)
     return create_distill_task(
-        student, teacher, kd=kd, kd_kwargs={'norm.segments': 2} if 'norm' in kd else None, input_size=SIZE,
+        student, teacher, kd=kd,
+        kd_kwargs={'norm.segments': 2, 'norm.init': 'official'} if 'norm' in kd else None, input_size=SIZE,
         verbose=False).train()
 
 

@@ -27,7 +27,7 @@ def release(name: str, num_classes: int, folder: Path) -> torch.nn.Module:
     size = (3, TRAINED, TRAINED)
     task = create_distill_task(
         student, timm.create_model('test_resnet', num_classes=3), kd='norm', has_labels=False, input_size=size,
-        kd_kwargs={'norm.segments': 1}, verbose=False)
+        kd_kwargs={'norm.segments': 1, 'norm.init': 'official'}, verbose=False)
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
     task.train()
     task(torch.randn(4, *size), torch.zeros(4, dtype=torch.int64))['loss'].backward()

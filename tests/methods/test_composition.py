@@ -52,7 +52,7 @@ def create_task(
     torch.manual_seed(0)
     return create_distill_task(
         factory(), teacher, kd='norm', kd_tap=kd_tap, dtype=dtype,
-        kd_kwargs={'norm.segments': 2}, input_size=SIZE, verbose=False).train()
+        kd_kwargs={'norm.segments': 2, 'norm.init': 'official'}, input_size=SIZE, verbose=False).train()
 
 
 def create_batch(dtype: torch.dtype = torch.float32, size: Tuple[int, ...] = SIZE) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -52,7 +52,7 @@ def create_module(kind: str = 'nchw', seed: int = 0, **options: Any) -> AdaptedS
     student = create_student(kind)
     tap = resolve_student_tap(student, SIZE)
     torch.manual_seed(seed)
-    adapter = create_adapter('norm', tap.layout.channels, 6, **{'segments': 2, **options})
+    adapter = create_adapter('norm', tap.layout.channels, 6, **{'segments': 2, 'init': 'official', **options})
     return AdaptedStudent(student, [adapter], tap, {'doubling': Doubling()})
 
 

@@ -56,7 +56,8 @@ def trained_task(kind: str, adapter: str = 'bn_residual', dtype: torch.dtype = t
     torch.manual_seed(0)
     task = create_distill_task(
         create_student(kind), teacher, kd='norm', dtype=dtype,
-        kd_kwargs={'norm': dict(segments=2, batch_norm=batch_norm, residual=residual)}, input_size=SIZE, verbose=False)
+        kd_kwargs={'norm': dict(segments=2, batch_norm=batch_norm, residual=residual, init='official')},
+        input_size=SIZE, verbose=False)
     task.setup_ema(decay=0.6)
     task.train()
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.02, momentum=0.9)

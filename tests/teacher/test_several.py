@@ -16,7 +16,7 @@ from timm_distill.teacher.several import Teachers, ask_each, live_teachers, teac
 from timm_distill.teacher.teacher import Teacher
 
 SIZE, CLASSES = (3, 32, 32), 5
-NORM = {'norm.segments': 3}
+NORM = {'norm.segments': 3, 'norm.init': 'official'}
 
 
 def create_model(name: str, seed: int = 0, **kwargs: Any) -> nn.Module:
