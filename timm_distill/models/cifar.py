@@ -45,8 +45,8 @@ class CifarNet(nn.Module):
         num_classes: Classes; 0 for no classifier.
         global_pool: Pooling of the last map: 'avg', 'max', 'avgmax', 'catavgmax', or '' for none.
         drop_rate: Dropout before the classifier.
-        init: 'fan_out' draws convolutions as He et al. (ICCV 2015) do, 'default' leaves torch's weights.
-        classifier_std: Spread of the classifier's weights; torch's initialisation where None.
+        init: 'fan_out' draws convolutions as He et al. (ICCV 2015) do, 'fan_out_normal' the classifier from a normal
+            distribution of deviation 0.01 besides, 'default' leaves torch's weights.
     """
 
     def __init__(
@@ -62,7 +62,6 @@ class CifarNet(nn.Module):
             global_pool: str = 'avg',
             drop_rate: float = 0.,
             init: str = 'fan_out',
-            classifier_std: Optional[float] = None,
     ):
         super().__init__()
         self.in_chans = in_chans
@@ -79,16 +78,16 @@ class CifarNet(nn.Module):
             for width, reduction, module in zip(widths, reductions, modules)]
         self.global_pool, self.head_drop, self.fc = create_classifier(
             num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate)
-        self._init_weights(init, classifier_std)
+        self._init_weights(init)
 
-    def _init_weights(self, init: str, classifier_std: Optional[float]) -> None:
+    def _init_weights(self, init: str) -> None:
         for module in self.modules():
-            if init == 'fan_out' and isinstance(module, nn.Conv2d):
+            if init != 'default' and isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if classifier_std is not None and isinstance(self.fc, nn.Linear):
-            nn.init.normal_(self.fc.weight, std=classifier_std)
+        if init == 'fan_out_normal' and isinstance(self.fc, nn.Linear):
+            nn.init.normal_(self.fc.weight, std=0.01)
             nn.init.zeros_(self.fc.bias)
 
     @torch.jit.ignore
@@ -245,7 +244,7 @@ def _vgg(depths: Sequence[int], in_chans: int = 3, **kwargs: Any) -> CifarNet:
         for pool, depth, chs_in, chs_out in zip(pools, depths[1:], widths, widths[1:])]
     stem = nn.Sequential(*(layer for block in _plain(depths[0], in_chans, widths[0]) for layer in block))
     return CifarNet(
-        stem, stages, widths, (1, 2, 4, 8, 8), 512, in_chans=in_chans, classifier_std=0.01, **kwargs)
+        stem, stages, widths, (1, 2, 4, 8, 8), 512, in_chans=in_chans, init='fan_out_normal', **kwargs)
 
 
 def _mobilenetv2(in_chans: int = 3, **kwargs: Any) -> CifarNet:
@@ -264,7 +263,7 @@ def _mobilenetv2(in_chans: int = 3, **kwargs: Any) -> CifarNet:
     stages.append(nn.Sequential(*blocks))
     return CifarNet(
         conv_norm(in_chans, 16, 3, 2), stages, (16, 12, 16, 48, 160), (2, 2, 4, 8, 16), 1280, conv_norm(160, 1280),
-        in_chans=in_chans, classifier_std=0.01, **kwargs)
+        in_chans=in_chans, init='fan_out_normal', **kwargs)
 
 
 def _shufflenetv1(in_chans: int = 3, groups: int = 3, **kwargs: Any) -> CifarNet:
