@@ -15,7 +15,7 @@ from timm_distill.errors import UsageError
 from timm_distill.features.spec import Features
 from timm_distill.teacher.class_map import ClassMatch
 from timm_distill.teacher.rounding import run_rounded
-from timm_distill.teacher.teacher import Teacher
+from timm_distill.teacher.teacher import Teacher, wrap_teacher
 
 OUTPUTS = frozenset({'logits', 'feature', 'pre_logits'})
 PRECISIONS = {
@@ -77,7 +77,7 @@ def test_check_passes_on_what_other_kernels_of_the_same_precision_gave(
         tmp_path: Path,
 ) -> None:
     dtype, autocast = PRECISIONS[precision]
-    teacher = Teacher(create_model(name), (3, 32, 32), dtype=dtype, autocast=dtype is None)
+    teacher = wrap_teacher(create_model(name), (3, 32, 32), dtype=dtype, autocast=dtype is None)
 
     def of_other_batches(images: torch.Tensor) -> Features:
         parts = [run(teacher, autocast, images[i:i + 1]) for i in range(len(images))]
@@ -104,7 +104,7 @@ def test_check_stops_on_other_views_and_slightly_other_weights(precision: str, t
         for parameter in other.parameters():
             parameter += 0.04 * parameter.std(correction=0) * torch.randn_like(parameter)
     teacher, another = (
-        Teacher(m, (3, 32, 32), dtype=dtype, autocast=dtype is None) for m in (model, other))
+        wrap_teacher(m, (3, 32, 32), dtype=dtype, autocast=dtype is None) for m in (model, other))
     with pytest.raises(CacheMismatchError, match='rounding explains'):
         check(tmp_path / 'weights', partial(run, another, autocast), teacher, autocast)
     with pytest.raises(CacheMismatchError, match='rounding explains'):

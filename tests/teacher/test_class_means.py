@@ -28,6 +28,7 @@ from timm_distill.teacher.class_means import (
     save_class_means,
 )
 from timm_distill.teacher.preprocessing import InputRecord
+from timm_distill.teacher.teacher import wrap_teacher
 
 SIZE, CLASSES, WIDTH = (3, 32, 32), 5, 96
 
@@ -188,7 +189,8 @@ def test_key_depends_on_all_that_changes_the_numbers(digits_dir: Path, tmp_path:
         if rename:
             os.rename(root / '3', root / '99')
         try:
-            return class_means_key(Teacher(model, SIZE, **teacher), timm.data.create_dataset('', str(root)), [settings])
+            data = timm.data.create_dataset('', str(root))
+            return class_means_key(wrap_teacher(model, SIZE, **teacher), data, [settings])
         finally:
             if rename:
                 os.rename(root / '99', root / '3')

@@ -19,7 +19,7 @@ from torchvision.models import resnet18
 from timm_distill import Teacher, UsageError, create_distill_task, create_teacher
 from timm_distill.teacher.fold import settle_batch_norms
 from timm_distill.teacher.preprocessing import InputRecord
-from timm_distill.teacher.teacher import hash_weights
+from timm_distill.teacher.teacher import hash_weights, wrap_teacher
 from timm_distill.utils.batch_norm import is_batch_norm
 
 SIZE = (3, 32, 32)
@@ -432,14 +432,14 @@ def test_teacher_of_another_precision_trains_a_student(kd: str, teacher_dtype: t
 
 def test_features_have_the_dtype_of_the_images_outside_autocast() -> None:
     x = torch.randn(2, *SIZE)
-    teacher = Teacher(create_settled_model(), SIZE, dtype=torch.bfloat16, autocast=False)
+    teacher = wrap_teacher(create_settled_model(), SIZE, dtype=torch.bfloat16, autocast=False)
     assert {t.dtype for t in teacher(x, OUTPUTS | {'stages'}).tensors()} == {torch.float32}
     assert {t.dtype for t in teacher(x.bfloat16(), OUTPUTS).tensors()} == {torch.bfloat16}
 
 
 def test_own_precision_is_not_cast_again_by_autocast() -> None:
     model, x = create_settled_model(), torch.randn(2, *SIZE)
-    own, of_the_run = Teacher(model, SIZE, dtype=torch.float32, autocast=False), Teacher(model, SIZE)
+    own, of_the_run = wrap_teacher(model, SIZE, dtype=torch.float32, autocast=False), Teacher(model, SIZE)
     expected = own(x).logits
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(own(x).logits, expected)

@@ -45,7 +45,6 @@ class Teacher(nn.Module):
         student_std: Likewise.
         device: Where the teacher lives, the model's device by default.
         dtype: Its precision, the model's by default. Folding comes before rounding to it.
-        autocast: Let the run's autocast hold for the teacher too; else it computes in its own precision.
         fold: Fold batch norms.
         channels_last: Memory order of the convolutions' weights, which their outputs follow. By default channels_last
             on the CPU, where it is faster whatever order the images have, and as it comes elsewhere.
@@ -64,6 +63,7 @@ class Teacher(nn.Module):
         labels: Names of its own classes, None where nobody knows them.
         class_map: From its own classes to the student's, with `classes`.
         head_input: What its head can be run on.
+        autocast: Whether the run's autocast holds for it too; else it computes in its own precision.
         standardizer: How its features are standardised for the methods that get such targets; `forward` gives them as
             they are.
         folded: Which batch norms were folded.
@@ -82,7 +82,6 @@ class Teacher(nn.Module):
             student_std: Sequence[float] = IMAGENET_DEFAULT_STD,
             device: Union[str, torch.device, None] = None,
             dtype: Optional[torch.dtype] = None,
-            autocast: bool = True,
             fold: bool = True,
             channels_last: Optional[bool] = None,
             copy_model: bool = True,
@@ -105,7 +104,7 @@ class Teacher(nn.Module):
         weight = next(model.parameters())
         if channels_last or channels_last is None and weight.device.type == 'cpu':
             order_channels_last(model, self.input_size, self._read_all)
-        self.autocast = autocast
+        self.autocast = True
         self.prepare = Preparation(self.preprocessing, student_mean, student_std, resize_to, weight)
         self.is_sharded = False
         self.standardizer = Standardizer()
@@ -345,6 +344,7 @@ def wrap_teacher(
         model: nn.Module,
         input_size: Sequence[int],
         standardize: Optional[str] = None,
+        autocast: bool = True,
         **kwargs: Any,
 ) -> Teacher:
     """Make a model a teacher.
@@ -354,6 +354,7 @@ def wrap_teacher(
         input_size: Likewise.
         standardize: How its features are standardised for the methods: 'none', 'channel' or 'phi-s'; None for those
             methods alone that ask for it ('channel').
+        autocast: Let the run's autocast hold for the teacher too; else it computes in its own precision.
         kwargs: More arguments of `Teacher`.
 
     Raises:
@@ -362,5 +363,6 @@ def wrap_teacher(
     standardizer = Standardizer(standardize)
     teacher = Teacher(model, input_size, **kwargs)
     teacher.standardizer = standardizer
+    teacher.autocast = autocast
     return teacher
 
