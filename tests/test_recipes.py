@@ -60,13 +60,13 @@ def test_a_recipe_names_flags_models_methods_and_options_that_exist(path: Path) 
 
 
 @each_recipe
-def test_a_recipe_runs_on_small_models(path: Path, digits_dir: Path, tmp_path: Path) -> None:
+def test_a_recipe_runs_on_small_models(path: Path, few_digits_dir: Path, tmp_path: Path) -> None:
     has_labels = not read(path).get('no_labels')
     result = train_distill.main([
-        '--config', str(path), '--data-dir', str(digits_dir), '--dataset', '', '--output', str(tmp_path), '--teacher',
-        'test_resnet', '--student', *small_student(path), '--no-teacher-pretrained',
+        '--config', str(path), '--data-dir', str(few_digits_dir), '--dataset', '', '--output', str(tmp_path),
+        '--teacher', 'test_resnet', '--student', *small_student(path), '--no-teacher-pretrained',
         '--num-classes', '10' if has_labels else '0',
-        '--input-size', '3', '32', '32', '-b', '100', '--epochs', '1', '-j', '0', '--device', 'cpu', '--no-report',
+        '--input-size', '3', '32', '32', '-b', '50', '--epochs', '1', '-j', '0', '--device', 'cpu', '--no-report',
         '--lr', '1e-3'])
     assert result.checkpoint
     (entry,) = result.history

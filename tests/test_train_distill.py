@@ -69,7 +69,7 @@ def test_every_term_is_in_the_summary_by_name(distilled):
 LOAD_WITH_TIMM_ALONE = """
 import json, sys, torch, timm
 from timm.data import create_dataset, create_loader, resolve_data_config
-name, path, data_dir = sys.argv[1:]
+name, path, data_dir, hub = sys.argv[1:]
 model = timm.create_model(name, num_classes=10, checkpoint_path=path).eval()
 stock = sum(p.numel() for p in timm.create_model(name, num_classes=10).parameters())
 config = resolve_data_config(dict(img_size=32), model=model)
@@ -78,15 +78,19 @@ loader = create_loader(dataset, config['input_size'], 30, interpolation=config['
                        std=config['std'], crop_pct=config['crop_pct'], device=torch.device('cpu'), num_workers=0)
 with torch.inference_mode():
     correct = sum((model(x).argmax(1) == y).sum().item() for x, y in loader)
+released = timm.create_model(f'local-dir:{hub}', pretrained=True).eval()
+config = resolve_data_config(model=released)
+assert config['input_size'] == (3, 32, 32) and released.num_classes == 10, config
 assert not [m for m in sys.modules if m.startswith('timm_distill')]
 count = sum(p.numel() for p in model.parameters())
 print(json.dumps(dict(top1=100 * correct / len(dataset), count=count, stock=stock)))
 """
 
 
-def test_checkpoint_loads_with_timm_alone_and_has_the_top1_of_the_summary(distilled, digits_dir, tmp_path):
+def test_checkpoint_and_hub_folder_load_with_timm_alone_with_the_top1_of_the_summary(distilled, digits_dir, tmp_path):
     out = subprocess.run(
-        [sys.executable, '-c', LOAD_WITH_TIMM_ALONE, STUDENT, distilled.checkpoint, str(digits_dir)],
+        [sys.executable, '-c', LOAD_WITH_TIMM_ALONE, STUDENT, distilled.checkpoint, str(digits_dir),
+         os.path.join(distilled.output_dir, 'hub')],
         cwd=tmp_path, capture_output=True, text=True, check=True)
     loaded = json.loads(out.stdout.splitlines()[-1])
     row = rows(distilled.output_dir)[distilled.best_epoch]
@@ -123,14 +127,14 @@ def test_teacher_is_in_no_entry_of_the_checkpoint(distilled, teacher_file):
 
 
 @pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_resumed_run_gives_the_summary_rows_of_one_never_stopped(digits_dir, teacher_file, tmp_path, workers):
+def test_resumed_run_gives_the_summary_rows_of_one_never_stopped(few_digits_dir, teacher_file, tmp_path, workers):
     flags = [*distil_flags(teacher_file), '-j', workers, '--drop-path', '0.1']
-    folder = Path(run(digits_dir, tmp_path, *flags, '--epochs', 3, experiment='whole').output_dir)
+    folder = Path(run(few_digits_dir, tmp_path, *flags, '--epochs', 3, experiment='whole').output_dir)
     whole, theirs = rows(folder), torch.load(folder / 'last.pth.tar', weights_only=False)
     resume = folder / 'checkpoint-1.pth.tar'  # what a kill behind epoch 1 leaves
-    run(digits_dir, tmp_path, *flags, '--epochs', 3, '--resume', resume, experiment='resumed')
+    run(few_digits_dir, tmp_path, *flags, '--epochs', 3, '--resume', resume, experiment='resumed')
     assert rows(tmp_path / 'resumed') == whole[2:]
-    run(digits_dir, tmp_path, *flags, '--epochs', 3, '--resume', resume, experiment='whole')
+    run(few_digits_dir, tmp_path, *flags, '--epochs', 3, '--resume', resume, experiment='whole')
     assert rows(folder) == whole
     ours = torch.load(folder / 'last.pth.tar', weights_only=False)
     for part in ('state_dict', 'state_dict_ema'):
@@ -138,22 +142,22 @@ def test_resumed_run_gives_the_summary_rows_of_one_never_stopped(digits_dir, tea
             assert torch.equal(ours[part][name], value), name
 
 
-def test_kd_none_needs_no_teacher(digits_dir, tmp_path):
-    result = run(digits_dir, tmp_path, '--model', TEACHER, '--epochs', 1)
+def test_kd_none_needs_no_teacher(few_digits_dir, tmp_path):
+    result = run(few_digits_dir, tmp_path, '--model', TEACHER, '--epochs', 1)
     assert list(rows(result.output_dir)[0]) == ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
 
 
-def test_run_under_bfloat16_autocast_saves_a_verified_student(digits_dir, teacher_file, tmp_path):
+def test_run_under_bfloat16_autocast_saves_a_verified_student(few_digits_dir, teacher_file, tmp_path):
     result = run(
-        digits_dir, tmp_path, *distil_flags(teacher_file), '--epochs', 1, '--amp', '--amp-dtype', 'bfloat16',
+        few_digits_dir, tmp_path, *distil_flags(teacher_file), '--epochs', 1, '--amp', '--amp-dtype', 'bfloat16',
         '--grad-accum-steps', 3, '--clip-grad', 1, '--channels-last')
     state = torch.load(result.checkpoint, weights_only=False)['state_dict']
     timm.create_model(STUDENT, num_classes=10).load_state_dict(state)
 
 
-def test_teacher_accuracy_is_reported_before_training(digits_dir, teacher_file, tmp_path, caplog):
+def test_teacher_accuracy_is_reported_before_training(few_digits_dir, teacher_file, tmp_path, caplog):
     caplog.set_level('INFO')
-    run(digits_dir, tmp_path, *distil_flags(teacher_file), '--epochs', 1)
+    run(few_digits_dir, tmp_path, *distil_flags(teacher_file), '--epochs', 1)
     messages = [record.getMessage() for record in caplog.records]
     teacher = next(i for i, m in enumerate(messages) if m.startswith(f'Teacher {TEACHER} top-1'))
     assert teacher < next(i for i, m in enumerate(messages) if m.startswith('Train:'))
@@ -259,19 +263,19 @@ def test_bad_input_exits_with_code_2_and_no_traceback(tmp_path):
     ['--train-img-sizes', '24', '32', '--train-batch-sizes', '40', '30', '--variable-batch-loss-scale', 'sqrt'],
 ])
 def test_distillation_goes_with_views_and_sizes_and_leaves_a_plain_checkpoint(
-        digits_dir, teacher_file, tmp_path, flags):
-    result = run(digits_dir, tmp_path, *distil_flags(teacher_file)[:-2], '--epochs', 1, *flags)
+        few_digits_dir, teacher_file, tmp_path, flags):
+    result = run(few_digits_dir, tmp_path, *distil_flags(teacher_file)[:-2], '--epochs', 1, *flags)
     model = timm.create_model(STUDENT, num_classes=10)
     model.load_state_dict(torch.load(result.checkpoint, weights_only=False)['state_dict'])
     assert rows(result.output_dir)[0]['train_norm_loss']
 
 
-def test_split_batch_norms_survive_a_resume(digits_dir, tmp_path):
+def test_split_batch_norms_survive_a_resume(few_digits_dir, tmp_path):
     flags = ['--model', TEACHER, '--aug-splits', '2', '--split-bn', '--sched', 'none']
-    whole = run(digits_dir, tmp_path, *flags, '--epochs', 2, experiment='whole')
-    run(digits_dir, tmp_path, *flags, '--epochs', 1, experiment='half')
+    whole = run(few_digits_dir, tmp_path, *flags, '--epochs', 2, experiment='whole')
+    run(few_digits_dir, tmp_path, *flags, '--epochs', 1, experiment='half')
     run(
-        digits_dir, tmp_path, *flags, '--epochs', 2, '--resume', tmp_path / 'half' / 'last.pth.tar',
+        few_digits_dir, tmp_path, *flags, '--epochs', 2, '--resume', tmp_path / 'half' / 'last.pth.tar',
         experiment='resumed')
     assert rows(tmp_path / 'resumed')[-1] == rows(whole.output_dir)[-1]
 
@@ -281,33 +285,34 @@ NAFLEX = [
     'patch_size=8', '--naflex-loader', '--naflex-max-seq-len', '16', '--naflex-train-seq-lens', '9', '16']
 
 
-def test_patch_sequences_train_without_distillation(digits_dir, tmp_path):
-    result = run(digits_dir, tmp_path, *NAFLEX, '--mixup', '0.2', '--epochs', 1, '--model-ema')
+def test_patch_sequences_train_without_distillation(few_digits_dir, tmp_path):
+    result = run(few_digits_dir, tmp_path, *NAFLEX, '--mixup', '0.2', '--epochs', 1, '--model-ema')
     assert 0 <= float(rows(result.output_dir)[0]['eval_top1']) <= 100
 
 
-def test_stop_epoch_keeps_the_schedule_and_save_epochs_keeps_milestones(digits_dir, tmp_path):
+def test_stop_epoch_keeps_the_schedule_and_save_epochs_keeps_milestones(few_digits_dir, tmp_path):
     flags = ['--model', TEACHER, '--epochs', 3]
-    whole = run(digits_dir, tmp_path, *flags, experiment='whole')
-    result = run(digits_dir, tmp_path, *flags, '--stop-epoch', 2, '--save-epochs', 1, experiment='stop')
+    whole = run(few_digits_dir, tmp_path, *flags, experiment='whole')
+    result = run(few_digits_dir, tmp_path, *flags, '--stop-epoch', 2, '--save-epochs', 1, experiment='stop')
     folder = Path(result.output_dir)
     assert torch.load(folder / 'milestone-1.pth.tar', weights_only=False)['epoch'] == 0
-    run(digits_dir, tmp_path, *flags, '--resume', folder / 'last.pth.tar', experiment='rest')
+    run(few_digits_dir, tmp_path, *flags, '--resume', folder / 'last.pth.tar', experiment='rest')
     assert rows(tmp_path / 'rest')[-1] == rows(whole.output_dir)[-1]
 
 
-def test_milestones_and_the_stop_epoch_are_validated_whatever_the_interval(digits_dir, tmp_path):
+def test_milestones_and_the_stop_epoch_are_validated_whatever_the_interval(few_digits_dir, tmp_path):
     result = run(
-        digits_dir, tmp_path, '--model', TEACHER, '--epochs', 9, '--val-interval', 5, '--save-epochs', 1,
+        few_digits_dir, tmp_path, '--model', TEACHER, '--epochs', 9, '--val-interval', 5, '--save-epochs', 1,
         '--stop-epoch', 3)
     assert [row['epoch'] for row in rows(result.output_dir)] == ['0', '2']
 
 
-def test_timms_distillation_flags_train_as_ours_do(digits_dir, teacher_file, tmp_path):
+def test_timms_distillation_flags_train_as_ours_do(few_digits_dir, teacher_file, tmp_path):
     common = ['--student', STUDENT, '--teacher-checkpoint', teacher_file, '--epochs', 1, '--task-loss-weight', '0.3']
-    timm_run = run(digits_dir, tmp_path, *common, '--kd-model-name', TEACHER, '--kd-temperature', '2', experiment='a')
+    timm_run = run(
+        few_digits_dir, tmp_path, *common, '--kd-model-name', TEACHER, '--kd-temperature', '2', experiment='a')
     our_run = run(
-        digits_dir, tmp_path, *common, '--teacher', TEACHER, '--kd', 'kd', '--kd-kwargs', 'kd.temperature=2.',
+        few_digits_dir, tmp_path, *common, '--teacher', TEACHER, '--kd', 'kd', '--kd-kwargs', 'kd.temperature=2.',
         '--distill-loss-weight', '0.7', experiment='b')
     assert rows(timm_run.output_dir) == rows(our_run.output_dir)
     assert (tmp_path / 'a' / 'args.yaml').read_text() == (tmp_path / 'b' / 'args.yaml').read_text().replace(
@@ -319,11 +324,16 @@ def test_save_images_writes_the_batch_of_every_log_line(digits_dir, tmp_path):
     assert {'train-batch-0.jpg', 'train-batch-4.jpg', 'train-batch-9.jpg'} <= set(os.listdir(result.output_dir))
 
 
+@pytest.fixture(scope='module')
+def start(digits_dir, tmp_path_factory):
+    """Result of a student alone."""
+    return run(digits_dir, tmp_path_factory.mktemp('start'), '--model', STUDENT, '--epochs', 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('source', ['initial-checkpoint', 'pretrained-path'])
-def test_pretrained_student_keeps_its_accuracy_until_it_learns(digits_dir, teacher_file, tmp_path, source):
+def test_pretrained_student_keeps_its_accuracy_until_it_learns(digits_dir, teacher_file, start, tmp_path, source):
     """Next to no learning rate and running statistics that stay: an epoch of norm gives the accuracy of one without."""
-    start = run(digits_dir, tmp_path, '--model', STUDENT, '--epochs', 3, experiment='start')
     flags = ['--model', STUDENT, f'--{source}', start.checkpoint, '--epochs', 1, '--lr', '1e-9']
     flags += ['--bn-momentum', '1e-12', '--sched', 'none']
     flags += ['--pretrained'] if source == 'pretrained-path' else []

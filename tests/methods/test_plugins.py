@@ -42,13 +42,13 @@ def example_of_the_docs() -> str:
     return example
 
 
-def test_example_of_the_docs_trains_as_a_method_of_the_command_line(digits_dir: Path, tmp_path: Path) -> None:
+def test_example_of_the_docs_trains_as_a_method_of_the_command_line(few_digits_dir: Path, tmp_path: Path) -> None:
     example = example_of_the_docs()
     assert 25 <= len(example.splitlines()) <= 40
     file = tmp_path / 'spread.py'
     file.write_text(example)
     result = train_distill.main([
-        '--data-dir', str(digits_dir), '--output', str(tmp_path), '--num-classes', '10', '--img-size', '64',
+        '--data-dir', str(few_digits_dir), '--output', str(tmp_path), '--num-classes', '10', '--img-size', '64',
         '-b', '100', '--epochs', '1', '--sched', 'none', '--device', 'cpu', '-j', '0', '--student', 'test_efficientnet',
         '--teacher', 'test_resnet', '--no-teacher-pretrained', '--no-teacher-eval', '--kd-module', str(file),
         '--kd', 'spread+kd', '--kd-kwargs', 'spread.eps=1e-5', '--no-report'])

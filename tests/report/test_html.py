@@ -159,16 +159,16 @@ def test_a_report_without_teacher_or_validation_shows_what_there_is(tmp_path: Pa
     assert '<h2>Loss terms</h2>' in page and '<h2>Calibration</h2>' not in page and '<h2>Accuracy</h2>' not in page
 
 
-def flags(digits_dir: Path, output: Path) -> list:
+def flags(few_digits_dir: Path, output: Path) -> list:
     return [
-        '--data-dir', str(digits_dir), '--output', str(output), '--experiment', 'run', '--num-classes', '10',
+        '--data-dir', str(few_digits_dir), '--output', str(output), '--experiment', 'run', '--num-classes', '10',
         '--img-size', '32', '-b', '30', '--epochs', '1', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '1e-3',
         '-j', '0', '--device', 'cpu', '--model', 'test_efficientnet']
 
 
-def test_a_run_with_a_teacher_reports_agreement_and_both_accuracies(digits_dir: Path, tmp_path: Path) -> None:
+def test_a_run_with_a_teacher_reports_agreement_and_both_accuracies(few_digits_dir: Path, tmp_path: Path) -> None:
     result = train_distill.main([
-        *flags(digits_dir, tmp_path), '--teacher', 'test_resnet', '--no-teacher-pretrained', '--kd', 'kd',
+        *flags(few_digits_dir, tmp_path), '--teacher', 'test_resnet', '--no-teacher-pretrained', '--kd', 'kd',
         '--model-ema', '--model-ema-decay', '0.5'])
     (row,) = read_summary(str(tmp_path / 'run' / 'summary.csv'))
     assert 0 <= row['eval_agreement'] <= 100 and 'eval_student_top1' in row
@@ -177,11 +177,11 @@ def test_a_run_with_a_teacher_reports_agreement_and_both_accuracies(digits_dir: 
     assert f"<b>{row['eval_agreement']:.2f}</b><span>same prediction" in page
     assert (tmp_path / 'run' / 'report.png').exists() and result.best_metric == row['eval_top1']
     assert '(EMA weights)' in page and 'of epoch 0, the best one' in page
-    assert f'train_distill.py --data-dir {digits_dir}' in page and 'has random weights' in page
+    assert f'train_distill.py --data-dir {few_digits_dir}' in page and 'has random weights' in page
 
 
 def test_a_report_that_fails_costs_a_warning_and_not_the_run(
-        digits_dir: Path,
+        few_digits_dir: Path,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
@@ -189,17 +189,17 @@ def test_a_report_that_fails_costs_a_warning_and_not_the_run(
     def fail(*args: Any) -> None:
         raise OSError('no space left')
     monkeypatch.setattr(closing, 'write_report', fail)
-    result = train_distill.main(flags(digits_dir, tmp_path))
+    result = train_distill.main(flags(few_digits_dir, tmp_path))
     assert result.checkpoint and 'no space left' in caplog.text
 
 
 def test_no_report_is_drawn_without_matplotlib_or_where_it_is_not_wanted(
-        digits_dir: Path,
+        few_digits_dir: Path,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(closing, 'can_draw', lambda: False)
-    train_distill.main(flags(digits_dir, tmp_path))
+    train_distill.main(flags(few_digits_dir, tmp_path))
     assert not (tmp_path / 'run' / 'report.html').exists()
     assert report.can_draw()
 

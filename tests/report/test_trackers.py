@@ -15,17 +15,17 @@ from timm_distill import UsageError
 from timm_distill.report.trackers import TensorBoardLog, read_summary, start_trackers
 
 
-def flags(digits_dir: Path, output: Path) -> List[str]:
+def flags(few_digits_dir: Path, output: Path) -> List[str]:
     return [
-        '--data-dir', str(digits_dir), '--output', str(output), '--experiment', 'run', '--num-classes', '10',
+        '--data-dir', str(few_digits_dir), '--output', str(output), '--experiment', 'run', '--num-classes', '10',
         '--img-size', '32', '-b', '30', '--epochs', '2', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '1e-3',
         '-j', '0', '--device', 'cpu', '--model', 'test_efficientnet', '--no-report']
 
 
-def test_tensorboard_shows_the_numbers_of_the_summary(digits_dir: Path, tmp_path: Path) -> None:
+def test_tensorboard_shows_the_numbers_of_the_summary(few_digits_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip('tensorboard', reason='the tensorboard extra is not installed')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    train_distill.main([*flags(digits_dir, tmp_path), '--log-tensorboard'])
+    train_distill.main([*flags(few_digits_dir, tmp_path), '--log-tensorboard'])
     events = EventAccumulator(str(tmp_path / 'run'))
     events.Reload()
     rows = read_summary(str(tmp_path / 'run' / 'summary.csv'))
@@ -59,13 +59,13 @@ def test_weights_and_biases_gets_the_columns_of_the_summary(monkeypatch: pytest.
 def test_the_style_of_the_log_is_a_bar_or_lines(
         style: str,
         bar: bool,
-        digits_dir: Path,
+        few_digits_dir: Path,
         tmp_path: Path,
         capfd: pytest.CaptureFixture[str],
         caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO):
-        train_distill.main([*flags(digits_dir, tmp_path), '--epochs', '1', '--log-style', style])
+        train_distill.main([*flags(few_digits_dir, tmp_path), '--epochs', '1', '--log-style', style])
     assert ('epoch 0 of 0-0 train' in capfd.readouterr().err) == bar
     (last,) = [line for line in caplog.messages if re.match(r'Train: 0 \[.*100%', line)]
     assert 'images/s' in last and last.endswith('ETA: 0:00:00')

@@ -28,23 +28,23 @@ def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_run_whose_checkpoints_found_no_room_does_not_end_well(digits_dir, tmp_path, monkeypatch):
+def test_run_whose_checkpoints_found_no_room_does_not_end_well(few_digits_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(timm_distill.checkpoint.saver, 'write_checkpoint', full)
     with pytest.raises(LostStateError, match=r'No space left.*a checkpoint takes .*Nothing is saved') as error:
-        run(digits_dir, tmp_path, *FLAGS)
+        run(few_digits_dir, tmp_path, *FLAGS)
     assert '\n' not in str(error.value)
     assert not os.path.exists(tmp_path / 'run' / 'hub')
 
 
-def test_run_whose_last_checkpoint_found_no_room_names_the_newest_there_is(digits_dir, tmp_path, monkeypatch):
+def test_run_whose_last_checkpoint_found_no_room_names_the_newest_there_is(few_digits_dir, tmp_path, monkeypatch):
     def write(state, path):
         return full() if state['epoch'] == 1 else write_checkpoint(state, path)
     monkeypatch.setattr(timm_distill.checkpoint.saver, 'write_checkpoint', write)
     with pytest.raises(LostStateError, match=r'newest state there is: .*pth\.tar.*--resume auto'):
-        run(digits_dir, tmp_path, *FLAGS)
+        run(few_digits_dir, tmp_path, *FLAGS)
     assert not os.path.exists(tmp_path / 'run' / 'hub')
     monkeypatch.undo()
-    assert run(digits_dir, tmp_path, *FLAGS, '--resume', 'auto').checkpoint
+    assert run(few_digits_dir, tmp_path, *FLAGS, '--resume', 'auto').checkpoint
 
 
 @pytest.mark.parametrize('change', [
@@ -53,7 +53,7 @@ def test_run_whose_last_checkpoint_found_no_room_names_the_newest_there_is(digit
     lambda folder: (os.remove(folder + '/last.pth.tar'), os.mkdir(folder + '/last.pth.tar')),
 ], ids=['removed', 'renamed', 'last is a folder'])
 @pytest.mark.parametrize('epoch', [0, 1])
-def test_run_whose_folder_changed_under_it_does_not_end_well(digits_dir, tmp_path, monkeypatch, change, epoch):
+def test_run_whose_folder_changed_under_it_does_not_end_well(few_digits_dir, tmp_path, monkeypatch, change, epoch):
     save = Recorder.save
 
     def save_and_change(self, current, metric):
@@ -62,27 +62,27 @@ def test_run_whose_folder_changed_under_it_does_not_end_well(digits_dir, tmp_pat
             change(self.result.output_dir)
     monkeypatch.setattr(Recorder, 'save', save_and_change)
     with pytest.raises(LostStateError, match='not on disk'):
-        run(digits_dir, tmp_path, *FLAGS)
+        run(few_digits_dir, tmp_path, *FLAGS)
 
 
-def test_folder_that_takes_no_file_is_one_message_at_the_start_and_at_a_resume(digits_dir, tmp_path, monkeypatch):
+def test_folder_that_takes_no_file_is_one_message_at_the_start_and_at_a_resume(few_digits_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(timm_distill.run.recorder, 'write_text', full)
     with pytest.raises(UsageError, match=r'--output .*No space left'):
-        run(digits_dir, tmp_path / 'out', *FLAGS)
+        run(few_digits_dir, tmp_path / 'out', *FLAGS)
     assert not os.path.exists(tmp_path / 'out' / 'run')
     monkeypatch.undo()
-    result = run(digits_dir, tmp_path, *FLAGS, '--stop-epoch', 1)
+    result = run(few_digits_dir, tmp_path, *FLAGS, '--stop-epoch', 1)
     files = sorted(os.listdir(result.output_dir))
     monkeypatch.setattr(timm_distill.run.recorder, 'write_text', full)
     with pytest.raises(UsageError, match=r'--output .*No space left.*\.pth\.tar'):
-        run(digits_dir, tmp_path, *FLAGS, '--resume', 'auto')
+        run(few_digits_dir, tmp_path, *FLAGS, '--resume', 'auto')
     assert sorted(os.listdir(result.output_dir)) == files
 
 
-def test_hub_folder_without_room_names_the_command_that_writes_it_later(digits_dir, tmp_path, monkeypatch):
+def test_hub_folder_without_room_names_the_command_that_writes_it_later(few_digits_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(timm_distill.run.ending, 'export_hub', full)
     with pytest.raises(LostStateError, match=r'trained and saved, but .*hub.*timm_distill\.export'):
-        run(digits_dir, tmp_path, *FLAGS)
+        run(few_digits_dir, tmp_path, *FLAGS)
     assert os.path.exists(tmp_path / 'run' / 'last.pth.tar')
 
 
@@ -93,10 +93,10 @@ def test_divergence_is_told_though_its_batch_cannot_be_kept(digits_dir, tmp_path
     assert 'could not be kept' in caplog.text
 
 
-def test_report_without_room_costs_a_warning(digits_dir, tmp_path, monkeypatch, caplog):
+def test_report_without_room_costs_a_warning(few_digits_dir, tmp_path, monkeypatch, caplog):
     pytest.importorskip('matplotlib')
     monkeypatch.setattr(closing, 'write_report', full)
-    assert run(digits_dir, tmp_path, *FLAGS[:4], '--report').checkpoint
+    assert run(few_digits_dir, tmp_path, *FLAGS[:4], '--report').checkpoint
     assert 'The report could not be written: No space left' in caplog.text
 
 
@@ -197,10 +197,10 @@ def test_space_counts_names_of_the_same_file_once(tmp_path):
     assert describe_space(str(tmp_path / 'none')).endswith('is gone.')
 
 
-def test_run_whose_newest_summary_row_found_no_room_does_not_end_well(digits_dir, tmp_path, monkeypatch):
+def test_run_whose_newest_summary_row_found_no_room_does_not_end_well(few_digits_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, 'write_text', full)
     with pytest.raises(LostStateError, match=r'summary\.csv lacks the newest.*No space left'):
-        run(digits_dir, tmp_path, *FLAGS)
+        run(few_digits_dir, tmp_path, *FLAGS)
     assert {'hub', 'last.pth.tar'} <= set(os.listdir(tmp_path / 'run'))
 
 
@@ -214,8 +214,8 @@ def test_summary_row_that_finds_room_at_the_end_costs_nothing(tmp_path, monkeypa
     assert not summary.unwritten and trackers.read_summary(summary.path) == [{'epoch': 0, 'lr': 1.}]
 
 
-def test_leftovers_of_a_killed_run_make_room_before_a_resume_writes_anything(digits_dir, tmp_path, monkeypatch):
-    folder = run(digits_dir, tmp_path, *FLAGS, '--stop-epoch', 1).output_dir
+def test_leftovers_of_a_killed_run_make_room_before_a_resume_writes_anything(few_digits_dir, tmp_path, monkeypatch):
+    folder = run(few_digits_dir, tmp_path, *FLAGS, '--stop-epoch', 1).output_dir
     for name in ('tmp.pth.tar', 'recovery_tmp.pth.tar'):
         with open(os.path.join(folder, name), 'wb') as file:
             file.write(bytes(1000))
@@ -223,14 +223,14 @@ def test_leftovers_of_a_killed_run_make_room_before_a_resume_writes_anything(dig
     def write(text, path):
         return full() if [name for name in os.listdir(folder) if 'tmp' in name] else write_text(text, path)
     monkeypatch.setattr(timm_distill.run.recorder, 'write_text', write)
-    assert run(digits_dir, tmp_path, *FLAGS, '--resume', 'auto').checkpoint
+    assert run(few_digits_dir, tmp_path, *FLAGS, '--resume', 'auto').checkpoint
 
 
-def test_finished_run_of_another_folder_leaves_nothing_to_train(digits_dir, tmp_path):
-    result = run(digits_dir, tmp_path, *FLAGS[:2], '--epochs', 1, '--no-report')
+def test_finished_run_of_another_folder_leaves_nothing_to_train(few_digits_dir, tmp_path):
+    result = run(few_digits_dir, tmp_path, *FLAGS[:2], '--epochs', 1, '--no-report')
     source = os.path.join(result.output_dir, 'last.pth.tar')
     with pytest.raises(UsageError, match='nothing is left to train.*--epochs'):
-        run(digits_dir, tmp_path / 'other', *FLAGS[:2], '--epochs', 1, '--no-report', '--resume', source)
+        run(few_digits_dir, tmp_path / 'other', *FLAGS[:2], '--epochs', 1, '--no-report', '--resume', source)
     assert not (tmp_path / 'other').exists()
     os.remove(os.path.join(result.output_dir, 'summary.csv'))
-    assert run(digits_dir, tmp_path, *FLAGS[:2], '--epochs', 1, '--no-report', '--resume', 'auto').checkpoint
+    assert run(few_digits_dir, tmp_path, *FLAGS[:2], '--epochs', 1, '--no-report', '--resume', 'auto').checkpoint

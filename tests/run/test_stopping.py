@@ -132,35 +132,36 @@ def test_signal_while_torch_is_imported_has_its_word_and_code(number, code):
 
 @pytest.mark.parametrize('phase', [
     'build_run', 'prepare_run', 'report_teacher', 'prepare_class_means', 'resume', 'prepare_for_device'])
-def test_signal_while_a_run_is_built_leaves_nothing(digits_dir, tmp_path, monkeypatch, phase):
+def test_signal_while_a_run_is_built_leaves_nothing(few_digits_dir, tmp_path, monkeypatch, phase):
     module = train_script if phase in ('build_run', 'prepare_run') else prepare
     original = getattr(module, phase)
     monkeypatch.setattr(module, phase, lambda *args: (send(), original(*args))[1])
     with pytest.raises(StopRequested):
-        run(digits_dir, tmp_path / 'out', '--model', TEACHER, '--epochs', 1)
+        run(few_digits_dir, tmp_path / 'out', '--model', TEACHER, '--epochs', 1)
     assert not os.path.exists(tmp_path / 'out' / 'run')
 
 
-def test_signal_behind_the_last_epoch_is_told_and_the_next_start_finishes(digits_dir, tmp_path, monkeypatch, caplog):
+def test_signal_behind_the_last_epoch_is_told_and_the_next_start_finishes(
+        few_digits_dir, tmp_path, monkeypatch, caplog):
     flags = ['--model', TEACHER, '--epochs', 1, '--no-report']
     monkeypatch.setattr(closing, 'write_run_report', lambda *args: send())
-    result = run(digits_dir, tmp_path, *flags)
+    result = run(few_digits_dir, tmp_path, *flags)
     assert result.stopped_by == signal.SIGTERM
     assert 'all epochs are trained and saved' in caplog.text and '--resume auto' in caplog.text
     assert not os.path.exists(tmp_path / 'run' / 'hub')
     monkeypatch.undo()
-    result = run(digits_dir, tmp_path, *flags, '--resume', 'auto')
+    result = run(few_digits_dir, tmp_path, *flags, '--resume', 'auto')
     assert not result.stopped_by and os.path.exists(tmp_path / 'run' / 'hub' / 'config.json')
 
 
-def test_signal_ends_validation_and_the_run_goes_on_as_if_never_stopped(digits_dir, tmp_path, monkeypatch):
+def test_signal_ends_validation_and_the_run_goes_on_as_if_never_stopped(few_digits_dir, tmp_path, monkeypatch):
     flags = ['--model', TEACHER, '--epochs', 2, '--drop', '0.2', '--no-report']
-    whole = run(digits_dir, tmp_path, *flags, experiment='whole')
+    whole = run(few_digits_dir, tmp_path, *flags, experiment='whole')
     original = epochs.validate_student
     monkeypatch.setattr(epochs, 'validate_student', lambda *args: (send(), original(*args))[1])
-    stopped = run(digits_dir, tmp_path, *flags, experiment='stopped')
+    stopped = run(few_digits_dir, tmp_path, *flags, experiment='stopped')
     assert stopped.stopped_by and [name for name in os.listdir(stopped.output_dir) if 'recovery-0' in name]
     monkeypatch.undo()
-    run(digits_dir, tmp_path, *flags, '--resume', 'auto', experiment='stopped')
+    run(few_digits_dir, tmp_path, *flags, '--resume', 'auto', experiment='stopped')
     rows = [Path(folder, 'summary.csv').read_text() for folder in (whole.output_dir, stopped.output_dir)]
     assert rows[0] == rows[1]

@@ -275,9 +275,9 @@ def read_history(result: Any) -> Dict[str, float]:
 
 
 def test_script_computes_caches_reuses_and_resumes(
-        digits_dir: Path, teacher_file: Path, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        few_digits_dir: Path, teacher_file: Path, tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level('INFO')
-    first = run(digits_dir, tmp_path, '--kd', 'kd++', '--mixup', '0.2', teacher=teacher_file)
+    first = run(few_digits_dir, tmp_path, '--kd', 'kd++', '--mixup', '0.2', teacher=teacher_file)
     (cached,) = (tmp_path / 'class_means').iterdir()
     means = load_class_means(str(cached), (10, WIDTH))
     assert (means.norm(dim=1) > 0).all() and 'are kept in' in caplog.text
@@ -287,24 +287,24 @@ def test_script_computes_caches_reuses_and_resumes(
         raise AssertionError('there is nothing to compute')
 
     monkeypatch.setattr(prepare, 'compute_class_means', _no_pass)
-    again = run(digits_dir, tmp_path, '--kd', 'kd++', '--mixup', '0.2', teacher=teacher_file, experiment='again')
+    again = run(few_digits_dir, tmp_path, '--kd', 'kd++', '--mixup', '0.2', teacher=teacher_file, experiment='again')
     assert read_history(again) == read_history(first)  # the pass moves nothing of the run
     given = run(
-        digits_dir, tmp_path / 'other', '--kd', 'kd++', '--mixup', '0.2', '--nd-class-means', str(cached),
+        few_digits_dir, tmp_path / 'other', '--kd', 'kd++', '--mixup', '0.2', '--nd-class-means', str(cached),
         teacher=teacher_file)
     assert read_history(given) == read_history(first)
     cached.unlink()
     last = f'{first.output_dir}/last.pth.tar'
-    resumed = run(digits_dir, tmp_path, '--kd', 'kd++', '--epochs', '2', '--resume', last, teacher=teacher_file)
+    resumed = run(few_digits_dir, tmp_path, '--kd', 'kd++', '--epochs', '2', '--resume', last, teacher=teacher_file)
     assert read_history(resumed)['nd_loss'] > 0
     assert not list((tmp_path / 'class_means').iterdir())
 
 
 def test_script_reads_training_images_with_either_transform(
-        digits_dir: Path, teacher_file: Path, tmp_path: Path) -> None:
+        few_digits_dir: Path, teacher_file: Path, tmp_path: Path) -> None:
     for transform in ('eval', 'train'):
         run(
-            digits_dir, tmp_path, '--kd', 'nd', '--nd-class-means-transform', transform, '--train-crop-mode', 'rrc',
+            few_digits_dir, tmp_path, '--kd', 'nd', '--nd-class-means-transform', transform, '--train-crop-mode', 'rrc',
             teacher=teacher_file, experiment=transform)
     first, second = (load_class_means(str(path), (10, WIDTH)) for path in (tmp_path / 'class_means').iterdir())
     difference = (first - second).norm() / first.norm()
@@ -316,9 +316,9 @@ def test_dry_run_of_a_method_with_class_means_needs_none(caplog: Any, capsys: An
     assert 'works' in capsys.readouterr().out
 
 
-def test_pass_of_a_run_that_reads_sample_indices_too(digits_dir: Path, teacher_file: Path, tmp_path: Path) -> None:
+def test_pass_of_a_run_that_reads_sample_indices_too(few_digits_dir: Path, teacher_file: Path, tmp_path: Path) -> None:
     for kd, options in (('nd', ()), ('crd+nd', ('--kd-kwargs', 'crd.negatives=8'))):
-        run(digits_dir, tmp_path / kd, '--kd', kd, '--train-crop-mode', 'rrc', *options, teacher=teacher_file)
+        run(few_digits_dir, tmp_path / kd, '--kd', kd, '--train-crop-mode', 'rrc', *options, teacher=teacher_file)
     plain, indexed = (next((tmp_path / kd / 'class_means').iterdir()) for kd in ('nd', 'crd+nd'))
     assert plain.name == indexed.name
     assert torch.equal(load_class_means(str(plain), (10, WIDTH)), load_class_means(str(indexed), (10, WIDTH)))
@@ -326,11 +326,11 @@ def test_pass_of_a_run_that_reads_sample_indices_too(digits_dir: Path, teacher_f
 
 @pytest.mark.parametrize('transform', ['eval', 'train'])
 def test_pass_of_a_run_with_augmented_splits(
-        digits_dir: Path, teacher_file: Path, tmp_path: Path, transform: str) -> None:
+        few_digits_dir: Path, teacher_file: Path, tmp_path: Path, transform: str) -> None:
     flags = ['--kd', 'nd', '--aa', 'rand-m3', '--aug-splits', '2', '-b', '20', '--nd-class-means-transform', transform]
     if transform == 'train':
         with pytest.raises(UsageError, match='--nd-class-means-transform'):
-            run(digits_dir, tmp_path, *flags, teacher=teacher_file)
+            run(few_digits_dir, tmp_path, *flags, teacher=teacher_file)
     else:
-        run(digits_dir, tmp_path, *flags, teacher=teacher_file)
+        run(few_digits_dir, tmp_path, *flags, teacher=teacher_file)
         assert len(list((tmp_path / 'class_means').iterdir())) == 1
