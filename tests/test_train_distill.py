@@ -89,8 +89,10 @@ print(json.dumps(dict(top1=100 * correct / len(dataset), count=count, stock=stoc
 
 def test_checkpoint_and_hub_folder_load_with_timm_alone_with_the_top1_of_the_summary(distilled, digits_dir, tmp_path):
     out = subprocess.run(
-        [sys.executable, '-c', LOAD_WITH_TIMM_ALONE, STUDENT, distilled.checkpoint, str(digits_dir),
-         os.path.join(distilled.output_dir, 'hub')],
+        [
+            sys.executable, '-c', LOAD_WITH_TIMM_ALONE, STUDENT, distilled.checkpoint, str(digits_dir),
+            os.path.join(distilled.output_dir, 'hub'),
+        ],
         cwd=tmp_path, capture_output=True, text=True, check=True)
     loaded = json.loads(out.stdout.splitlines()[-1])
     row = rows(distilled.output_dir)[distilled.best_epoch]
