@@ -11,6 +11,7 @@ from ranks import run_ranks
 
 from timm_distill import DistillTask, UsageError, create_distill_task, create_method
 from timm_distill.features.spec import Features, FeatureSpec, PairSpec
+from timm_distill.methods import crd
 from timm_distill.methods.crd import CRD, contrastive_loss, last_of_equals
 
 LABELS = torch.tensor([2, 0, 1, 1, 0, 2, 2, 0, 3, 2, 1, 0])
@@ -47,9 +48,14 @@ def create_golden_crd(case: GoldenCase) -> CRD:
     return method
 
 
+each_form = pytest.mark.parametrize('counted', [0, 10 ** 6], ids=['rows', 'counts'])
+
+
+@each_form
 @each_case
 def test_two_calls_equal_the_official_codes_with_gradients_and_banks(
-        case: GoldenCase, monkeypatch: pytest.MonkeyPatch) -> None:
+        case: GoldenCase, counted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crd, '_COUNTED', counted)
     method = create_golden_crd(case)
     for call in ('call1', 'call2'):
         monkeypatch.setattr(method, 'draw', lambda indices, call=call: case[f'{call}.contrast_idx'])
@@ -74,16 +80,40 @@ def test_two_calls_equal_the_official_codes_with_gradients_and_banks(
 def test_each_side_of_the_loss_equals_the_official_codes(case: GoldenCase) -> None:
     for side in ('s', 't'):
         scores = case[f'call1.out_{side}'].log()
-        loss = contrastive_loss(scores, case.hparams['n_data'], case.hparams['eps'])
+        loss = contrastive_loss(
+            scores[:, 0], scores[:, 1:], scores.shape[1] - 1, case.hparams['n_data'], eps=case.hparams['eps'])
         assert_golden(loss, case[f'call1.loss_{side}'])
 
 
 @pytest.mark.parametrize('similarity', [-1e4, 0., 1e4])
 def test_loss_and_gradient_are_finite_for_any_similarity(similarity: float) -> None:
     scores = torch.full((1, 4), similarity, requires_grad=True)
-    loss = contrastive_loss(scores, 100)
+    loss = contrastive_loss(scores[:, 0], scores[:, 1:], 3, 100)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(scores.grad).all()
+
+
+@pytest.mark.parametrize('mode', ['exact', 'relax', 'instance'])
+@pytest.mark.parametrize('half', [False, True])
+def test_rows_of_what_was_drawn_and_counts_over_all_samples_are_the_same_loss(
+        mode: str, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for counted in (0, 10 ** 6):
+        monkeypatch.setattr(crd, '_COUNTED', counted)
+        method = create_crd(mode=mode, negatives=200, half_banks=half)
+        dtype = torch.float32 if half else torch.float64
+        method = method if half else method.double()
+        losses = []
+        for indices in (torch.tensor([3, 8, 0]), torch.tensor([8, 8, 5])):
+            student, teacher = create_features(method, indices)
+            own, other = (Features(pre_logits=x.pre_logits.to(dtype), indices=x.indices) for x in (student, teacher))
+            losses.append(method(own, other, torch.zeros(3))['crd_loss'])
+        losses[1].backward()
+        results.append([
+            *losses, method.embed_student.weight.grad, method.embed_teacher.weight.grad, method.student_bank,
+            method.teacher_bank, method.log_partition])
+    tolerance = {'rtol': 1e-4, 'atol': 1e-5} if half else {'rtol': 1e-10, 'atol': 1e-12}
+    torch.testing.assert_close(*results, **tolerance)
 
 
 @pytest.mark.parametrize('mode', ['exact', 'relax'])

@@ -13,7 +13,7 @@ The defaults are the official code's (128 dimensions, K = 16384, T = 0.07, momen
 the term is 0.8. Negatives are drawn with replacement, which the official code does only where a class has fewer.
 """
 import math
-from typing import Annotated, Any, Dict
+from typing import Annotated, Any, Dict, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -27,31 +27,50 @@ from ..utils.ranges import OneOf, Range
 from ._base import Count, DistillMethod, Temperature, register_method
 
 _MOST_NUMBERS = 2 ** 27  # half a gigabyte for each image of a batch
+_COUNTED = 8  # samples for each negative up to which scores of all are cheaper than rows of those that were drawn
 _MANY = 2 ** 62  # a remainder of a number below this is as good as uniform
 
 
-def contrastive_loss(log_scores: torch.Tensor, num_samples: int, eps: float = 1e-7) -> torch.Tensor:
+def contrastive_loss(
+        log_positive: torch.Tensor,
+        log_negatives: torch.Tensor,
+        num_negatives: int,
+        num_samples: int,
+        counts: Optional[torch.Tensor] = None,
+        eps: float = 1e-7,
+) -> torch.Tensor:
     """Noise-contrastive estimation of one model, from logarithms: finite for any similarity and temperature.
 
     Args:
-        log_scores: log x, [B, K + 1], the positive first.
+        log_positive: log x of the positive, [B].
+        log_negatives: log x of negatives, [B, M].
+        num_negatives: K, how many negatives count for each sample.
         num_samples: n, so that 1/n is the density of the noise.
+        counts: How often each of the negatives counts, [B, M]; once by default.
         eps: Added to both denominators, as in the official code.
 
     Returns:
         Scalar, the mean over the batch of the sum over positive and negatives.
     """
-    noise = (log_scores.shape[1] - 1) / num_samples
+    noise = num_negatives / num_samples
     log_noise = math.log(noise + eps)
-    positive = F.logsigmoid(log_scores[:, 0] - log_noise)
-    negatives = F.logsigmoid(log_noise - log_scores[:, 1:]) + (math.log(noise) - log_noise)
-    return -(positive.sum() + negatives.sum()) / log_scores.shape[0]
+    positive = F.logsigmoid(log_positive - log_noise)
+    negatives = F.logsigmoid(log_noise - log_negatives) + (math.log(noise) - log_noise)
+    if counts is not None:
+        negatives = negatives * counts
+    return -(positive.sum() + negatives.sum()) / len(log_positive)
 
 
 def similarities(embedding: torch.Tensor, bank: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Return the scalar products of embeddings [B, D] with rows [B, K + 1] of a bank [n, D], [B, K + 1]."""
-    rows = bank[indices].to(embedding.dtype)  # [B, K + 1, D]
+    """Return the scalar products of embeddings [B, D] with rows [B, M] of a bank [n, D], [B, M]."""
+    rows = bank[indices].to(embedding.dtype)  # [B, M, D]
     return torch.bmm(rows, embedding[:, :, None]).squeeze(2)
+
+
+def count_draws(indices: torch.Tensor, num_samples: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return how often each of n samples is among those that were drawn, [B, K]: [B, n], exact in any order."""
+    counts = torch.zeros(len(indices), num_samples, dtype=dtype, device=indices.device)
+    return counts.scatter_add_(1, indices, torch.ones_like(indices, dtype=dtype))
 
 
 def last_of_equals(indices: torch.Tensor) -> torch.Tensor:
@@ -185,21 +204,55 @@ class CRD(DistillMethod):
             contrasted: torch.Tensor,
     ) -> torch.Tensor:
         """Return the loss of embeddings [B, D] against samples [B, K + 1]; in training, put them into the banks."""
+        num_negatives, counts = contrasted.shape[1] - 1, None
+        if self.num_samples <= _COUNTED * num_negatives:
+            counts = count_draws(contrasted[:, 1:], self.num_samples, student.dtype)
         with torch.autocast(student.device.type, enabled=False):
-            scores = torch.stack([
-                similarities(student, self.teacher_bank, contrasted),
-                similarities(teacher, self.student_bank, contrasted),
-            ]) / self.temperature
-        self._set_partition(scores.detach())
-        log_scores = scores - self.log_partition[:, None, None].clone()  # may be changed before the backward pass
+            positives, negatives = zip(
+                self._score(student, self.teacher_bank, contrasted, counts is not None),
+                self._score(teacher, self.student_bank, contrasted, counts is not None))
+        self._set_partition(torch.stack(positives).detach(), torch.stack(negatives).detach(), counts, num_negatives)
+        log_partition = self.log_partition.clone()  # may be changed before the backward pass
         if self.training:
             self._update_banks(student.detach(), teacher.detach(), indices)
-        loss: Any = sum(contrastive_loss(x, self.num_samples) for x in log_scores)
+        loss: Any = sum(
+            contrastive_loss(positive - log_z, negative - log_z, num_negatives, self.num_samples, counts)
+            for positive, negative, log_z in zip(positives, negatives, log_partition))
         return loss
 
-    def _set_partition(self, scores: torch.Tensor) -> None:
-        """Set Z on the first batch, to n times the mean of exp(scores) over all ranks; it is never changed again."""
-        batch = scores.flatten(1).logsumexp(1) - math.log(scores[0].numel())
+    def _score(
+            self,
+            embedding: torch.Tensor,
+            bank: torch.Tensor,
+            contrasted: torch.Tensor,
+            with_all: bool,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return the scores of the positives, [B], and of the negatives, [B, K], or with all samples, [B, n]."""
+        positive = similarities(embedding, bank, contrasted[:, :1]).squeeze(1)
+        if with_all:
+            negatives = embedding @ bank.to(embedding.dtype, copy=True).T  # the bank changes before the backward pass
+        else:
+            negatives = similarities(embedding, bank, contrasted[:, 1:])
+        return positive / self.temperature, negatives / self.temperature
+
+    def _set_partition(
+            self,
+            positives: torch.Tensor,
+            negatives: torch.Tensor,
+            counts: Optional[torch.Tensor],
+            num_negatives: int,
+    ) -> None:
+        """Set Z on the first batch, to n times the mean of exp(scores) over all ranks; it is never changed again.
+
+        Args:
+            positives: Scores of both models, [2, B].
+            negatives: Likewise, [2, B, M].
+            counts: How often each of the negatives counts, [B, M]; once where it is None.
+            num_negatives: K, how many count for each sample.
+        """
+        drawn = negatives if counts is None else negatives + counts.log()
+        scores = torch.cat([positives, drawn.flatten(1)], 1)
+        batch = scores.logsumexp(1) - math.log(positives.shape[1] * (num_negatives + 1))
         ranks = _gather(batch[None])  # [ranks, 2]
         batch = ranks.logsumexp(0) - math.log(len(ranks)) + math.log(self.num_samples)
         unset = self.log_partition.isnan()

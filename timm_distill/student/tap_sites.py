@@ -164,7 +164,7 @@ def _fold_error(head: Head, tensors: Dict[str, torch.Tensor], site: TapSite, pro
 
 
 def logit_error(merged: torch.Tensor, unmerged: torch.Tensor, unmapped: torch.Tensor) -> float:
-    """Return how far merged logits are from unmerged ones, in parts of these; infinite where the map changed nothing."""
+    """Return how far merged logits are from unmerged ones, in parts of these; infinite where the map did nothing."""
     spread = (unmerged - unmerged.mean()).abs().max().item()
     changed = (unmerged - unmapped).abs().max().item()
     if not spread > 0 or not changed > TAP_TOLERANCE * spread:
