@@ -1,10 +1,11 @@
 """Rows of a study: a CSV that grows by one row when a run ends, and those of step costs and teachers beside it."""
 import csv
+import fcntl
 import os
 import shlex
 import subprocess
-import threading
-from typing import Any, Dict, List, Sequence, Tuple
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 from study_parts import REPO_DIR, Run
 
@@ -32,7 +33,6 @@ class Results:
         self.teachers_path = os.path.splitext(path)[0] + '.teachers.csv'
         self.costs = _read(self.cost_path, COST_COLUMNS)
         self.teachers = _read(self.teachers_path, TEACHER_COLUMNS)
-        self._lock = threading.Lock()
 
     def has(self, run: Run) -> bool:
         """Whether a run's row is there."""
@@ -54,23 +54,28 @@ class Results:
                     f'({" ".join(changed)[:200]}): remove the row to run it again, or name the setting otherwise.')
 
     def add(self, row: Dict[str, Any]) -> None:
-        """Append a row to the file."""
-        with self._lock:
-            self.rows.append({key: str(value) for key, value in row.items()})
+        """Append a row to the file, behind those that other studies have put there in the meantime."""
+        with _alone_in_folder(self.path):
+            self.rows = [*_read(self.path, COLUMNS), {key: str(value) for key, value in row.items()}]
             _write(self.path, COLUMNS, self.rows)
 
     def add_cost(self, student: str, setting: str, seconds: float, ratio: float) -> None:
         """Put down what a step costs, in place of what was measured before."""
-        self.costs = [row for row in self.costs if (row['student'], row['setting']) != (student, setting)]
         values = (student, setting, f'{seconds:.4f}', f'{ratio:.3f}')
-        self.costs.append(dict(zip(COST_COLUMNS, values)))
-        _write(self.cost_path, COST_COLUMNS, self.costs)
+        with _alone_in_folder(self.cost_path):
+            others = [
+                row for row in _read(self.cost_path, COST_COLUMNS)
+                if (row['student'], row['setting']) != (student, setting)]
+            self.costs = [*others, dict(zip(COST_COLUMNS, values))]
+            _write(self.cost_path, COST_COLUMNS, self.costs)
 
     def add_teacher(self, name: str, model: str, top1: float, error: float, command: str) -> None:
         """Put down what a trained teacher has right on the study's validation images, in place of an older row."""
-        self.teachers = [row for row in self.teachers if row['teacher'] != name]
-        self.teachers.append(dict(zip(TEACHER_COLUMNS, (name, model, f'{top1:.3f}', f'{error:.4f}', command))))
-        _write(self.teachers_path, TEACHER_COLUMNS, self.teachers)
+        values = (name, model, f'{top1:.3f}', f'{error:.4f}', command)
+        with _alone_in_folder(self.teachers_path):
+            others = [row for row in _read(self.teachers_path, TEACHER_COLUMNS) if row['teacher'] != name]
+            self.teachers = [*others, dict(zip(TEACHER_COLUMNS, values))]
+            _write(self.teachers_path, TEACHER_COLUMNS, self.teachers)
 
     def read_summary(self, path: str) -> List[Dict[str, str]]:
         """Return the epochs of a run."""
@@ -92,8 +97,20 @@ def _read(path: str, columns: Sequence[str]) -> List[Dict[str, str]]:
     return rows
 
 
+@contextmanager
+def _alone_in_folder(path: str) -> Iterator[None]:
+    """Keep other threads and studies from writing beside a file, whose folder is made."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _write(path: str, columns: Sequence[str], rows: Sequence[Dict[str, str]]) -> None:
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     temporary = path + '.tmp'
     with open(temporary, 'w', newline='', encoding='utf-8') as f:
         writer = csv.DictWriter(f, columns, lineterminator='\n')

@@ -4,6 +4,7 @@ import os
 import re
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, List
@@ -266,6 +267,22 @@ def test_every_plan_of_the_repository_is_valid() -> None:
         plan = study_plan.read_plan(str(path))
         results = study_rows.Results(str(BENCHMARKS / 'results' / f'{plan.name}.csv'))
         results.check(plan.runs(), os.path.join('output', 'study', plan.name))
+
+
+def test_studies_that_run_at_the_same_time_keep_each_others_rows(tmp_path: Path) -> None:
+    path = str(tmp_path / 'new' / 'rows.csv')
+    studies = [study_rows.Results(path) for _ in range(4)]
+
+    def write(number: int) -> None:
+        for seed in range(5):
+            studies[number].add({**dict.fromkeys(study_rows.COLUMNS, ''), 'setting': f'x{number}', 'seed': seed})
+            studies[number].add_cost('student', f'x{number}', 1., 1.)
+            studies[number].add_teacher(f'x{number}', 'resnet50', 90., 0.1, '')
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    read = study_rows.Results(path)
+    assert len({(row['setting'], row['seed']) for row in read.rows}) == len(read.rows) == 20
+    assert len(read.costs) == len(read.teachers) == 4
 
 
 def test_page_of_results_is_what_the_rows_say() -> None:
