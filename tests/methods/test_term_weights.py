@@ -258,6 +258,14 @@ def test_shares_are_those_of_the_gradient_norms(caplog: pytest.LogCaptureFixture
     assert float(line.split('kd ')[1].split(' %')[0]) == pytest.approx(expected, rel=0.05)
 
 
+def test_a_share_of_nearly_all_is_written_as_a_number_of_percent(caplog: pytest.LogCaptureFixture) -> None:
+    task = create_task('kd', kd_weight={'kd': 1e-6})
+    with caplog.at_level(logging.INFO):
+        run_epoch(task, 1, epoch=0, log_shares=True)
+    (line,) = shares_of(caplog)
+    assert ' task 100 % (weight 1), kd ' in line and 'e+' not in line
+
+
 @pytest.mark.parametrize('accumulation', [1, 2])
 def test_training_is_the_same_with_and_without_shares(accumulation: int) -> None:
     states = []

@@ -132,8 +132,12 @@ class GradientShares:
 
 
 def _describe(weights: Dict[str, float], shares: Optional[Dict[str, float]] = None) -> str:
-    percent = {name: '' if shares is None else f' {shares[name]:.2g} %' for name in weights}
+    percent = {name: '' if shares is None else f' {_two_digits(shares[name])} %' for name in weights}
     return ', '.join(f'{name}{percent[name]} (weight {weight:g})' for name, weight in weights.items())
+
+
+def _two_digits(percent: float) -> str:
+    return f'{percent:.0f}' if percent >= 10 else f'{percent:.2g}'  # 100, which is 1e+02 in two digits
 
 
 def _gradient_norm(term: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
